@@ -1,0 +1,85 @@
+"""Turning layers of a model into adapted layers, in place.
+
+A layer keeps its identity: only its class changes, so its weights are shared by nature, hooks and tied
+parameters stay what they are, and nothing is allocated but the adapter.
+"""
+
+from __future__ import annotations
+
+import logging
+import types
+import zlib
+
+from torch import nn
+
+from .config import LoraConfig
+from .layer import LoRALayerBase
+from .lora import LoraAdapter
+from .registry import adapted_class, layer_class_for
+from .routing import Route
+from .targets import Targets, find_targets, value_for
+
+log = logging.getLogger(__name__)
+
+
+def inject(model: nn.Module, config: LoraConfig, name: str, route: Route) -> Targets:
+    """Add the adapter `name` to every layer of `model` that `config` targets; all checks come first."""
+    targets = find_targets(model, config)
+    _check_ranks(targets.layers, config)
+    for layer_name, module in targets.layers.items():
+        layer = adopted(module, route)
+        layer.add_adapter(make_adapter(config, name, layer_name))
+    if targets.skipped:
+        some = "; ".join(f"{layer}: {reason}" for layer, reason in list(targets.skipped.items())[:3])
+        log.warning(
+            "%d layers cannot be adapted and stay as they are, such as %s", len(targets.skipped), some
+        )
+    return targets
+
+
+def adopted(module: nn.Module, route: Route) -> LoRALayerBase:
+    """`module` itself, as an adapted layer."""
+    if isinstance(module, LoRALayerBase):
+        return module
+    kind = layer_class_for(module)
+    assert kind is not None
+    module.__class__ = adapted_class(kind, type(module))
+    assert isinstance(module, LoRALayerBase)
+    module.adopt(route)
+    _rebind(module)
+    return module
+
+
+def make_adapter(config: LoraConfig, name: str, layer_name: str) -> LoraAdapter:
+    return LoraAdapter(
+        name,
+        rank=int(value_for(layer_name, config.rank_pattern, config.rank)),
+        alpha=value_for(layer_name, config.alpha_pattern, config.lora_alpha),
+        dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+        layer_key=zlib.crc32(layer_name.encode()),
+    )
+
+
+def _rebind(module: nn.Module) -> None:
+    """accelerate keeps the bound forward of a layer that it has hooked; point it to the adapted one."""
+    if "_old_forward" in module.__dict__:
+        module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
+
+
+def _check_ranks(layers: dict[str, nn.Module], config: LoraConfig) -> None:
+    above = {}
+    for name, module in layers.items():
+        kind, rank = layer_class_for(module), int(value_for(name, config.rank_pattern, config.rank))
+        assert kind is not None
+        if rank > (limit := kind.largest_rank(module)):
+            above[name] = (rank, limit)
+    if not above:
+        return
+    name, (rank, limit) = max(above.items(), key=lambda item: item[1][1])
+    if len(above) == len(layers):
+        raise ValueError(
+            f"rank={rank} is above the dimensions of every adapted layer (the largest, {name}, has {limit}); "
+            f"use a rank of at most {limit}"
+        )
+    log.warning("rank %d is above the dimensions of %d adapted layers, such as %s", rank, len(above), name)
