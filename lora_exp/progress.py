@@ -1,0 +1,70 @@
+"""What a person sees while a run trains: a live bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+log = logging.getLogger(__name__)
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+class TrainingProgress:
+    """Shows metric records as they come. Use as a context manager."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self._seen: dict[str, float] = {}
+        self._started = self._last_line = time.monotonic()
+        self._bar = _bar() if sys.stdout.isatty() else None
+        self._task = self._bar.add_task("train", total=steps, shown="") if self._bar else None
+
+    def __enter__(self) -> TrainingProgress:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def show(self, record: Mapping[str, Any]) -> None:
+        """Take one record of the training loop."""
+        self._seen.update({key: value for key, value in record.items() if isinstance(value, float)})
+        step = int(record["step"])
+        if "eval/loss" in record:
+            text = f"step {step:>4}/{self._steps}  validation loss {record['eval/loss']:.4f}"
+            self._line(f"{text}  perplexity {record['eval/perplexity']:.2f}")
+        elif self._bar is None and time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
+            self._line(f"step {step:>4}/{self._steps}  {self._figures()}  ETA {self._eta(step)}")
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, completed=step, shown=self._figures())
+
+    def _figures(self) -> str:
+        if "train/loss" not in self._seen:
+            return ""
+        seen = self._seen
+        return f"loss {seen['train/loss']:.4f}  lr {seen['train/lr']:.2e}  {seen['train/tokens_per_s']:,.0f} tokens/s"
+
+    def _eta(self, step: int) -> str:
+        left = (time.monotonic() - self._started) / max(step, 1) * (self._steps - step)
+        return f"{int(left) // 60}:{int(left) % 60:02d}"
+
+    def _line(self, text: str) -> None:
+        self._last_line = time.monotonic()
+        if self._bar:
+            self._bar.console.print(text, highlight=False)
+        else:
+            log.info(text)
+
+
+def _bar() -> Progress:
+    columns = (BarColumn(bar_width=30), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"), TimeRemainingColumn())
+    return Progress(*columns, console=Console(), transient=True)

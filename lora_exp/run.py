@@ -1,0 +1,200 @@
+"""The runner: one job from config to result."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TextIO
+
+from transformers import set_seed
+
+from lora_exp import models, tracking
+from lora_exp.backends import Adapted, adapt
+from lora_exp.cache import file_sha256
+from lora_exp.config import Config, flat_values
+from lora_exp.data.text import Blocks, load_blocks
+from lora_exp.job import METRICS_FILE, Job, Result
+from lora_exp.place import Place, prepare_backends, resolve_place
+from lora_exp.plots import loss_curve
+from lora_exp.progress import TrainingProgress
+from lora_exp.provenance import provenance_tags, redacted
+from lora_exp.training.batches import evaluation_batches, training_batches
+from lora_exp.training.loop import Forward, Lane, Record, train
+from lora_exp.training.memory import peak_gib, reset_peak
+from lora_exp.training.objectives import causal_lm_losses, count_predictions
+from lora_exp.training.optimizers import build_optimizer, build_schedule
+
+log = logging.getLogger(__name__)
+LANE = "default"
+
+
+def run(config: Config, job: Job) -> Result:
+    """Seed, track, load, adapt, train, save. The adapter and every metric are on disk before this returns.
+
+    Raises ValueError for what the user can mend, with the next move in its message.
+    """
+    started = time.monotonic()
+    place = resolve_place(config.device, config.model.dtype, trains_base=config.adapter.name == "full")
+    prepare_backends(place)
+    reset_peak(place.device)
+    set_seed(config.seed)
+    with tracking.open_run(config.tracking, _run_name(config, job), job.sweep_folder) as tracked:
+        _log_setup(tracked, config, job, place)
+        adapted, blocks = _prepare(tracked, config, place)
+        lane = _lane(adapted, blocks, config, place)
+        records = _train(tracked, adapted, lane, config, job, place)
+        result = _summarise(tracked, adapted, records, job, place, time.monotonic() - started)
+    _report(result)
+    return result
+
+
+def _prepare(tracked: tracking.Run, config: Config, place: Place) -> tuple[Adapted, Blocks]:
+    source = models.find_source(config.model)
+    tokenizer = models.load_tokenizer(source, config.model)
+    blocks = load_blocks(config.data, tokenizer)
+    log.info(
+        f"data   {config.data.label}: {len(blocks.train):,} training and {len(blocks.validation):,} validation "
+        f"blocks of {config.data.block_size} tokens"
+    )
+    base = models.load_base(source, config.model, place)
+    digest = models.base_sha256(base, source)
+    tracked.log_tags({"base_sha256": digest})
+    dtype = str(place.dtype).removeprefix("torch.")
+    log.info(f"model  {config.model.label} in {dtype} on {place.device}, SHA-256 {digest[:12]}")
+    set_seed(config.seed)  # again: loading may have drawn numbers, and the adapter's first values must not depend on it
+    adapted = adapt(base, config)
+    share = 100 * adapted.trainable / adapted.total
+    counts = {"trainable": adapted.trainable, "total": adapted.total, "trainable_percent": share}
+    tracked.log_metrics({f"params/{name}": value for name, value in counts.items()}, step=0)
+    initial = adapted.total - (adapted.trainable if config.adapter.name != "full" else 0)
+    log.info(
+        f"Initial Parameters : {initial:,} || LoRA Parameters : {adapted.trainable:,} || "
+        f"Trainable Proportion : {share:.3f}%"
+    )
+    return adapted, blocks
+
+
+def _lane(adapted: Adapted, blocks: Blocks, config: Config, place: Place) -> Lane:
+    section, pin = config.train, place.device.type == "cuda"
+    optimizer = build_optimizer(adapted.parameters, config.optimizer)
+    return Lane(
+        name=LANE,
+        parameters=adapted.parameters,
+        batches=training_batches(blocks.train, section.micro_batch_size, config.seed, pin),
+        evaluation=evaluation_batches(blocks.validation, section.micro_batch_size, section.eval_blocks, pin),
+        optimizer=optimizer,
+        schedule=build_schedule(optimizer, section),
+    )
+
+
+def _train(tracked: tracking.Run, adapted: Adapted, lane: Lane, config: Config, job: Job, place: Place) -> list[Record]:
+    forward = Forward(
+        model=adapted.model,
+        losses=causal_lm_losses,
+        count=count_predictions,
+        device=place.device,
+        compute=place.compute,
+        check_gradients=adapted.check_gradients,
+    )
+    records: list[Record] = []
+    file = job.folder / METRICS_FILE
+    try:
+        with file.open("w") as stream, TrainingProgress(config.train.steps) as progress:
+            for record in train(forward, [lane], config.train):
+                _keep(record, stream, tracked)
+                progress.show(record)
+                records.append(record)
+                if "eval/loss" in record and record["step"]:
+                    _save(adapted.save, job.folder / "adapter")  # what is earned so far outlives a later failure
+    finally:
+        _log_files(tracked, job, records)
+    return records
+
+
+def _keep(record: Record, stream: TextIO, tracked: tracking.Run) -> None:
+    stream.write(json.dumps(record) + "\n")
+    stream.flush()
+    metrics = {name: float(value) for name, value in record.items() if name not in ("lane", "step")}
+    if record["step"] == 0 and "eval/loss" in record:
+        metrics["eval/loss_before"] = metrics["eval/loss"]
+    tracked.log_metrics(metrics, step=int(record["step"]))
+
+
+def _save(write: Any, folder: Path) -> None:
+    """Replace ``folder`` by what ``write`` puts into a new one, so that a failure leaves the old one whole."""
+    new, old = folder.with_name(".adapter.new"), folder.with_name(".adapter.old")
+    for stale in (new, old):
+        shutil.rmtree(stale, ignore_errors=True)
+    write(new)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _log_files(tracked: tracking.Run, job: Job, records: list[Record]) -> None:
+    if not records:
+        return
+    picture = job.folder / "loss_curve.png"
+    loss_curve(_points(records, "train/loss"), _points(records, "eval/loss"), picture)
+    for path, folder in ((job.folder / METRICS_FILE, None), (picture, None), (job.folder / "adapter", "adapter")):
+        if path.exists():
+            tracked.log_artifact(path, folder)
+
+
+def _summarise(
+    tracked: tracking.Run, adapted: Adapted, records: list[Record], job: Job, place: Place, wall_s: float
+) -> Result:
+    evaluated = [record for record in records if "eval/loss" in record]
+    weights = sorted((job.folder / "adapter").glob("*.safetensors"))
+    result = Result(
+        eval_loss=float(evaluated[-1]["eval/loss"]),
+        eval_loss_before=float(evaluated[0]["eval/loss"]),
+        eval_perplexity=float(evaluated[-1]["eval/perplexity"]),
+        trainable=adapted.trainable,
+        total=adapted.total,
+        adapter_bytes=sum(file.stat().st_size for file in weights),
+        peak_memory_gib=peak_gib(place.device),
+        wall_s=wall_s,
+        adapter=str(job.folder / "adapter"),
+        run_id=tracked.run_id,
+    )
+    sizes = {name: getattr(result, name) for name in ("adapter_bytes", "peak_memory_gib", "wall_s")}
+    tracked.log_metrics(sizes, step=int(evaluated[-1]["step"]))
+    tracked.log_tags({"adapter_sha256": ",".join(file_sha256(file) for file in weights)})
+    return result
+
+
+def _log_setup(tracked: tracking.Run, config: Config, job: Job, place: Place) -> None:
+    tracked.log_params(flat_values(config) | {"dtype": str(place.dtype), "device": str(place.device)})
+    groups = {f"choice.{group}": choice for group, choice in job.choices.items()}
+    tracked.log_tags({**provenance_tags(), **groups, "overrides": " ".join(job.overrides), "folder": str(job.folder)})
+    resolved = job.folder / "config.yaml"
+    resolved.write_text(redacted(job.config_yaml))
+    overrides = job.folder / "overrides.txt"
+    overrides.write_text(redacted("\n".join(job.overrides)) + "\n")
+    for file in (resolved, overrides):
+        tracked.log_artifact(file)
+
+
+def _report(result: Result) -> None:
+    log.info(
+        f"validation loss {result.eval_loss_before:.4f} → {result.eval_loss:.4f}, perplexity "
+        f"{result.eval_perplexity:.2f}, {result.wall_s:.0f} s, peak memory {result.peak_memory_gib:.2f} GiB"
+    )
+    log.info(f"adapter {result.adapter} ({result.adapter_bytes / 1e6:.1f} MB)")
+
+
+def _run_name(config: Config, job: Job) -> str:
+    if job.sweep_folder is not None:
+        return f"{job.number}: {' '.join(job.overrides)}"[:200]
+    rank = "" if config.adapter.name == "full" else f" r{config.rank}"
+    return f"{config.model.label} {config.adapter.name}{rank}"[:200]
+
+
+def _points(records: Iterable[Record], name: str) -> list[tuple[float, float]]:
+    return [(float(record["step"]), float(record[name])) for record in records if name in record]

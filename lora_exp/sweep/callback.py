@@ -1,0 +1,40 @@
+"""What Hydra tells us before anything runs: where results will go, and that a sweep has begun."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+# The sweep this process has begun and not yet reported: Hydra has no hook for one that ends in an error.
+begun: list[Path] = []
+
+
+class SweepCallback(Callback):
+    """Checks the output folder, and notes the sweep for ``lora_exp.__main__`` to close."""
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        _require_writable(Path(config.hydra.run.dir))
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        folder = Path(config.hydra.sweep.dir)
+        _require_writable(folder)
+        begun.append(folder.resolve())
+
+
+def _require_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return
+    except OSError as error:
+        # SystemExit: Hydra turns any other exception of a callback into a warning and runs on.
+        sys.stderr.write(
+            f"Results cannot be written to {folder} ({error.strerror}): make it writable, stand in another folder, "
+            "or set hydra.run.dir (hydra.sweep.dir for a sweep)\n"
+        )
+        sys.exit(1)

@@ -1,0 +1,144 @@
+"""The comparison of a sweep's jobs: what differs between them, and what came of it, best first."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lora_exp import tracking
+from lora_exp.job import RESULT_FILE, Outcome, read_metrics, read_outcome
+from lora_exp.plots import final_loss, loss_curves
+
+RESULT_COLUMNS = ("eval/loss", "perplexity", "trainable", "adapter MB", "wall s", "status")
+
+
+@dataclass(frozen=True)
+class JobReport:
+    """One job's folder and outcome."""
+
+    folder: Path
+    outcome: Outcome
+
+
+def report_sweep(folder: Path, interrupted: bool) -> bool:
+    """Print the table, write it and the pictures beside the jobs, and end the sweep's parent run.
+
+    Returns whether every job finished. Does nothing when no job got as far as an outcome.
+    """
+    jobs = collect(folder)
+    if not jobs:
+        return not interrupted
+    varying = differing(jobs)
+    rows = [_row(job, varying) for job in jobs]
+    header = ["job", *varying, *RESULT_COLUMNS]
+    _print(header, rows)
+    _write_csv(folder / "comparison.csv", header, rows)
+    markdown = _markdown(header, rows)
+    (folder / "comparison.md").write_text(markdown)
+    pictures = draw(folder, jobs, varying)
+    finished = all(job.outcome.status == "FINISHED" for job in jobs)
+    status = "KILLED" if interrupted else "FINISHED" if finished else "FAILED"
+    files = [folder / "comparison.csv", folder / "comparison.md", *pictures]
+    tracking.close_sweep(folder, status, markdown, files)
+    return finished and not interrupted
+
+
+def collect(folder: Path) -> list[JobReport]:
+    """Every job below ``folder`` that left an outcome, lowest validation loss first, unfinished ones last."""
+    outcomes = [(file.parent, read_outcome(file.parent)) for file in sorted(folder.rglob(RESULT_FILE))]
+    jobs = [JobReport(place, outcome) for place, outcome in outcomes if outcome]
+    return sorted(jobs, key=lambda job: (_loss(job), job.outcome.number))
+
+
+def differing(jobs: list[JobReport]) -> list[str]:
+    """The config values that are not the same in every job; ``scale`` and ``alpha`` only if nothing explains them."""
+    names = dict.fromkeys(name for job in jobs for name in job.outcome.values)
+    varying = [name for name in names if len({str(job.outcome.values.get(name)) for job in jobs}) > 1]
+    derived = {"scale"} if {"rank", "alpha", "scaling"} & set(varying) else set()
+    return [name for name in varying if name not in derived] or ["rank"]
+
+
+def draw(folder: Path, jobs: list[JobReport], varying: list[str]) -> list[Path]:
+    """Loss curves, and final loss against rank and against trainable parameters. Returns the files."""
+    finished = [job for job in jobs if job.outcome.result]
+    if not finished:
+        return []
+    curves = {_title(job, varying): _curve(job) for job in finished}
+    loss_curves(curves, folder / "loss_curves.png")
+    by_rank: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    by_size: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for job in finished:
+        assert job.outcome.result
+        group = _title(job, [name for name in varying if name not in ("rank", "seed", "alpha")])
+        by_size[group].append((job.outcome.result.trainable, job.outcome.result.eval_loss))
+        if "rank" in job.outcome.values:
+            by_rank[group].append((job.outcome.values["rank"], job.outcome.result.eval_loss))
+    final_loss(by_size, "trainable parameters", folder / "loss_against_parameters.png")
+    if by_rank:
+        final_loss(by_rank, "rank", folder / "loss_against_rank.png")
+    return sorted(folder.glob("loss_*.png"))
+
+
+def _row(job: JobReport, varying: list[str]) -> list[str]:
+    outcome, result = job.outcome, job.outcome.result
+    settings = [str(outcome.number), *(_text(outcome.values.get(name)) for name in varying)]
+    if result is None:
+        reason = (outcome.error or "").strip().splitlines()
+        short = " ".join(line.strip() for line in reason)[:160]
+        return [*settings, "", "", "", "", "", f"{outcome.status}: {short}"]
+    return [
+        *settings,
+        f"{result.eval_loss:.4f}",
+        f"{result.eval_perplexity:.2f}",
+        f"{result.trainable:,}",
+        f"{result.adapter_bytes / 1e6:.2f}",
+        f"{result.wall_s:.0f}",
+        outcome.status,
+    ]
+
+
+def _print(header: list[str], rows: list[list[str]]) -> None:
+    table = Table(title="Sweep, best first", title_justify="left")
+    for name in header:
+        right = name not in ("status",)
+        table.add_column(name, justify="right" if right else "left", no_wrap=name in RESULT_COLUMNS[:-1])
+    for row in rows:
+        table.add_row(*row, style="red" if row[-1] != "FINISHED" else None)
+    console = Console()
+    Console(width=None if console.is_terminal else 140).print(table, markup=False)
+
+
+def _write_csv(path: Path, header: list[str], rows: list[list[str]]) -> None:
+    with path.open("w", newline="") as stream:
+        csv.writer(stream).writerows([header, *([cell.replace(",", "") for cell in row] for row in rows)])
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    lines = [header, ["---"] * len(header), *escaped]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _title(job: JobReport, names: list[str]) -> str:
+    return " ".join(f"{name}={_text(job.outcome.values.get(name))}" for name in names)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "" if value is None else str(value)
+
+
+def _curve(job: JobReport) -> list[tuple[float, float]]:
+    return [(record["step"], record["eval/loss"]) for record in read_metrics(job.folder) if "eval/loss" in record]
+
+
+def _loss(job: JobReport) -> float:
+    return job.outcome.result.eval_loss if job.outcome.result else math.inf

@@ -1,0 +1,1 @@
+"""The loop over lanes and what it needs: objectives, optimizers, batches, memory figures."""

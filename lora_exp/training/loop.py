@@ -1,0 +1,187 @@
+"""The one training loop: lanes over a frozen base, a plain dict of metrics a lane and logged step.
+
+It knows nothing of LoRA, Hydra or MLflow. A lane is what is trained together: parameters, data order, optimizer
+and schedule. Several lanes share a forward pass: their micro batches are concatenated, ``route`` sends
+each slice of rows its own way, and the loss is the sum of the lanes' means.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from lora_exp.config import TrainConfig
+from lora_exp.training.objectives import Batch, RowLosses
+
+Context = contextlib.AbstractContextManager[object]
+Record = dict[str, Any]
+
+
+@dataclass
+class Lane:
+    """One set of parameters in training. Records carry its ``name``."""
+
+    name: str
+    parameters: list[nn.Parameter]
+    batches: Iterator[Batch]
+    evaluation: list[Batch]
+    optimizer: torch.optim.Optimizer
+    schedule: LRScheduler
+
+
+@dataclass(frozen=True)
+class Forward:
+    """How a batch becomes losses: the model, the objective, and the contexts around a pass.
+
+    ``count`` tells a batch's predictions a row, (B,), before the pass. ``route`` gets rows by lane name;
+    ``check_gradients`` is called after the first backward pass.
+    """
+
+    model: nn.Module
+    losses: Callable[[nn.Module, Batch], RowLosses]
+    count: Callable[[Batch], Tensor]
+    device: torch.device
+    compute: Callable[[], Context] = contextlib.nullcontext
+    route: Callable[[Mapping[str, int]], Context] = field(default=lambda rows: contextlib.nullcontext())
+    check_gradients: Callable[[], object] = lambda: None
+
+
+class DivergedError(ValueError):
+    """A loss that is no longer finite."""
+
+
+def train(forward: Forward, lanes: list[Lane], section: TrainConfig) -> Iterator[Record]:
+    """Train every lane for ``section.steps`` optimizer steps and yield its metrics as they become known.
+
+    Yields ``eval/*`` records at step 0, each ``eval_every`` steps and at the end, ``train/*`` records each
+    ``log_every`` steps. Between logged steps nothing is copied from the device. Raises ``DivergedError``
+    at the first logged step whose loss is not finite.
+    """
+    yield from (_evaluated(forward, lane, 0) for lane in lanes)
+    forward.model.train()
+    clock = _Clock()
+    for step in range(1, section.steps + 1):
+        losses, tokens = _accumulate(forward, lanes, section.grad_accum_steps)
+        if step == 1:
+            forward.check_gradients()
+        clock.count(tokens)
+        rates = [float(lane.schedule.get_last_lr()[0]) for lane in lanes]
+        norms = [_update(lane, section.max_grad_norm) for lane in lanes]
+        if step % section.log_every == 0 or step == section.steps:
+            logged = zip(lanes, losses, norms, rates, strict=True)
+            records = [_trained(lane, step, loss, norm, rate) for lane, loss, norm, rate in logged]
+            speed = clock.lap() / len(lanes)
+            yield from ({**record, "train/tokens_per_s": speed} for record in records)
+        if step % section.eval_every == 0 or step == section.steps:
+            clock.pause()
+            yield from (_evaluated(forward, lane, step) for lane in lanes)
+            forward.model.train()
+            clock.resume()
+
+
+@torch.no_grad()
+def evaluate(forward: Forward, lane: Lane) -> float:
+    """Mean loss in nats a predicted token over the lane's evaluation batches."""
+    forward.model.eval()
+    total, count = 0.0, 0
+    for batch in lane.evaluation:
+        here = _to_device(batch, forward.device)
+        with forward.compute(), forward.route({lane.name: _rows(batch)}):
+            losses = forward.losses(forward.model, here)
+        total += losses.total.double().sum().item()
+        count += int(losses.count.sum().item())
+    return total / count
+
+
+def _accumulate(forward: Forward, lanes: list[Lane], micro_steps: int) -> tuple[list[Tensor], int]:
+    """Gradients of one optimizer step. Each lane's loss is the mean over all its tokens of the step."""
+    drawn = [[next(lane.batches) for lane in lanes] for _ in range(micro_steps)]
+    counts = [sum(int(forward.count(micro[i]).sum()) for micro in drawn) for i in range(len(lanes))]
+    losses = [torch.zeros((), device=forward.device) for _ in lanes]
+    for micro in drawn:
+        rows = {lane.name: _rows(batch) for lane, batch in zip(lanes, micro, strict=True)}
+        batch = _to_device(_concatenate(micro), forward.device)
+        with forward.compute(), forward.route(rows):
+            totals = forward.losses(forward.model, batch).total.split(list(rows.values()))
+        means = [total.sum() / count for total, count in zip(totals, counts, strict=True)]
+        torch.stack(means).sum().backward()
+        losses = [loss + mean.detach() for loss, mean in zip(losses, means, strict=True)]
+    return losses, sum(_tokens(batch) for micro in drawn for batch in micro)
+
+
+def _update(lane: Lane, max_norm: float) -> Tensor:
+    norm = torch.nn.utils.clip_grad_norm_(lane.parameters, max_norm)
+    lane.optimizer.step()
+    lane.schedule.step()
+    lane.optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def _trained(lane: Lane, step: int, loss: Tensor, norm: Tensor, rate: float) -> Record:
+    values: Record = {"train/loss": loss.item(), "train/grad_norm": norm.item(), "train/lr": rate}
+    bad = next((name for name, value in values.items() if not math.isfinite(float(value))), None)
+    if bad:
+        raise DivergedError(
+            f"{bad} became {values[bad]} at optimizer step {step} (lane {lane.name}): "
+            f"lower optimizer.lr (it is {lane.optimizer.defaults['lr']:g}) or train.max_grad_norm, "
+            "or use model.dtype=float32"
+        )
+    return {"lane": lane.name, "step": step, **values}
+
+
+def _evaluated(forward: Forward, lane: Lane, step: int) -> Record:
+    loss = evaluate(forward, lane)
+    if not math.isfinite(loss):
+        raise DivergedError(f"eval/loss became {loss} at optimizer step {step} (lane {lane.name}): lower optimizer.lr")
+    perplexity = math.exp(min(loss, 700.0))  # above 709 a float overflows
+    return {"lane": lane.name, "step": step, "eval/loss": loss, "eval/perplexity": perplexity}
+
+
+class _Clock:
+    """Tokens a second of training alone: evaluation stops it."""
+
+    def __init__(self) -> None:
+        self._tokens = 0
+        self._since = time.perf_counter()
+        self._paused_at = 0.0
+
+    def count(self, tokens: int) -> None:
+        self._tokens += tokens
+
+    def pause(self) -> None:
+        self._paused_at = time.perf_counter()
+
+    def resume(self) -> None:
+        self._since += time.perf_counter() - self._paused_at
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        rate = self._tokens / max(now - self._since, 1e-9)
+        self._tokens, self._since = 0, now
+        return rate
+
+
+def _rows(batch: Batch) -> int:
+    return len(next(iter(batch.values())))
+
+
+def _tokens(batch: Batch) -> int:
+    return batch["labels"].numel()
+
+
+def _concatenate(batches: list[Batch]) -> Batch:
+    if len(batches) == 1:
+        return batches[0]
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def _to_device(batch: Batch, device: torch.device) -> Batch:
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
