@@ -18,7 +18,7 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from lora_exp.config import Config, conf_folder, flat_values, register, to_config
+from lora_exp.config import Config, check, conf_folder, flat_values, register, to_config
 from lora_exp.job import Job, Outcome, Result, write_outcome
 from lora_exp.provenance import redacted
 from lora_exp.sweep.callback import begun
@@ -39,6 +39,7 @@ def hydra_main(composed: DictConfig) -> float:
     try:
         config = to_config(composed)
         values = flat_values(config)
+        check(config)
         result = _run(config, job)
     except Exception as error:
         message = _explain(error, job)

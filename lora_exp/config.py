@@ -5,6 +5,7 @@ Imports nothing heavy, so that ``--help``, ``--cfg job`` and a config error answ
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from dataclasses import asdict, dataclass, field
@@ -172,16 +173,20 @@ def conf_folder() -> Path:
 
 
 def to_config(composed: DictConfig) -> Config:
-    """Turn what Hydra composed into dataclasses, once. Raises ``ConfigError`` with every problem found."""
+    """Turn what Hydra composed into dataclasses, once. Raises ``ConfigError`` for values that are not set."""
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise ConfigError([f"{key} is not set: add {key}=VALUE" for key in missing])
     config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
+    return config
+
+
+def check(config: Config) -> None:
+    """Raise ``ConfigError`` with every problem that can be seen before anything is loaded."""
     problems = [*_adapter_problems(config), *_place_problems(config), *_number_problems(config)]
     if problems:
         raise ConfigError(problems)
-    return config
 
 
 def resolve_alpha(alpha: Any, rank: int) -> float:
@@ -216,7 +221,9 @@ def flat_values(config: Config) -> dict[str, Any]:
     values["lr"] = values.pop("optimizer.lr")
     if config.adapter.name == "full":  # LoRA's knobs have no meaning there, and would group unlike runs
         return {key: value for key, value in values.items() if key not in ("rank", "alpha", "dropout", "bias")}
-    return values | {"alpha": resolve_alpha(config.alpha, config.rank), "scale": scale_of(config)}
+    with contextlib.suppress(ValueError, ZeroDivisionError):  # a config that check() refuses is listed as it is
+        values |= {"alpha": resolve_alpha(config.alpha, config.rank), "scale": scale_of(config)}
+    return values
 
 
 def _flat_section(group: str, section: dict[str, Any]) -> dict[str, Any]:

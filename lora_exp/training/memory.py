@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import resource
 import sys
@@ -14,6 +15,7 @@ _GIB = 2**30
 
 def reset_peak(device: torch.device) -> None:
     """Start a new peak: the CUDA allocator's, or (on Linux) the process's resident memory."""
+    gc.collect()  # a job before this one may have left its model in a cycle
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
