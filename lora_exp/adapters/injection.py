@@ -12,23 +12,32 @@ import zlib
 
 from torch import nn
 
+from .biases import add_biases, trained_owners
 from .config import LoraConfig
+from .dora import DoraAdapter
 from .layer import LoRALayerBase
 from .lora import LoraAdapter
 from .registry import adapted_class, layer_class_for
 from .routing import Route
-from .targets import Targets, find_targets, value_for
+from .saved import add_copies
+from .targets import Targets, find_targets, saved_names, value_for
+from .walk import base_modules
 
 log = logging.getLogger(__name__)
 
 
 def inject(model: nn.Module, config: LoraConfig, name: str, route: Route) -> Targets:
-    """Add the adapter `name` to every layer of `model` that `config` targets; all checks come first."""
-    targets = find_targets(model, config)
+    """Add the adapter `name` wherever `config` wants it in `model`; all checks come first."""
+    modules = dict(base_modules(model))
+    targets = find_targets(model, modules, config)
     _check_ranks(targets.layers, config)
+    saved = saved_names(modules, config)
+    owners = trained_owners(_outside(modules, saved), set(targets.layers), config)
     for layer_name, module in targets.layers.items():
         layer = adopted(module, route)
-        layer.add_adapter(make_adapter(config, name, layer_name))
+        layer.add_adapter(make_adapter(config, name, layer_name, layer))
+    add_biases(owners, name, route)
+    add_copies(model, saved, name, route)
     if targets.skipped:
         some = "; ".join(f"{layer}: {reason}" for layer, reason in list(targets.skipped.items())[:3])
         log.warning(
@@ -50,15 +59,20 @@ def adopted(module: nn.Module, route: Route) -> LoRALayerBase:
     return module
 
 
-def make_adapter(config: LoraConfig, name: str, layer_name: str) -> LoraAdapter:
-    return LoraAdapter(
-        name,
-        rank=int(value_for(layer_name, config.rank_pattern, config.rank)),
-        alpha=value_for(layer_name, config.alpha_pattern, config.lora_alpha),
-        dropout=config.lora_dropout,
-        use_rslora=config.use_rslora,
-        layer_key=zlib.crc32(layer_name.encode()),
-    )
+def make_adapter(config: LoraConfig, name: str, layer_name: str, layer: LoRALayerBase) -> LoraAdapter:
+    rank = int(value_for(layer_name, config.rank_pattern, config.rank))
+    alpha = value_for(layer_name, config.alpha_pattern, config.lora_alpha)
+    # Indices cannot be dropped; PEFT leaves embeddings without dropout as well.
+    dropout = 0.0 if layer.layer_type == "embedding" else config.lora_dropout
+    key = zlib.crc32(layer_name.encode())
+    if config.use_dora:
+        return DoraAdapter(name, rank, alpha, dropout, config.use_rslora, key, config.dora_detach_norm)
+    return LoraAdapter(name, rank, alpha, dropout, config.use_rslora, key)
+
+
+def _outside(modules: dict[str, nn.Module], saved: list[str]) -> dict[str, nn.Module]:
+    inside = tuple(f"{name}." for name in saved)
+    return {name: m for name, m in modules.items() if name not in saved and not name.startswith(inside)}
 
 
 def _rebind(module: nn.Module) -> None:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .lora import LoraAdapter
-from .registry import restore
+from .plain import merged_copy
+from .registry import forward_override, restore
 from .routing import BASE, Plan, Route
 
 DEFAULT = "default"
@@ -30,6 +31,7 @@ class LoRALayerBase(nn.Module):
     bias: Any
     adapters: nn.ModuleDict
     route: Route
+    kept: dict[str, nn.Parameter]  # the base's own parameters while an adapter is merged in
 
     # Geometry
 
@@ -57,14 +59,18 @@ class LoRALayerBase(nn.Module):
         """(out,) -> a shape that broadcasts over the layer's output."""
         return values
 
+    def along_weight(self, values: Tensor) -> Tensor:
+        """(out,) -> a shape that broadcasts over the weight."""
+        return values.view([-1 if axis == self.out_axis else 1 for axis in range(self.dense_weight().dim())])
+
     # Hooks for a base that is not a plain float weight
 
     def base_forward(self, x: Tensor) -> Tensor:
         return super().forward(x)  # type: ignore[misc]  # the torch layer behind this mixin
 
     def dense_weight(self) -> Tensor:
-        """The base weight in floating point, in its own shape."""
-        return self.weight
+        """The base weight in floating point, in its own shape, whatever is merged into it now."""
+        return self.kept.get("weight", self.weight)
 
     def finish(self, out: Tensor) -> Tensor:
         """What the base layer does after its weight was applied (an embedding's max_norm)."""
@@ -111,6 +117,11 @@ class LoRALayerBase(nn.Module):
     @classmethod
     def refusal(cls, module: nn.Module, rank: int) -> str | None:
         """Why this kind of layer cannot adapt `module` at `rank`; None if it can."""
+        weight = module._parameters.get("weight")
+        if weight is None or isinstance(weight, nn.UninitializedParameter):
+            return "its weight is computed (a parametrisation) or not there yet, so nothing could be merged"
+        if (owner := forward_override(module)) is not None:
+            return f"{owner.__name__} has a forward of its own, which an adapter could not follow"
         return None
 
     @classmethod
@@ -124,18 +135,24 @@ class LoRALayerBase(nn.Module):
         """Turn a base layer whose class has just become this one into an adapted layer without adapters."""
         self.adapters = nn.ModuleDict()
         self.route = route
-        self.weight.requires_grad_(False)
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
+        self.kept = {}
+        for parameter in self.parameters(recurse=False):
+            parameter.requires_grad_(False)
 
     def add_adapter(self, adapter: LoraAdapter) -> None:
         adapter.prepare(self)
         adapter.train(self.training)
         self.adapters[adapter.name] = adapter
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if prefix + "weight" in state_dict:
+            for adapter in self.adapters.values():
+                adapter.base_loaded(self)  # type: ignore[operator]
+
     @property
     def is_merged(self) -> bool:
-        return False
+        return bool(self.kept)
 
     @property
     def adapter(self) -> LoraAdapter:
@@ -168,6 +185,10 @@ class LoRALayerBase(nn.Module):
     @property
     def lora_dropout(self) -> float:
         return self.adapter.dropout
+
+    def merge(self) -> Any:
+        """A new layer of the original class with W + delta_weight; this one stays as it is."""
+        return merged_copy(self)
 
     def delta_weight(self, name: str | None = None) -> Tensor:
         """scale * AB in the weight's shape, for the named or the active adapter."""

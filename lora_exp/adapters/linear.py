@@ -59,14 +59,3 @@ class LoRALinear(LoRALayerBase, nn.Linear):
     def combine(self, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         """(out, in)"""
         return (lora_A @ lora_B).T
-
-    def merge(self) -> nn.Linear:
-        """A plain nn.Linear with W + delta_weight; this layer stays as it is."""
-        plain = nn.Linear(
-            self.in_features, self.out_features, self.bias is not None, self.weight.device, self.weight.dtype
-        )
-        with torch.no_grad():
-            plain.weight.copy_(self.adapter.merged(self))
-            if self.bias is not None:
-                plain.bias.copy_(self.bias)
-        return plain

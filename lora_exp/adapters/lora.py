@@ -49,6 +49,9 @@ class LoraAdapter(nn.Module):
             layer.initialise(*factors)
         self.lora_A, self.lora_B = (nn.Parameter(factor.to(device)) for factor in factors)
 
+    def base_loaded(self, layer: LoRALayerBase) -> None:
+        """Called when other base weights were loaded into `layer`."""
+
     def output(self, layer: LoRALayerBase, x: Tensor) -> Tensor:
         """The adapted layer's output for x; the one path that a fused kernel may replace."""
         return self.add_to(layer, x, layer.base_forward(x))

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from . import files
+from . import contents, files, merging, peft_format
 from .config import LoraConfig
 from .counts import count_parameters
+from .gradients import unreached_layers
+from .identity import base_sha256
 from .injection import inject
 from .layer import DEFAULT
-from .routing import BASE, Clock, Plan, Route, draw_seed
-from .walk import joined, lora_layers
+from .merging import MergeReport
+from .routing import BASE, Clock, Plan, Route, draw_seed, sampled_plan, sliced_plan
+from .walk import biased_modules, lora_layers, saved_modules
 
 
 class LoraModel(nn.Module):
     """Freezes `model`, adds adapters to it in place, and otherwise behaves as it does.
 
-    The base model is `wrapped`; attributes that LoraModel does not have are looked up there.
+    The base model is `wrapped`; attributes that LoraModel does not have are looked up there. Several
+    named adapters may live side by side: one is active (`set_adapter`), or slices of the batch go through
+    different ones (`route`). Every adapter's parameters require gradients, active or not; an optimizer
+    takes those of `adapter_parameters(name)`.
     """
 
     def __init__(
@@ -31,6 +39,7 @@ class LoraModel(nn.Module):
         self.wrapped = model
         self.configs: dict[str, LoraConfig] = {}
         self.route_state = Route()
+        self._base_sha256: str | None = None
         model.requires_grad_(False)
         self.add_adapter(adapter_name, config)
         self.set_adapter(adapter_name)
@@ -39,17 +48,16 @@ class LoraModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped model's forward; in training, its layer calls can be told from other passes'."""
-        stochastic = self._is_stochastic()
-        if not self.wrapped.training or (torch.compiler.is_compiling() and not stochastic):
-            return self.wrapped(*args, **kwargs)
-        with self.route_state.training_pass(draw=stochastic):
-            return self.wrapped(*args, **kwargs)
-
-    def _is_stochastic(self) -> bool:
-        """Whether a replay of this pass must find its own masks or its own route again."""
-        live = self.route_state.live
-        drops = any(self.configs[name].lora_dropout > 0 for name in live.names if name != BASE)
-        return drops or live.sizes is not None
+        live, stochastic = self.route_state.live, self._is_stochastic()
+        if live.sizes is not None:
+            self.route_state.live = live.for_inputs([*args, *kwargs.values()])
+        try:
+            if not self.wrapped.training or (torch.compiler.is_compiling() and not stochastic):
+                return self.wrapped(*args, **kwargs)
+            with self.route_state.training_pass(draw=stochastic):
+                return self.wrapped(*args, **kwargs)
+        finally:
+            self.route_state.live = live
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -64,13 +72,64 @@ class LoraModel(nn.Module):
     def add_adapter(self, name: str, config: LoraConfig) -> None:
         """Add a named adapter; its factors are drawn from the global RNG. It is not active yet."""
         self._check_new_name(name)
+        self._check_unmerged("add an adapter")
         inject(self.wrapped, config, name, self.route_state)
         self.configs[name] = config
         self.route_state.clocks[name] = Clock(draw_seed())
 
     def set_adapter(self, name: str) -> None:
+        """Let one adapter serve the whole batch."""
         self._check_name(name)
+        self._check_unmerged("switch adapters")
         self.route_state.live = Plan((name,))
+
+    def delete_adapter(self, name: str) -> None:
+        """Remove an adapter; if it was active, the first that remains is, or the base alone."""
+        self._check_name(name)
+        self._check_unmerged("delete an adapter")
+        for _, layer in lora_layers(self.wrapped):
+            if name in layer.adapters:
+                del layer.adapters[name]
+        for _, _, trained in biased_modules(self.wrapped):
+            if name in trained.values:
+                del trained.values[name]
+        for _, switch in saved_modules(self.wrapped):
+            if name in switch.copies:
+                del switch.copies[name]
+        del self.configs[name], self.route_state.clocks[name]
+        if name in self.route_state.live.names:
+            self.route_state.live = Plan(tuple(self.configs)[:1])
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Exactly the base model, also where an adapter was merged in."""
+        merged = self.merged_adapter
+        if merged is not None:
+            self.unmerge()
+        try:
+            with self.route_state.using(Plan()):
+                yield
+        finally:
+            if merged is not None:
+                self.merge(merged)
+
+    @contextmanager
+    def route(self, sizes: Mapping[str, int]) -> Iterator[None]:
+        """Contiguous slices of the batch through different adapters, in the mapping's order.
+
+        In training and in inference; each adapter gets its own slice's gradient. "__base__" names the
+        base alone. Backward may run outside of the context.
+        """
+        with self._routed(sliced_plan(sizes)):
+            yield
+
+    @contextmanager
+    def route_samples(self, names: Sequence[str]) -> Iterator[None]:
+        """One adapter name a sample, for inference."""
+        if self.wrapped.training:
+            raise ValueError("route_samples is for inference; call eval() first, or train with route()")
+        with self._routed(sampled_plan(names)):
+            yield
 
     @property
     def active_adapter(self) -> str | None:
@@ -79,69 +138,182 @@ class LoraModel(nn.Module):
         return live.names[0] if live.names and live.sizes is None else None
 
     def adapter_parameters(self, name: str = DEFAULT) -> dict[str, nn.Parameter]:
-        """Everything that an adapter trains, by dotted name without the adapter's."""
+        """Everything that an adapter trains, by dotted name without the adapter's.
+
+        Factors as `layer.lora_A`, `layer.lora_B` and `layer.magnitude`, biases as `module.bias`, modules
+        to save under their own parameters' names.
+        """
         self._check_name(name)
-        found: dict[str, nn.Parameter] = {}
-        for layer_name, layer in lora_layers(self.wrapped):
-            if name in layer.adapters:
-                own = layer.adapters[name].named_parameters()
-                found.update((joined(layer_name, key), value) for key, value in own)
-        return found
+        factors = contents.factor_parameters(self.wrapped, name)
+        biases = contents.bias_parameters(self.wrapped, name)
+        saved = contents.saved_tensors(self.wrapped, name)
+        trained = {key: value for key, value in saved.items() if isinstance(value, nn.Parameter)}
+        return contents.without_repeats({**factors, **biases, **trained})
+
+    def adapter_tensors(self, name: str = DEFAULT) -> dict[str, Tensor]:
+        """`adapter_parameters` and the buffers of modules to save: what a file must hold."""
+        buffers = contents.saved_tensors(self.wrapped, name)
+        return contents.without_repeats({**self.adapter_parameters(name), **buffers})
+
+    def dropout_state(self, name: str = DEFAULT) -> dict[str, int]:
+        """What an adapter's dropout masks follow from; store it to resume a run exactly."""
+        self._check_name(name)
+        clock = self.route_state.clocks[name]
+        return {"seed": clock.seed, "passes": clock.passes}
+
+    def load_dropout_state(self, state: Mapping[str, int], name: str = DEFAULT) -> None:
+        self._check_name(name)
+        self.route_state.clocks[name] = Clock(**state)
+
+    # Figures and checks
 
     def parameter_counts(self, name: str | None = None) -> tuple[int, int]:
-        """(trainable parameters of an adapter, parameters of the base and all adapters)."""
-        return count_parameters(self.adapter_parameters(self._chosen(name)).values(), self.parameters())
+        """(what an adapter trains, base and all adapters), logical parameters, equal to PEFT's counts."""
+        copies = {id(p) for _, _, trained in biased_modules(self.wrapped) for p in trained.parameters()}
+        # PEFT trains biases in place; our copies of them are no further parameters of the model.
+        everything = [p for p in self.parameters() if id(p) not in copies]
+        return count_parameters(self.adapter_parameters(self._chosen(name)).values(), everything)
 
     def summary(self) -> str:
         trainable, total = self.parameter_counts()
+        base = total - sum(p.numel() for p in self.parameters() if p.requires_grad)
         return (
-            f"Initial Parameters : {total - trainable:,} || LoRA Parameters : {trainable:,} || "
+            f"Initial Parameters : {base:,} || LoRA Parameters : {trainable:,} || "
             f"Trainable Proportion : {100 * trainable / total:.4f}%"
         )
 
     def check_gradients(self) -> list[str]:
-        """After a backward pass: names of adapted layers whose B got no gradient; raises if none got one.
+        """After a backward pass: names of adapted layers whose B got no gradient; raises if none got one."""
+        return unreached_layers(self.wrapped, self.route_state.trained or self.route_state.live.names)
 
-        Some layers may rightly wait (an expert without a token yet); all of them means that training
-        reads the weights without calling the layers, or that the loss does not depend on them.
+    # Merging
+
+    def merge(self, name: str | None = None, safe: bool = True) -> MergeReport:
+        """Fold an adapter into the base weights in place, accumulating in float32.
+
+        The base's own weights are kept (twice the memory of adapted layers) for unmerge(). `safe` refuses
+        results that are not finite. Returns what rounding to the weights' dtype cost.
         """
-        served = set(self.route_state.trained)
-        dead: dict[str, bool] = {}
-        for layer_name, layer in lora_layers(self.wrapped):
-            for name in served & set(layer.adapters):
-                factor: Any = layer.adapters[name].lora_B
-                dead[layer_name] = dead.get(layer_name, False) or factor.grad is None
-        if all(dead.values()):
-            raise ValueError(
-                f"no adapter got a gradient in the last backward pass (of {', '.join(list(dead)[:5])}); "
-                "target layers that the model calls, and with reentrant checkpointing let the embeddings' "
-                "output require gradients"
-            )
-        return [name for name, is_dead in dead.items() if is_dead]
+        self._check_unmerged("merge another adapter")
+        chosen = self._chosen(name)
+        report = merging.merge(self.wrapped, chosen, safe)
+        self.route_state.live = Plan((chosen,))
+        return report
+
+    def unmerge(self) -> None:
+        """Restore the base weights bit for bit from the kept copy."""
+        if self.merged_adapter is None:
+            raise ValueError("nothing is merged; call merge() first")
+        merging.unmerge(self.wrapped)
+
+    def merge_and_unload(self, name: str | None = None, safe: bool = True) -> nn.Module:
+        """The original model, of its original classes, with an adapter merged in; this wrapper is done for.
+
+        Where embedding and head were tied and only one side or both were adapted, they are two weights
+        from now on, and a transformers config says so.
+        """
+        chosen = self.merged_adapter or self._chosen(name)
+        ties = merging.weight_ties(self.wrapped) if self.merged_adapter is None else []
+        if self.merged_adapter is None:
+            merging.merge(self.wrapped, chosen, safe)
+        plain = merging.unload(self.wrapped, chosen)
+        merging.declare_untied(plain, ties)
+        return plain
+
+    @property
+    def merged_adapter(self) -> str | None:
+        """The adapter that is merged into the weights now."""
+        is_merged = any(layer.is_merged for _, layer in lora_layers(self.wrapped))
+        return self.route_state.live.names[0] if is_merged and self.route_state.live.names else None
 
     # Files
 
     def save_model(self, path: str | Path, merge_weights: bool = False, name: str | None = None) -> None:
-        """One safetensors file with an adapter alone."""
+        """One safetensors file: an adapter alone, or the original class's full state with it merged in."""
         chosen = self._chosen(name)
-        files.save_adapter(path, self.adapter_parameters(chosen), self.configs[chosen])
+        if merge_weights:
+            files.write_tensors(path, merging.merged_state(self.wrapped, chosen), {})
+        else:
+            files.save_adapter(path, self.adapter_tensors(chosen), self.configs[chosen])
 
     def load_model(self, path: str | Path, name: str | None = None) -> None:
         """Load what save_model wrote into an adapter made with the same config; strict."""
         chosen = self._chosen(name)
-        files.load_adapter(path, self.adapter_parameters(chosen), self.configs[chosen])
+        self._check_unmerged("load an adapter")
+        files.load_adapter(path, self.adapter_tensors(chosen), self.configs[chosen])
+
+    def save_pretrained(self, directory: str | Path, name: str | None = None) -> None:
+        """Write an adapter in PEFT's format: adapter_config.json, adapter_model.safetensors, README.md."""
+        peft_format.save(self, directory, self._chosen(name))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        directory: str | Path,
+        adapter_name: str = DEFAULT,
+        strict_base: bool = False,
+        verbose: bool = True,
+    ) -> LoraModel:
+        """`model` with an adapter in PEFT's format, ours or PEFT's own.
+
+        Other base weights than those it was trained on (another dtype, a quantised copy) are said once;
+        `strict_base=True` makes them an error.
+        """
+        made = cls(model, peft_format.read_config(directory, model), adapter_name, verbose=verbose)
+        peft_format.load(made, directory, adapter_name, strict_base)
+        return made
+
+    def load_adapter(self, directory: str | Path, name: str, strict_base: bool = False) -> None:
+        """Add an adapter from a folder in PEFT's format under a new name; it is not active yet."""
+        self.add_adapter(name, peft_format.read_config(directory, self.wrapped))
+        try:
+            peft_format.load(self, directory, name, strict_base)
+        except ValueError:
+            self.delete_adapter(name)
+            raise
+
+    def base_sha256(self) -> str | None:
+        """Identity of the base weights, computed once; None while they are on the meta device."""
+        if self._base_sha256 is None:
+            self._base_sha256 = base_sha256(self.wrapped)
+        return self._base_sha256
+
+    # Inside
+
+    @contextmanager
+    def _routed(self, plan: Plan) -> Iterator[None]:
+        self._check_unmerged("route")
+        for name in set(plan.names) - {BASE}:
+            self._check_name(name)
+        with self.route_state.using(plan):
+            yield
+
+    def _is_stochastic(self) -> bool:
+        """Whether a replay of this pass must find its own masks or its own route again."""
+        live = self.route_state.live
+        drops = any(self.configs[name].lora_dropout > 0 for name in live.names if name != BASE)
+        return drops or live.sizes is not None
 
     def _chosen(self, name: str | None) -> str:
-        chosen = name or self.active_adapter or next(iter(self.configs))
+        chosen = name or self.active_adapter or next(iter(self.configs), "")
         self._check_name(chosen)
         return chosen
 
     def _check_name(self, name: str) -> None:
         if name not in self.configs:
-            raise ValueError(f"there is no adapter {name!r}; this model has {', '.join(self.configs)}")
+            raise ValueError(
+                f"there is no adapter {name!r}; this model has {', '.join(self.configs) or 'none'}"
+            )
 
     def _check_new_name(self, name: str) -> None:
         if name in self.configs:
             raise ValueError(f"there is an adapter {name!r} already; choose another name or delete it first")
         if not re.fullmatch(r"\w[\w-]*", name) or name == BASE or hasattr(nn.ModuleDict, name):
             raise ValueError(f"adapter name {name!r} cannot be used; take letters, digits, _ and -")
+
+    def _check_unmerged(self, what: str) -> None:
+        if (merged := self.merged_adapter) is not None:
+            raise ValueError(
+                f"cannot {what} while {merged!r} is merged into the weights; call unmerge() first"
+            )

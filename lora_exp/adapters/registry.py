@@ -39,7 +39,7 @@ def layer_class_for(module: nn.Module) -> type[LoRALayerBase] | None:
 
 def adapted_class(layer_class: type[LoRALayerBase], base_class: type[nn.Module]) -> type[LoRALayerBase]:
     """`layer_class` itself if it adapts exactly `base_class`, else a subclass of both, made once."""
-    if layer_class.__mro__[2] is base_class:
+    if base_class in layer_class.__mro__:
         return layer_class
     if (made := _MADE.get((layer_class, base_class))) is not None:
         return made
@@ -59,6 +59,16 @@ def base_class_of(layer: LoRALayerBase) -> type[nn.Module]:
     if layer.made_from is not None:
         return layer.made_from[1]
     return next(kind for kind in type(layer).__mro__ if qualified_name(kind) in _LAYERS)
+
+
+def forward_override(module: nn.Module) -> type | None:
+    """The class between a module's own and its registered base that changes forward; None if none does."""
+    for kind in type(module).__mro__:
+        if qualified_name(kind) in _LAYERS:
+            return None
+        if "forward" in vars(kind) and not hasattr(kind, "made_from"):
+            return kind
+    return None
 
 
 def qualified_name(kind: type) -> str:

@@ -32,6 +32,14 @@ class Plan:
     sizes: tuple[int, ...] | None = None
     rows: int = 1
 
+    def for_inputs(self, inputs: Sequence[object]) -> Plan:
+        """The plan with `rows` read off the model's inputs: (batch, rows, ...)."""
+        batch = sum(self.sizes or ())
+        for value in inputs:
+            if isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[0] == batch:
+                return dataclasses.replace(self, rows=value.shape[1])
+        return self
+
     def split(self, length: int) -> list[tuple[str, int, int]]:
         """(name, start, stop) along a leading dimension of `length`."""
         assert self.sizes is not None

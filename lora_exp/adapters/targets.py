@@ -11,7 +11,7 @@ from torch import nn
 
 from .config import ALL_LINEAR, LoraConfig
 from .registry import layer_class_for
-from .walk import base_modules
+from .walk import lora_layers
 
 _HEAD_NAMES = ("lm_head", "score", "classifier", "qa_outputs")
 _BLOCK_INDEX = re.compile(r".*?\.(\d+)\.")  # the first number: blocks are outside, experts inside
@@ -35,9 +35,8 @@ class Targets:
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-def find_targets(model: nn.Module, config: LoraConfig) -> Targets:
-    """The layers that `config` names in `model`; a name that names nothing is an error."""
-    modules = dict(base_modules(model))
+def find_targets(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig) -> Targets:
+    """The layers among `modules` that `config` names; a name that names nothing is an error."""
     chosen = _named(modules, config) if _is_explicit(config) else _by_type(model, modules, config)
     chosen = _without_excluded(chosen, modules, config)
     chosen = _in_blocks(chosen, config)
@@ -47,6 +46,23 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Targets:
     if not targets.layers:
         raise ValueError(f"{_wish(config)} leaves no layer to adapt{_skipped_note(targets.skipped)}")
     return targets
+
+
+def saved_names(modules: dict[str, nn.Module], config: LoraConfig) -> list[str]:
+    """The full names that `modules_to_save` stands for; outermost only, all checks included."""
+    if config.modules_to_save is None:
+        return []
+    found = matching(config.modules_to_save, modules, "modules_to_save")
+    if "" in found:
+        raise ValueError("modules_to_save names the whole model; name a part of it, such as its head")
+    outer = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
+    for name in outer:
+        if adapted := [inner for inner, _ in lora_layers(modules[name])]:
+            raise ValueError(
+                f"modules_to_save: {name} holds layers of another adapter ({adapted[0] or 'itself'}); "
+                "exclude them from that adapter, or save this module there too"
+            )
+    return sorted(outer)
 
 
 def value_for(name: str, patterns: Mapping[str, float] | None, default: float) -> float:

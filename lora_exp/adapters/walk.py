@@ -1,4 +1,4 @@
-"""The base model as it was before injection: its modules and parameters under their own names."""
+"""The model as it was before injection: its modules under their own names."""
 
 from __future__ import annotations
 
@@ -6,28 +6,31 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from .biases import CHILD, TrainedBiases
 from .layer import LoRALayerBase
+from .saved import SavedModule
 
 
-def base_modules(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(dotted name, module) of every module of the base, adapters left out, shared modules once."""
-    seen: set[int] = set()
-    stack = [(name, model)]
-    while stack:
-        name, module = stack.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        yield name, module
-        for child_name, child in reversed(list(_base_children(module))):
-            stack.append((joined(name, child_name), child))
+    return ((name, module) for name, module in _walk(model) if not isinstance(module, SavedModule))
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayerBase]]:
     """(dotted name, layer) of every adapted layer."""
-    for name, module in base_modules(model):
-        if isinstance(module, LoRALayerBase):
-            yield name, module
+    return ((name, module) for name, module in _walk(model) if isinstance(module, LoRALayerBase))
+
+
+def saved_modules(model: nn.Module) -> Iterator[tuple[str, SavedModule]]:
+    """(dotted name, switch) of every module that some adapter trains in full."""
+    return ((name, module) for name, module in _walk(model) if isinstance(module, SavedModule))
+
+
+def biased_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, TrainedBiases]]:
+    """(dotted name, owner, its trained biases) of every module whose bias some adapter trains."""
+    for name, module in _walk(model):
+        if isinstance(trained := module._modules.get(CHILD), TrainedBiases):
+            yield name, module, trained
 
 
 def joined(*parts: str) -> str:
@@ -35,7 +38,23 @@ def joined(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
 
-def _base_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, child in module._modules.items():
-        if child is not None and not (isinstance(module, LoRALayerBase) and name == "adapters"):
-            yield name, child
+def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    seen: set[int] = set()
+    stack = [("", model)]
+    while stack:
+        name, module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield name, module
+        stack.extend(reversed([*_children(name, module)]))
+
+
+def _children(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    if isinstance(module, SavedModule):
+        yield name, module.original
+        return
+    for child_name, child in module._modules.items():
+        is_ours = child_name == CHILD or (isinstance(module, LoRALayerBase) and child_name == "adapters")
+        if child is not None and not is_ours:
+            yield joined(name, child_name), child

@@ -1,0 +1,171 @@
+"""Folding adapters into the base weights, taking them out again, and leaving plain modules behind."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .biases import CHILD, remove_biases
+from .layer import LoRALayerBase
+from .plain import strip
+from .walk import base_modules, biased_modules, lora_layers, saved_modules
+
+
+@dataclasses.dataclass
+class MergeReport:
+    """What storing W + delta in the weights' own dtype cost.
+
+    max_error: the largest absolute rounding error of a weight; relative_error: ||error|| / ||delta|| over
+    all layers, the share of the update that rounding lost. Both are 0 for float32 weights.
+    """
+
+    layers: int = 0
+    max_error: float = 0.0
+    relative_error: float = 0.0
+
+
+def merge(model: nn.Module, name: str, safe: bool) -> MergeReport:
+    """Fold adapter `name` into the weights of `model` in place; the base's own parameters are kept."""
+    report, lost, wanted = MergeReport(), 0.0, 0.0
+    try:
+        for layer_name, layer in lora_layers(model):
+            if name in layer.adapters:
+                exact, rounded = _fold(layer, layer_name, name, safe)
+                error = exact - rounded.to(exact.dtype)
+                report.layers += 1
+                report.max_error = max(report.max_error, error.abs().max().item())
+                lost += error.square().sum().item()
+                wanted += (exact - layer.dense_weight().to(exact.dtype)).square().sum().item()
+    except ValueError:
+        unmerge(model)
+        raise
+    for _, owner, trained in biased_modules(model):
+        if name in trained.values:
+            base: Any = owner.bias
+            trained.kept["bias"] = base
+            owner.bias = nn.Parameter(trained.values[name].detach().to(base.dtype), requires_grad=False)
+    report.relative_error = (lost / wanted) ** 0.5 if wanted else 0.0
+    return report
+
+
+def unmerge(model: nn.Module) -> None:
+    """Put the base's own parameters back, bit for bit."""
+    kept = [(layer, layer.kept) for _, layer in lora_layers(model) if layer.kept]
+    kept += [(owner, trained.kept) for _, owner, trained in biased_modules(model) if trained.kept]  # type: ignore[misc]
+    for module, parameters in kept:
+        for key, parameter in parameters.items():
+            now: Any = getattr(module, key)
+            if parameter.dtype != now.dtype:
+                raise ValueError(
+                    f"the model was cast from {parameter.dtype} to {now.dtype} with an adapter merged in, so "
+                    "the base cannot be restored bit for bit; cast it back first, or load the base anew"
+                )
+    for module, parameters in kept:
+        for key, parameter in parameters.items():
+            parameter.data = parameter.data.to(getattr(module, key).device)
+            setattr(module, key, parameter)
+        parameters.clear()
+
+
+def unload(model: nn.Module, name: str | None) -> nn.Module:
+    """The model in its original classes, in place, with nothing of the library left.
+
+    What is merged stays merged; the modules that adapter `name` saved replace the originals.
+    """
+    for module_name, switch in list(saved_modules(model)):
+        parent = model.get_submodule(module_name.rpartition(".")[0])
+        parent._modules[module_name.rpartition(".")[2]] = _plain_copy(switch, name)
+    for _, owner, _ in list(biased_modules(model)):
+        remove_biases(owner)
+    for _, layer in list(lora_layers(model)):
+        strip(layer)
+    return model
+
+
+def merged_state(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """The state dict of the original class with adapter `name` merged in; `model` stays as it is."""
+    replaced: dict[str, Tensor] = {}
+    dropped: list[str] = []
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, LoRALayerBase):
+            dropped.append(f"{prefix}.adapters.".lstrip("."))
+            if name in module.adapters:
+                adapter: Any = module.adapters[name]
+                merged = adapter.merged(module).detach()
+                replaced[f"{prefix}.weight".lstrip(".")] = merged.to(module.dense_weight().dtype)
+        if CHILD in module._modules:
+            trained: Any = module._modules[CHILD]
+            dropped.append(f"{prefix}.{CHILD}.".lstrip("."))
+            if name in trained.values:
+                base: Any = module.bias
+                replaced[f"{prefix}.bias".lstrip(".")] = trained.values[name].detach().to(base.dtype)
+    state = {key: value for key, value in model.state_dict().items() if not key.startswith(tuple(dropped))}
+    return _with_saved({**state, **replaced}, model, name)
+
+
+def declare_untied(model: Any, ties: list[set[str]]) -> None:
+    """Tell a transformers config when weights that were tied before merging are two weights now."""
+    now = weight_ties(model)
+    if all(names in now for names in ties):
+        return
+    config: Any = getattr(model, "config", None)
+    inner = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for one in (config, inner):
+        if getattr(one, "tie_word_embeddings", False):
+            one.tie_word_embeddings = False
+
+
+def weight_ties(model: nn.Module) -> list[set[str]]:
+    """Groups of parameter names of the base that are one and the same parameter."""
+    groups: dict[int, set[str]] = {}
+    for name, module in base_modules(model):
+        for key, parameter in _base_parameters(module):
+            groups.setdefault(id(parameter), set()).add(f"{name}.{key}".lstrip("."))
+    return [names for names in groups.values() if len(names) > 1]
+
+
+def _base_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((key, p) for key, p in module._parameters.items() if p is not None)
+
+
+@torch.no_grad()
+def _fold(layer: LoRALayerBase, layer_name: str, name: str, safe: bool) -> tuple[Tensor, Tensor]:
+    """(W + delta in float32, what is stored of it)"""
+    adapter: Any = layer.adapters[name]
+    exact = adapter.merged(layer)
+    rounded = exact.to(layer.dense_weight().dtype)
+    if safe and not torch.isfinite(rounded).all():
+        raise ValueError(
+            f"merging {name!r} makes weights of {layer_name} that are not finite; nothing was merged. "
+            "Check the adapter for a diverged run"
+        )
+    # A new parameter: one that is tied elsewhere (embedding = lm_head) must not change there.
+    layer.kept["weight"] = layer.weight
+    layer.weight = nn.Parameter(rounded, requires_grad=False)
+    return exact, rounded
+
+
+def _plain_copy(switch: Any, name: str | None) -> nn.Module:
+    if name is None or name not in switch.copies:
+        return switch.original
+    for trained, base in zip(switch.copies[name].parameters(), switch.original.parameters(), strict=True):
+        trained.data = trained.data.to(base.dtype)
+        trained.requires_grad_(False)
+    return switch.copies[name]
+
+
+def _with_saved(state: dict[str, Tensor], model: nn.Module, name: str) -> dict[str, Tensor]:
+    """`state` with the entries of switches renamed to those of the modules that they stand for."""
+    for module_name, switch in saved_modules(model):
+        outer, inner = f"{module_name}.", f"{module_name}.original."
+        mine = {key: state.pop(key) for key in list(state) if key.startswith(outer)}
+        plain = {key.removeprefix(inner): value for key, value in mine.items() if key.startswith(inner)}
+        if name in switch.copies:
+            trained = switch.copies[name].state_dict()
+            plain = {key: trained[key].to(value.dtype) for key, value in plain.items()}
+        state.update({outer + key: value for key, value in plain.items()})
+    return state

@@ -1,0 +1,46 @@
+"""Adapted layers turned back into layers of the class they came from."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .biases import CHILD, remove_biases
+from .registry import base_class_of
+
+if TYPE_CHECKING:
+    from .layer import LoRALayerBase
+
+
+def strip(layer: LoRALayerBase) -> nn.Module:
+    """The layer itself, back in the class it had before it was adapted."""
+    plain: nn.Module = layer
+    original = base_class_of(layer)
+    del layer.adapters
+    for key in ("route", "kept"):
+        del layer.__dict__[key]
+    plain.__class__ = original
+    if "_old_forward" in plain.__dict__:  # accelerate's, see injection
+        plain.__dict__["_old_forward"] = original.forward.__get__(plain)
+    return plain
+
+
+def merged_copy(layer: LoRALayerBase) -> Any:
+    """A plain layer of the original class with the active adapter merged in; `layer` stays as it is."""
+    twin = copy.copy(layer)
+    twin.__dict__ = {
+        key: dict(value) if isinstance(value, dict) else value for key, value in vars(layer).items()
+    }
+    weight = layer.adapter.merged(layer).detach().to(layer.dense_weight().dtype)
+    trained: Any = twin._modules.get(CHILD)
+    if trained is not None:
+        remove_biases(twin)
+    strip(twin)
+    twin.weight = nn.Parameter(weight)
+    if isinstance(bias := getattr(twin, "bias", None), nn.Parameter):
+        name = layer.adapter.name
+        own = trained.values[name] if trained is not None and name in trained.values else bias
+        twin.bias = nn.Parameter(own.detach().to(bias.dtype, copy=True))
+    return twin
