@@ -76,7 +76,7 @@ def load_base(source: Source, section: ModelConfig, place: Place) -> nn.Module:
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise ValueError(_cannot_be_had(section, error)) from error
     model.config.use_cache = False
-    model.to(place.device)
+    nn.Module.to(model, place.device)
     return model
 
 

@@ -58,9 +58,9 @@ def collect(folder: Path) -> list[JobReport]:
 
 
 def differing(jobs: list[JobReport]) -> list[str]:
-    """The config values that are not the same in every job; ``scale`` and ``alpha`` only if nothing explains them."""
+    """The config values that are not the same in every job; ``scale`` only if nothing else explains it."""
     names = dict.fromkeys(name for job in jobs for name in job.outcome.values)
-    varying = [name for name in names if len({str(job.outcome.values.get(name)) for job in jobs}) > 1]
+    varying = [name for name in names if len({_text(job.outcome.values.get(name)) for job in jobs}) > 1]
     derived = {"scale"} if {"rank", "alpha", "scaling"} & set(varying) else set()
     return [name for name in varying if name not in derived] or ["rank"]
 
