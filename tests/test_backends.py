@@ -95,6 +95,6 @@ def test_full_trains_everything_and_saves_a_model_that_loads(tiny_llama: Path, t
 def test_full_with_targets_trains_those_weights_alone(tiny_llama: Path, tmp_path: Path) -> None:
     adapted = adapt(base(tiny_llama), config("adapter=full", "targets=[v_proj]"))
     trained = [name for name, parameter in adapted.model.named_parameters() if parameter.requires_grad]
-    assert trained == [f"model.layers.{layer}.self_attn.v_proj.weight" for layer in (0, 1)]
+    assert trained == [f"model.layers.{i}.self_attn.v_proj.{kind}" for i in (0, 1) for kind in ("weight", "bias")]
     adapted.save(tmp_path / "part")
     assert set(saved(tmp_path / "part")) == set(trained)
