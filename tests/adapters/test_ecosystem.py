@@ -52,6 +52,7 @@ def test_compile(dora, tiny, tokens, randomised):
         torch.testing.assert_close(compiled(tokens), model(tokens))
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo's own
 def test_compile_with_dropout(tiny, tokens, randomised):
     model = LoraModel(tiny, LoraConfig(rank=2, lora_dropout=0.3), verbose=False)
     randomised(model)
@@ -73,7 +74,8 @@ def test_autocast(tiny, tokens, randomised):
     assert {p.grad.dtype for p in model.adapter_parameters().values()} == {torch.float32}
 
 
-def test_data_parallel(tiny, tokens, tmp_path):
+def test_data_parallel(tiny, tokens, tmp_path, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
@@ -112,6 +114,7 @@ def test_nothing_heavy_is_imported():
     import subprocess
     import sys
 
-    code = "import sys, lora_exp.adapters; print([m for m in ('transformers','peft','hydra','mlflow') if m in sys.modules])"
+    heavy = ("transformers", "peft", "hydra", "mlflow")
+    code = f"import sys, lora_exp.adapters; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
