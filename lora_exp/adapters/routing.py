@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import torch
 
-from .replay import current_pass, draw_number, is_replaying, numbered_pass
+from .replay import current_pass, draw_number, is_replaying, next_number, numbered_pass
 
 BASE = "__base__"  # the name that routes samples through the frozen model alone, as in PEFT
 _REMEMBERED_PASSES = 4096
@@ -70,7 +70,6 @@ class Route:
         self.clocks: dict[str, Clock] = {}
         self.trained: tuple[str, ...] = ()  # whom the last training pass served
         self._passes: OrderedDict[int, tuple[Plan, dict[str, int]]] = OrderedDict()
-        self._numbers = itertools.count()
 
     def plan(self) -> Plan:
         """The plan that holds for the layer call at hand, be it live or a replay."""
@@ -93,7 +92,7 @@ class Route:
 
         draw: a replay of the whole model must be recognised; drops: dropout is on, so clocks move.
         """
-        number = draw_number() if draw else next(self._numbers) + 1
+        number = draw_number() if draw else next_number()
         if not (draw and is_replaying() and number in self._passes):
             while number in self._passes:
                 number = draw_number()
