@@ -169,10 +169,9 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_what_to_do(tiny_llama
     def poison() -> None:
         parameters[0].data.fill_(torch.nan)
 
-    records = []
+    records: list[Record] = []
     with pytest.raises(DivergedError, match=r"nan at optimizer step 2 .*lower optimizer\.lr"):
-        for record in train(forward(model, check_gradients=poison), [broken], section()):
-            records.append(record)
+        records.extend(train(forward(model, check_gradients=poison), [broken], section()))
     assert [r["step"] for r in records if "train/loss" in r] == [1]
 
 
