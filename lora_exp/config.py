@@ -117,13 +117,13 @@ class DataConfig:
 class TrainConfig:
     """``steps``, ``eval_every`` and ``log_every`` count optimizer steps."""
 
-    steps: int = 30
+    steps: int = 24
     micro_batch_size: int = 4
     grad_accum_steps: int = 1
-    warmup_steps: int = 3
+    warmup_steps: int = 2
     schedule: str = "cosine"
     max_grad_norm: float = 1.0
-    eval_every: int = 15
+    eval_every: int = 12
     eval_blocks: int = 32
     log_every: int = 1
 
@@ -247,12 +247,11 @@ def flat_values(config: Config) -> dict[str, Any]:
 
     A group stands under its own name (``model``, ``adapter``, …), its other fields as ``group.field``.
     """
-    values: dict[str, Any] = {}
-    for key, value in asdict(config).items():
+    sections = asdict(config)
+    values = {key: value for key, value in sections.items() if not isinstance(value, dict)}
+    for key, value in sections.items():
         if isinstance(value, dict):
             values |= _flat_section(key, value)
-        else:
-            values[key] = value
     values["lr"] = values.pop("optimizer.lr")
     if not uses_factors(config):  # LoRA's knobs have no meaning there, and would group unlike runs
         return {key: value for key, value in values.items() if key not in ("rank", "alpha", "dropout", "bias")}
@@ -273,7 +272,7 @@ def _flat_section(group: str, section: dict[str, Any]) -> dict[str, Any]:
         return {}
     title = "label" if section.get("label") else "name"
     values = {group: section[title]} if title in section else {}
-    skipped = {title, "kind", "packaged", "cache_dir", *_OTHER_KIND.get(section.get("kind", ""), ())}
+    skipped = {title, "kind", "packaged", "cache_dir", "targets", *_OTHER_KIND.get(section.get("kind", ""), ())}
     rest = {f"{group}.{name}": value for name, value in section.items() if name not in skipped}
     return values | {key: value for key, value in rest.items() if value not in (None, {}, [])}
 
