@@ -38,7 +38,15 @@ def config(*overrides: str) -> Config:
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES, ids=[f"{group}={choice}" for group, choice in CHOICES])
 def test_every_yaml_composes_converts_and_passes_the_checks(group: str, choice: str) -> None:
-    needed = {"model=hf": ["model.name=org/model"], "data=text": ["data.path=file.txt"]}
+    vision = ["model=efficientnet_lite0", "data=mnist5k", "layer=conv2d"]
+    needed = {
+        "model=hf": ["model.name=org/model"],
+        "data=text": ["data.path=file.txt"],
+        "adapter=head": vision,
+        "layer=conv2d": vision,
+        "data=mnist5k": vision,
+        "model=efficientnet_lite0": vision,
+    }
     plus = "+" if group == "experiment" else ""
     check(config(f"{plus}{group}={choice}", *needed.get(f"{group}={choice}", [])))
 
@@ -74,7 +82,9 @@ def test_all_problems_are_reported_together() -> None:
         assert value in str(caught.value)
 
 
-@pytest.mark.parametrize("override", ["rank=3.5", "rank=eight", "dropout=high", "train.steps=many", "rnak=8", "adapter=lroa"])
+@pytest.mark.parametrize(
+    "override", ["rank=3.5", "rank=eight", "dropout=high", "train.steps=many", "rnak=8", "adapter=lroa"]
+)
 def test_a_wrong_type_or_an_unknown_name_fails_at_composition(override: str) -> None:
     with pytest.raises(ConfigCompositionException):
         composed(override)
