@@ -158,7 +158,8 @@ def _chosen_weights(base: nn.Module, config: Config) -> dict[str, nn.Parameter]:
     from lora_exp.adapters.targets import find_targets
     from lora_exp.adapters.walk import base_modules
 
-    modules = find_targets(base, dict(base_modules(base)), LoraConfig(target_modules=config.targets)).layers
+    wanted = LoraConfig(rank=1, target_modules=config.targets)
+    modules = find_targets(base, dict(base_modules(base)), wanted).layers
     chosen = {name: parameter for name, parameter in everything.items() if name.rpartition(".")[0] in modules}
     return chosen | _inside(base, config.model.modules_to_save)
 

@@ -1,139 +1,100 @@
-"""What is put on a base: PEFT is the oracle, layer type by layer type."""
+"""What is trained, by our library and by PEFT, and how much of it there is."""
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from peft.utils import load_peft_weights, set_peft_model_state_dict
-from torch import Tensor, nn
+from hydra import compose, initialize_config_dir
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from lora_exp.backends import Adapted, adapt
-from lora_exp.config import AdapterConfig, Config, LayerConfig, ModelConfig, ScalingConfig
+from lora_exp.backends import adapt
+from lora_exp.config import Config, conf_folder, register, to_config
 
-TARGETS = {"linear": ["mix"], "embedding": ["embed"], "conv2d": ["spread"]}
-
-
-class Tiny(nn.Module):
-    """Tokens (B, T) → looked up, mixed, convolved as an image → logits (B, 3): a layer of every type."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(11, 8)
-        self.mix = nn.Linear(8, 8)
-        self.spread = nn.Conv2d(1, 6, 3, stride=2, padding=1)
-        self.grouped = nn.Conv2d(6, 6, 3, groups=2)
-        self.head = nn.Linear(6, 3)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.spread(torch.tanh(self.mix(self.embed(tokens))).unsqueeze(1))
-        return self.head(torch.relu(self.grouped(x)).mean((2, 3)))
+register()
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft
 
 
-@pytest.fixture
-def base() -> Tiny:
+def config(*overrides: str) -> Config:
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        return to_config(compose("config", list(overrides)))
+
+
+def base(folder: Path) -> torch.nn.Module:
     torch.manual_seed(0)
-    return Tiny()
+    return AutoModelForCausalLM.from_pretrained(folder)
 
 
-def wish(layer: str = "linear", adapter: str = "lora", head: bool = True, **changes: Any) -> Config:
-    model = ModelConfig(label="tiny", targets=TARGETS, modules_to_save=["head"] if head else [])
-    config = Config(
-        layer=LayerConfig(layer), adapter=AdapterConfig(adapter), scaling=ScalingConfig("rslora"), model=model
-    )
-    return Config(**(vars(config) | {"rank": 4} | changes))
+def smollm2_on_meta() -> torch.nn.Module:
+    facts = LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.device("meta"):
+        return LlamaForCausalLM(facts)
 
 
-def loss_of(adapted: Adapted) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(0, 11, (5, 7), generator=generator)
-    labels = torch.randint(0, 3, (5,), generator=generator)
-    return nn.functional.cross_entropy(adapted.model(tokens), labels)
+@pytest.mark.parametrize("rank", [8, 16, 64])
+def test_smollm2_counts_are_those_of_peft(rank: int) -> None:
+    mine = adapt(smollm2_on_meta(), config(f"rank={rank}"))
+    theirs = peft.get_peft_model(smollm2_on_meta(), peft.LoraConfig(r=rank, target_modules="all-linear"))
+    assert (mine.trainable, mine.total) == theirs.get_nb_trainable_parameters()
+    assert mine.trainable == 305_280 * rank
 
 
-CASES = [("linear", "none"), ("embedding", "none"), ("conv2d", "none"), ("conv2d", "lora_only"), ("all", "lora_only")]
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["bias=none"],
+        ["bias=all"],
+        ["bias=lora_only"],
+        ["targets=all-linear"],
+        ["targets='.*[qv]_proj'"],
+        ["dropout=0.1", "alpha=2r", "scaling=standard"],
+    ],
+)
+def test_both_backends_train_as_much(tiny_llama: Path, overrides: list[str]) -> None:
+    native, theirs = (adapt(base(tiny_llama), config(f"backend={name}", *overrides)) for name in ("native", "peft"))
+    assert (native.trainable, native.total) == (theirs.trainable, theirs.total)
+    assert sum(parameter.numel() for parameter in native.parameters) == native.trainable
 
 
-@pytest.mark.parametrize("adapter", ["lora", "dora"])
-@pytest.mark.parametrize(("layer", "bias"), CASES)
-def test_native_and_peft_agree(layer: str, adapter: str, bias: str, base: Tiny, tmp_path: Path) -> None:
-    twin = copy.deepcopy(base)
-    ours = adapt(base, wish(layer, adapter, bias=bias))
-    theirs = adapt(twin, wish(layer, adapter, bias=bias, backend="peft"))
-    with torch.no_grad():
-        for parameter in ours.parameters:
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    ours.save(tmp_path)
-    set_peft_model_state_dict(theirs.model, load_peft_weights(str(tmp_path)))
-    assert (ours.trainable, ours.total) == (theirs.trainable, theirs.total)
-    losses = [loss_of(ours), loss_of(theirs)]
-    torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=1e-6)
-    for loss in losses:
-        loss.backward()
-    norms = [sum(float(p.grad.norm()) for p in side.parameters if p.grad is not None) for side in (ours, theirs)]
-    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+def test_what_one_backend_saves_the_other_loads(tiny_llama: Path, tmp_path: Path) -> None:
+    tokens = torch.arange(3, 15)[None]
+    for backend in ("native", "peft"):
+        adapted = adapt(base(tiny_llama), config(f"backend={backend}", "rank=4"))
+        with torch.no_grad():
+            for parameter in adapted.parameters:
+                parameter.normal_(std=0.1)
+            expected = adapted.model(tokens).logits
+        adapted.save(tmp_path / backend)
+        reloaded = peft.PeftModel.from_pretrained(base(tiny_llama), str(tmp_path / backend))
+        torch.testing.assert_close(reloaded(tokens).logits, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_layer_all_is_the_union_of_the_models_targets(base: Tiny) -> None:
-    adapted = adapt(base, wish("all"))
-    layers = {name.rpartition(".lora_A")[0] for name in adapted.model.adapter_parameters() if "lora_A" in name}
-    assert layers == {"mix", "embed", "spread"}
-
-
-@pytest.mark.parametrize("backend", ["native", "peft"])
-def test_without_named_targets_every_layer_of_the_type_but_the_head(backend: str, base: Tiny) -> None:
-    base.head, base.lm_head = nn.Identity(), base.head
-    base.forward = lambda tokens: base.lm_head(Tiny.forward(base, tokens))
-    config = wish("linear", head=False, model=ModelConfig(label="any"), backend=backend)
-    adapted = adapt(base, config)
-    assert adapted.trainable == 4 * (8 + 8)
-
-
-def test_peft_keeps_the_frozen_embedding_out_of_the_file(base: Tiny, tmp_path: Path) -> None:
-    adapted = adapt(base, wish("embedding", backend="peft", head=False))
-    assert isinstance(adapted.model, peft.PeftModel)
-    adapted.save(tmp_path)
-    assert not any("base_layer" in name for name in load_peft_weights(str(tmp_path)))
-
-
-def test_peft_refuses_a_grouped_convolution_with_the_reason(base: Tiny) -> None:
-    with pytest.raises(ValueError, match=r"grouped: .*groups=2.* use backend=native"):
-        adapt(base, wish("conv2d", targets=["grouped"], backend="peft"))
-    assert adapt(Tiny(), wish("conv2d", targets=["grouped"])).trainable > 0
-
-
-@pytest.mark.parametrize("backend", ["native", "peft"])
-def test_targets_of_another_layer_type_are_refused(backend: str, base: Tiny) -> None:
-    with pytest.raises(ValueError, match=r"names embed, which is of type embedding, but layer=conv2d.*layer=embedding"):
-        adapt(base, wish("conv2d", targets=["embed", "spread"], backend=backend))
-
-
-def test_head_trains_the_modules_to_save_alone(base: Tiny, tmp_path: Path) -> None:
+def saved(folder: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 
-    before = copy.deepcopy(base.state_dict())
-    adapted = adapt(base, wish(adapter="head"))
-    loss_of(adapted).backward()
-    torch.optim.SGD(adapted.parameters, lr=1.0).step()
-    changed = {name for name, tensor in base.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert changed == {"head.weight", "head.bias"}
-    assert adapted.trainable == 6 * 3 + 3
-    adapted.save(tmp_path)
-    assert set(load_file(tmp_path / "weights.safetensors")) == changed
+    (file,) = folder.glob("*.safetensors")
+    return load_file(file)
 
 
-def test_full_takes_targets_and_the_new_head(base: Tiny) -> None:
-    adapt(base, wish(adapter="full", targets=["mix"]))
-    trained = {name for name, parameter in base.named_parameters() if parameter.requires_grad}
-    assert trained == {"mix.weight", "mix.bias", "head.weight", "head.bias"}
+def test_full_trains_everything_and_saves_a_model_that_loads(tiny_llama: Path, tmp_path: Path) -> None:
+    adapted = adapt(base(tiny_llama), config("adapter=full"))
+    assert adapted.trainable == adapted.total == sum(p.numel() for p in base(tiny_llama).parameters())
+    adapted.save(tmp_path / "full")
+    assert AutoConfig.from_pretrained(tmp_path / "full").hidden_size == 32
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "full")
+    for name, parameter in base(tiny_llama).named_parameters():
+        assert torch.equal(again.get_parameter(name), parameter)
 
 
-def test_full_saves_the_state_of_a_base_without_save_pretrained(base: Tiny, tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
-    adapt(base, wish(adapter="full")).save(tmp_path)
-    assert set(load_file(tmp_path / "weights.safetensors")) == set(base.state_dict())
+def test_full_with_targets_trains_those_weights_alone(tiny_llama: Path, tmp_path: Path) -> None:
+    adapted = adapt(base(tiny_llama), config("adapter=full", "targets=[v_proj]"))
+    trained = [name for name, parameter in adapted.model.named_parameters() if parameter.requires_grad]
+    assert trained == [f"model.layers.{i}.self_attn.v_proj.{kind}" for i in (0, 1) for kind in ("weight", "bias")]
+    adapted.save(tmp_path / "part")
+    assert set(saved(tmp_path / "part")) == set(trained)

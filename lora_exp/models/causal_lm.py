@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -42,7 +43,7 @@ def load(source: Source, section: ModelConfig, place: Place, shape: Mapping[str,
             use_safetensors=True,
             **source.options,
         )
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ValueError(cannot_be_had(section, error)) from error
     model.config.use_cache = False
     nn.Module.to(model, place.device)
