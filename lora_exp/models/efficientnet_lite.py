@@ -24,6 +24,7 @@ from lora_exp.place import Place
 
 ARCHITECTURE = "efficientnet-lite0"
 _PACKAGE = "efficientnet_lite_pytorch"
+_INSTALL = f"pip install --no-deps {_PACKAGE}==0.1.0 (or all of this kind: pip install 'lora_exp[vision]')"
 _WEIGHTS = "model.safetensors"
 # The weights were trained on (pixel - 127) / 128 for pixels of 0 to 255, as all of EfficientNet-Lite.
 _MEAN, _SPREAD = 127 / 255, 128 / 255
@@ -42,10 +43,13 @@ def load(source: Source, section: ModelConfig, place: Place, shape: Mapping[str,
     Raises ValueError when the weights or the package with the architecture cannot be had.
     """
     try:
-        state = load_file(Path(source.name) / _WEIGHTS)
+        if not source.name:
+            raise FileNotFoundError("its package is not installed")
         model = network(shape["image_size"])
-        model.load_state_dict(state)
-    except (OSError, ImportError, RuntimeError, SafetensorError) as error:
+        model.load_state_dict(load_file(Path(source.name) / _WEIGHTS))
+    except ImportError as error:
+        raise ValueError(f"model={section.label} needs {_PACKAGE}, which has the architecture: {_INSTALL}") from error
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(cannot_be_had(section, error)) from error
     model._fc = new_head(model._fc.in_features, shape["classes"])
     plain_convolutions(model)

