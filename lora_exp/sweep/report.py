@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,19 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_exp import tracking
-from lora_exp.job import RESULT_FILE, Outcome, read_metrics, read_outcome
+from lora_exp.config import KNOBS
+from lora_exp.job import RESULT_FILE, Outcome, Result, read_metrics, read_outcome
 from lora_exp.plots import final_loss, loss_curves
 
-RESULT_COLUMNS = ("eval/loss", "perplexity", "trainable", "adapter MB", "wall s", "status")
+# Each with how a result shows it; a column that is empty for every job is left out.
+RESULT_COLUMNS: dict[str, Callable[[Result], str]] = {
+    "eval/loss": lambda result: f"{result.eval_loss:.4f}",
+    "perplexity": lambda result: "" if result.eval_perplexity is None else f"{result.eval_perplexity:.2f}",
+    "accuracy": lambda result: "" if result.eval_accuracy is None else f"{result.eval_accuracy:.4f}",
+    "trainable": lambda result: f"{result.trainable:,}",
+    "adapter MB": lambda result: f"{result.adapter_bytes / 1e6:.2f}",
+    "wall s": lambda result: f"{result.wall_s:.0f}",
+}
 
 
 @dataclass(frozen=True)
@@ -36,8 +46,9 @@ def report_sweep(folder: Path, interrupted: bool) -> bool:
     if not jobs:
         return not interrupted
     varying = differing(jobs)
-    rows = [_row(job, varying) for job in jobs]
-    header = ["job", *varying, *RESULT_COLUMNS]
+    columns = result_columns(jobs)
+    rows = [_row(job, varying, columns) for job in jobs]
+    header = ["job", *varying, *columns, "status"]
     _print(header, rows)
     _write_csv(folder / "comparison.csv", header, rows)
     markdown = _markdown(header, rows)
@@ -58,11 +69,23 @@ def collect(folder: Path) -> list[JobReport]:
 
 
 def differing(jobs: list[JobReport]) -> list[str]:
-    """The config values that are not the same in every job; ``scale`` only if nothing else explains it."""
+    """The config values that are not the same in every job; ``scale`` only if nothing else explains it.
+
+    A job without factors has no rank, which is no other rank.
+    """
     names = dict.fromkeys(name for job in jobs for name in job.outcome.values)
-    varying = [name for name in names if len({_text(job.outcome.values.get(name)) for job in jobs}) > 1]
+    having = {name: [job for job in jobs if name in job.outcome.values or name not in KNOBS] for name in names}
+    varying = [name for name in names if len({_text(job.outcome.values.get(name)) for job in having[name]}) > 1]
     derived = {"scale"} if {"rank", "alpha", "scaling"} & set(varying) else set()
     return [name for name in varying if name not in derived] or ["rank"]
+
+
+def result_columns(jobs: list[JobReport]) -> list[str]:
+    """The columns that some job's result fills; those of a language model's if none has a result."""
+    results = [job.outcome.result for job in jobs if job.outcome.result]
+    if not results:
+        return [name for name in RESULT_COLUMNS if name != "accuracy"]
+    return [name for name, show in RESULT_COLUMNS.items() if any(show(result) for result in results)]
 
 
 def draw(folder: Path, jobs: list[JobReport], varying: list[str]) -> list[Path]:
@@ -86,29 +109,21 @@ def draw(folder: Path, jobs: list[JobReport], varying: list[str]) -> list[Path]:
     return sorted(folder.glob("loss_*.png"))
 
 
-def _row(job: JobReport, varying: list[str]) -> list[str]:
+def _row(job: JobReport, varying: list[str], columns: list[str]) -> list[str]:
     outcome, result = job.outcome, job.outcome.result
     settings = [str(outcome.number), *(_text(outcome.values.get(name)) for name in varying)]
     if result is None:
         reason = (outcome.error or "").strip().splitlines()
         short = " ".join(line.strip() for line in reason)[:160]
-        return [*settings, "", "", "", "", "", f"{outcome.status}: {short}"]
-    return [
-        *settings,
-        f"{result.eval_loss:.4f}",
-        f"{result.eval_perplexity:.2f}",
-        f"{result.trainable:,}",
-        f"{result.adapter_bytes / 1e6:.2f}",
-        f"{result.wall_s:.0f}",
-        outcome.status,
-    ]
+        return [*settings, *[""] * len(columns), f"{outcome.status}: {short}"]
+    return [*settings, *(RESULT_COLUMNS[name](result) for name in columns), outcome.status]
 
 
 def _print(header: list[str], rows: list[list[str]]) -> None:
     table = Table(title="Sweep, best first", title_justify="left")
     for name in header:
         right = name not in ("status",)
-        table.add_column(name, justify="right" if right else "left", no_wrap=name in RESULT_COLUMNS[:-1])
+        table.add_column(name, justify="right" if right else "left", no_wrap=name in RESULT_COLUMNS)
     for row in rows:
         table.add_row(*row, style="red" if row[-1] != "FINISHED" else None)
     console = Console()

@@ -186,7 +186,7 @@ def test_evaluation_weighs_tokens_not_batches(tiny_llama: Path) -> None:
         means = [model(**batch).loss.item() for batch in batches]
     weights = [ROWS * (LENGTH - 1), ROWS * 3]
     expected = sum(m * w for m, w in zip(means, weights, strict=True)) / sum(weights)
-    assert evaluate(forward(model), uneven) == pytest.approx(expected, rel=1e-5)
+    assert evaluate(forward(model), uneven)["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_nothing_is_read_from_the_device_between_logged_steps(
