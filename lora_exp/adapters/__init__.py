@@ -10,6 +10,7 @@ from .linear import LoRALinear
 from .lora import LoraAdapter
 from .merging import MergeReport
 from .model import LoraModel
+from .quantized import LoRALinear4bit, LoRALinear8bit
 from .registry import adapts
 from .routing import BASE
 from .transposed import LoRAConv1D
@@ -29,6 +30,8 @@ __all__ = [
     "LoRAEmbedding",
     "LoRALayerBase",
     "LoRALinear",
+    "LoRALinear4bit",
+    "LoRALinear8bit",
     "LoraAdapter",
     "LoraConfig",
     "LoraModel",
