@@ -42,7 +42,7 @@ class _Quantised(LoRALinear):
         if cls.made_from is not None:
             return super().__new__(cls)
         base = getattr(importlib.import_module(_MODULES), cls.base_name)
-        return super().__new__(adapted_class(cls, base))  # type: ignore[type-var]
+        return super().__new__(adapted_class(cls, base))
 
     def __init__(
         self,
@@ -209,6 +209,17 @@ def is_quantised(weight: Any) -> bool:
     return getattr(weight, "quant_state", None) is not None or (
         type(weight).__name__ == "Int8Params" and weight.dtype == torch.int8
     )
+
+
+def constants(module: Any, weight: Any) -> list[Tensor]:
+    """What it takes to dequantise a weight of `module` beside its packed values; [] for a plain parameter."""
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        nested = [state.state2.absmax, state.offset] if state.nested else []
+        return [state.absmax, *nested]
+    if not is_quantised(weight):
+        return []
+    return [weight.SCB if weight.SCB is not None else module.state.SCB]
 
 
 def keep_trainable(model: nn.Module) -> None:
