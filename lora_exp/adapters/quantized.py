@@ -162,7 +162,9 @@ class LoRALinear4bit(_Quantised):
         state = copy.copy(weight.quant_state)
         # A product in float32 takes the values as they are, not rounded to the dtype that was quantised.
         state.dtype = torch.promote_types(state.dtype, self.compute_dtype or torch.float32)
-        return _functional().dequantize_4bit(weight.data, state)
+        if state.shape[-1] % state.blocksize:  # bitsandbytes 0.50 misreads blocks across rows on a CPU
+            state.shape = torch.Size((1, state.shape.numel()))
+        return _functional().dequantize_4bit(weight.data, state).view(weight.quant_state.shape)
 
     def requantised(self, dense: Tensor, like: Any) -> nn.Parameter:
         made = type(like)(
