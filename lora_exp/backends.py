@@ -73,7 +73,7 @@ def _peft(base: nn.Module, config: Config) -> Adapted:
 
     wanted = _lora_config(config)
     layers = _targeted(base, config, wanted)
-    _check_peft_can(layers)
+    _check_peft_can(layers, wanted)
     named = wanted.target_modules if wanted.target_modules not in (None, "all-linear") else sorted(layers)
     model = peft.get_peft_model(
         base,
@@ -131,9 +131,15 @@ def _targeted(base: nn.Module, config: Config, wanted: Any) -> dict[str, nn.Modu
     return layers
 
 
-def _check_peft_can(layers: dict[str, nn.Module]) -> None:
+def _check_peft_can(layers: dict[str, nn.Module], wanted: Any) -> None:
     """PEFT 0.21 trains these convolutions on another geometry than the base's, or cannot merge them."""
     for name, module in layers.items():
+        weight: Any = module.weight
+        if wanted.use_dora and weight.device.type == "cpu" and type(weight).__name__ == "Int8Params":
+            raise ValueError(
+                f"backend=peft cannot train {name}: PEFT's DoRA loses int8 constants on a CPU after the first pass: "
+                "use backend=native, adapter=lora or quantization=nf4"
+            )
         problems = {
             "groups": getattr(module, "groups", 1) != 1,
             "dilation": any(extent != 1 for extent in getattr(module, "dilation", ())),

@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import torch
@@ -69,24 +68,25 @@ def prepare(model: nn.Module, section: QuantizationConfig, place: Place) -> None
     layers: list[Any] = [module for module in model.modules() if is_quantised(getattr(module, "weight", None))]
     for layer in layers:
         layer.compute_dtype = compute_dtype(section, place)
-        if hasattr(layer, "state"):
-            layer.state.__class__ = _constant_kernel(type(layer.state))
-
-
-@cache
-def _constant_kernel(base: type) -> type:
-    """bitsandbytes' state of an int8 layer, which evaluates as it trains.
-
-    On a CPU, bitsandbytes rounds activations to 8 bits in evaluation alone: a model would be validated that is not
-    the one in training.
-    """
-    always = property(lambda self: True, lambda self, value: None)
-    return type(base.__name__, (base,), {"__module__": __name__, "is_training": always})
+    _evaluate_as_trained([layer.state for layer in layers if hasattr(layer, "state")])
 
 
 def has_quantised(model: nn.Module) -> bool:
     """Whether any weight is quantised, by us or in the files it came from."""
     return any(is_quantised(parameter) for parameter in model.parameters())
+
+
+def _evaluate_as_trained(states: list[Any]) -> None:
+    """Let bitsandbytes' int8 layers evaluate as they train.
+
+    On a CPU it rounds activations to 8 bits in evaluation alone: a model would be validated that is not the one in
+    training.
+    """
+    if states:
+        always = property(lambda self: True, lambda self, value: None)
+        fixed = type(states[0].__class__.__name__, (type(states[0]),), {"is_training": always})
+        for state in states:
+            state.__class__ = fixed
 
 
 def _bits_and_bytes(section: QuantizationConfig, place: Place) -> Any:
