@@ -163,7 +163,7 @@ def test_what_a_machine_cannot_do_is_said_with_the_alternative(even_llama: Path,
 
 
 def test_pefts_dora_on_int8_is_refused_on_a_cpu(even_llama: Path) -> None:
-    with pytest.raises(ValueError, match="loses int8 constants .* use backend=native"):
+    with pytest.raises(ValueError, match=r"loses int8 constants .* use backend=native"):
         adapt(load(even_llama, "int8"), settings("backend=peft", "adapter=dora"))
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .layer import DEFAULT
 from .linear import LoRALinear
 from .lora import LoraAdapter
+from .plain import strip
 from .registry import adapted_class, adapts
 from .routing import Plan, Route
 
@@ -78,13 +79,20 @@ class _Quantised(LoRALinear):
         """(out, in) in floating point, of a weight of this layer."""
         raise NotImplementedError
 
-    def requantised(self, dense: Tensor, like: Any) -> nn.Parameter:
-        """(out, in) in the 4 or 8 bits of the weight `like`."""
-        raise NotImplementedError
-
     def dense_weight(self) -> Tensor:
         shared = self._shared
         return shared() if shared is not None else self._dense(self.kept.get("weight", self.weight))
+
+    @property
+    def merged_dtype(self) -> torch.dtype:
+        state = getattr(self.kept.get("weight", self.weight), "quant_state", None)
+        return state.dtype if state is not None else self.compute_dtype or torch.float32
+
+    def plain_class(self) -> type[nn.Module]:
+        if is_quantised(self.weight):
+            return super().plain_class()
+        drop_quantisation(self)
+        return nn.Linear
 
     def along_weight(self, values: Tensor) -> Tensor:
         return values.view(-1, 1)
@@ -222,6 +230,34 @@ def constants(module: Any, weight: Any) -> list[Tensor]:
     if not is_quantised(weight):
         return []
     return [weight.SCB if weight.SCB is not None else module.state.SCB]
+
+
+def dense_of(layer: Any, weight: Any) -> Tensor:
+    """(out, in) in floating point of `weight`, a quantised one of `layer`, adapted or not."""
+    if isinstance(layer, _Quantised):
+        return layer._dense(weight)
+    if (state := getattr(weight, "quant_state", None)) is None:
+        return _functional().int8_vectorwise_dequant(weight.data, *constants(layer, weight))
+    return LoRALinear4bit.dequantise(layer, weight).to(state.dtype)
+
+
+def drop_quantisation(layer: nn.Module) -> None:
+    """Take off `layer` what bitsandbytes' layers have and nn.Linear has not."""
+    ours = {"adapters", "route", "kept"}
+    plain = vars(nn.Linear(1, 1, device="meta"))
+    for key in [key for key in vars(layer) if key not in plain and key not in ours and not key.startswith("_")]:
+        del layer.__dict__[key]
+    layer.__dict__.pop("_shared", None)
+    layer._load_state_dict_pre_hooks.clear()
+
+
+def as_plain(layer: Any, dtype: torch.dtype | None = None) -> None:
+    """Turn a bitsandbytes layer without adapters into nn.Linear, in place, in the dtype that was quantised."""
+    kind: Any = LoRALinear8bit if type(layer.weight).__name__ == "Int8Params" else LoRALinear4bit
+    layer.__class__ = adapted_class(kind, type(layer))
+    layer.adopt(Route(Plan()))
+    layer.weight = nn.Parameter(layer.dense_weight().to(dtype or layer.merged_dtype), requires_grad=False)
+    strip(layer)
 
 
 def keep_trainable(model: nn.Module) -> None:
