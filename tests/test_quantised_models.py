@@ -19,7 +19,7 @@ bnb = pytest.importorskip("bitsandbytes")
 
 from lora_exp.adapters import LoraConfig, LoraModel  # noqa: E402
 from lora_exp.adapters.counts import stored_bytes  # noqa: E402
-from lora_exp.adapters.quantized import is_quantised  # noqa: E402
+from lora_exp.adapters.packed import is_quantised  # noqa: E402
 from lora_exp.backends import adapt  # noqa: E402
 from lora_exp.config import Config, ConfigError, ModelConfig, OptimizerConfig, QuantizationConfig, check  # noqa: E402
 from lora_exp.models import Source, load_base  # noqa: E402

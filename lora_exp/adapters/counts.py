@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .quantized import constants
+from .packed import constants
 
 
 def count_parameters(trained: Iterable[nn.Parameter], everything: Iterable[nn.Parameter]) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .biases import CHILD, TrainedBiases
 from .layer import LoRALayerBase
-from .quantized import constants
+from .packed import constants
 from .walk import base_modules
 
 

@@ -17,7 +17,7 @@ from .config import LoraConfig
 from .dora import DoraAdapter
 from .layer import LoRALayerBase
 from .lora import LoraAdapter
-from .quantized import keep_trainable
+from .packed import keep_trainable
 from .registry import adapted_class, layer_class_for
 from .routing import Route
 from .saved import add_copies

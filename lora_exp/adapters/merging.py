@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from .biases import CHILD, remove_biases
 from .layer import LoRALayerBase
+from .packed import is_quantised
 from .plain import strip
-from .quantized import as_plain, dense_of, is_quantised
+from .quantized import as_plain, dense_of
 from .walk import base_modules, biased_modules, lora_layers, saved_modules
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .layer import DEFAULT
 from .linear import LoRALinear
 from .lora import LoraAdapter
+from .packed import constants, functional, is_quantised, keep_trainable
 from .plain import strip
 from .registry import adapted_class, adapts
 from .routing import Plan, Route
@@ -172,7 +173,7 @@ class LoRALinear4bit(_Quantised):
         state.dtype = torch.promote_types(state.dtype, self.compute_dtype or torch.float32)
         if state.shape[-1] % state.blocksize:  # bitsandbytes 0.50 misreads blocks across rows on a CPU
             state.shape = torch.Size((1, state.shape.numel()))
-        return _functional().dequantize_4bit(weight.data, state).view(weight.quant_state.shape)
+        return functional().dequantize_4bit(weight.data, state).view(weight.quant_state.shape)
 
     def requantised(self, dense: Tensor, like: Any) -> nn.Parameter:
         made = type(like)(
@@ -208,28 +209,10 @@ class LoRALinear8bit(_Quantised):
             state.CB = state.SCB = None
 
     def dequantise(self, weight: Any) -> Tensor:
-        return _functional().int8_vectorwise_dequant(weight.data, weight.SCB)
+        return functional().int8_vectorwise_dequant(weight.data, weight.SCB)
 
     def requantised(self, dense: Tensor, like: Any) -> nn.Parameter:
         return type(like)(dense.detach().cpu(), requires_grad=False, has_fp16_weights=False).to(like.device)
-
-
-def is_quantised(weight: Any) -> bool:
-    """Whether a parameter holds packed 4-bit or 8-bit values of bitsandbytes."""
-    return getattr(weight, "quant_state", None) is not None or (
-        type(weight).__name__ == "Int8Params" and weight.dtype == torch.int8
-    )
-
-
-def constants(module: Any, weight: Any) -> list[Tensor]:
-    """What it takes to dequantise a weight of `module` beside its packed values; [] for a plain parameter."""
-    state = getattr(weight, "quant_state", None)
-    if state is not None:
-        nested = [state.state2.absmax, state.offset] if state.nested else []
-        return [state.absmax, *nested]
-    if not is_quantised(weight):
-        return []
-    return [weight.SCB if weight.SCB is not None else module.state.SCB]
 
 
 def dense_of(layer: Any, weight: Any) -> Tensor:
@@ -237,7 +220,7 @@ def dense_of(layer: Any, weight: Any) -> Tensor:
     if isinstance(layer, _Quantised):
         return layer._dense(weight)
     if (state := getattr(weight, "quant_state", None)) is None:
-        return _functional().int8_vectorwise_dequant(weight.data, *constants(layer, weight))
+        return functional().int8_vectorwise_dequant(weight.data, *constants(layer, weight))
     return LoRALinear4bit.dequantise(layer, weight).to(state.dtype)
 
 
@@ -258,19 +241,3 @@ def as_plain(layer: Any, dtype: torch.dtype | None = None) -> None:
     layer.adopt(Route(Plan()))
     layer.weight = nn.Parameter(layer.dense_weight().to(dtype or layer.merged_dtype), requires_grad=False)
     strip(layer)
-
-
-def keep_trainable(model: nn.Module) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights for inference in bfloat16, which it does on some CPUs.
-
-    The first evaluation would turn the base into another one, rounded, that passes no gradient on.
-    """
-    for module in model.modules():
-        if getattr(module, "support_avx512bf16_for_cpu", False):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
-                module._save_to_state_dict({}, "", True)  # unpacks
-
-
-def _functional() -> Any:
-    return importlib.import_module("bitsandbytes.functional")
