@@ -16,7 +16,9 @@ from urllib.parse import urlsplit
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-TASKS = ("train",)
+TASKS = ("train", "plan")
+QUANTIZATIONS = ("none", "nf4", "fp4", "int8")
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes'
 BACKENDS = ("native", "peft")
 BIASES = ("none", "all", "lora_only")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -46,9 +48,17 @@ class ScalingConfig:
 
 @dataclass
 class QuantizationConfig:
-    """How the frozen base weights are stored."""
+    """How the frozen base weights are stored.
+
+    A block of ``block_size`` weights shares a constant; ``double_quant`` quantises those constants too (4 bit
+    only). ``skip_modules``: dotted suffixes of layers that stay as they are; null is the output head.
+    """
 
     name: str = MISSING
+    double_quant: bool = False
+    block_size: int = 64
+    compute_dtype: str = "auto"
+    skip_modules: list[str] | None = None
 
 
 @dataclass
@@ -63,7 +73,10 @@ class PackagedConfig:
 
 @dataclass
 class ModelConfig:
-    """The frozen base. ``path`` (a folder in hub layout) wins over ``packaged``, that over the hub's ``name``."""
+    """The frozen base. ``path`` (a folder in hub layout) wins over ``packaged``, that over the hub's ``name``.
+
+    ``architecture``: the facts of the published config.json that ``task=plan`` builds the model from.
+    """
 
     label: str | None = None
     name: str | None = None
@@ -75,6 +88,7 @@ class ModelConfig:
     trust_remote_code: bool = False
     cache_dir: str | None = None
     targets: dict[str, list[str]] = field(default_factory=dict)
+    architecture: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -104,6 +118,20 @@ class TrainConfig:
     eval_every: int = 15
     eval_blocks: int = 32
     log_every: int = 1
+    gradient_checkpointing: bool = False
+
+
+@dataclass
+class PlanConfig:
+    """``gpu_gib``: the memory to fit into; ``reserve_gib`` of it is for the CUDA context and fragmentation.
+
+    ``check``: let ``task=train`` look first whether it will fit; ``strict``: refuse to train if not.
+    """
+
+    gpu_gib: float | None = None
+    reserve_gib: float = 1.0
+    check: bool = True
+    strict: bool = False
 
 
 @dataclass
@@ -140,6 +168,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     task: str = "train"
     rank: int = 8
     alpha: Any = 16
@@ -227,11 +256,13 @@ def flat_values(config: Config) -> dict[str, Any]:
 
 
 def _flat_section(group: str, section: dict[str, Any]) -> dict[str, Any]:
-    if group == "tracking":
+    if group in ("tracking", "plan"):
         return {}
     title = "label" if section.get("label") else "name"
     values = {group: section[title]} if title in section else {}
-    skipped = {title, "packaged", "cache_dir"}
+    if group == "quantization" and section["name"] == "none":
+        return values
+    skipped = {title, "packaged", "cache_dir", "architecture"}
     rest = {f"{group}.{name}": value for name, value in section.items() if name not in skipped}
     return values | {key: value for key, value in rest.items() if value not in (None, {}, [])}
 
@@ -259,6 +290,7 @@ def _adapter_problems(config: Config) -> list[str]:
 def _place_problems(config: Config) -> list[str]:
     problems = _not_among("task", config.task, TASKS)
     problems += _not_among("model.dtype", config.model.dtype, DTYPES)
+    problems += _quantization_problems(config)
     if not (config.model.name or config.model.path or config.model.packaged):
         problems.append("no model is named: add model.name=ORG/NAME (hub) or model.path=FOLDER (hub layout)")
     if not (config.data.path or config.data.packaged):
@@ -268,6 +300,20 @@ def _place_problems(config: Config) -> list[str]:
             "tracking.uri holds a password, which would be written to disk: put the address in MLFLOW_TRACKING_URI, "
             "or the login in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         )
+    return problems
+
+
+def _quantization_problems(config: Config) -> list[str]:
+    section = config.quantization
+    problems = _not_among("quantization", section.name, QUANTIZATIONS)
+    problems += _not_among("quantization.compute_dtype", section.compute_dtype, DTYPES)
+    if section.block_size not in BLOCK_SIZES:
+        listed = ", ".join(map(str, BLOCK_SIZES))
+        problems.append(f"quantization.block_size={section.block_size} is not a block size: use one of {listed}")
+    if section.name != "none" and config.task == "train":
+        problems.append(f"quantization={section.name} cannot be trained yet: use task=plan, or quantization=none")
+    if section.name != "none" and config.adapter.name == "full":
+        problems.append(f"quantization={section.name} freezes what adapter=full would train: use adapter=lora")
     return problems
 
 
@@ -298,6 +344,12 @@ def _number_problems(config: Config) -> list[str]:
         problems.append(f"optimizer.weight_decay={optimizer.weight_decay} is below 0")
     if not 0 <= config.seed < 2**32:
         problems.append(f"seed={config.seed} is outside [0, 2**32)")
+    if config.plan.gpu_gib is not None and not config.plan.gpu_gib > config.plan.reserve_gib:
+        problems.append(
+            f"plan.gpu_gib={config.plan.gpu_gib} must be above plan.reserve_gib={config.plan.reserve_gib}: such as 24"
+        )
+    if not config.plan.reserve_gib >= 0:
+        problems.append(f"plan.reserve_gib={config.plan.reserve_gib} is below 0")
     return problems + _not_among("train.schedule", train.schedule, SCHEDULES)
 
 

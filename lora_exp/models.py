@@ -80,6 +80,18 @@ def load_base(source: Source, section: ModelConfig, place: Place) -> nn.Module:
     return model
 
 
+def checkpoint_layers(model: Any) -> None:
+    """Let ``model`` keep only its layers' inputs for the backward pass, and recompute the rest there.
+
+    Non-reentrant: the reentrant form trains nothing, silently, when no input of a layer needs a gradient, as with a
+    frozen embedding (transformers#42489). Raises ValueError for a model whose layers cannot be recomputed.
+    """
+    try:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"train.gradient_checkpointing=true: {error}; set it to false for this model") from error
+
+
 def base_sha256(model: nn.Module, source: Source) -> str:
     """SHA-256 of the base's weight files; of a sharded one, of the sorted list of its files' digests."""
     files = sorted(_weight_files(model, source))

@@ -65,6 +65,8 @@ def _prepare(tracked: tracking.Run, config: Config, place: Place) -> tuple[Adapt
     tracked.log_tags({"base_sha256": digest})
     dtype = str(place.dtype).removeprefix("torch.")
     log.info(f"model  {config.model.label} in {dtype} on {place.device}, SHA-256 {digest[:12]}")
+    if config.train.gradient_checkpointing:
+        models.checkpoint_layers(base)
     set_seed(config.seed)  # again: loading may have drawn numbers, and the adapter's first values must not depend on it
     adapted = adapt(base, config)
     share = 100 * adapted.trainable / adapted.total
