@@ -19,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from lora_exp.config import Config, check, conf_folder, flat_values, register, to_config
-from lora_exp.job import Job, Outcome, Result, write_outcome
+from lora_exp.job import Job, Outcome, PlanResult, Result, write_outcome
 from lora_exp.provenance import redacted
 from lora_exp.sweep.callback import begun
 
@@ -33,7 +33,7 @@ class JobError(CompactHydraException):
 
 @hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")
 def hydra_main(composed: DictConfig) -> float:
-    """One Hydra job. Returns the final validation loss, which any sweeper can minimise."""
+    """One Hydra job. Returns what a sweeper can minimise: validation loss, or a plan's GiB."""
     job = _job(composed)
     values: dict[str, Any] = {}
     try:
@@ -51,7 +51,7 @@ def hydra_main(composed: DictConfig) -> float:
         _finish(job, values, "KILLED", error=type(error).__name__)
         raise
     _finish(job, values, "FINISHED", result=result)
-    return result.eval_loss
+    return result.objective
 
 
 def main() -> None:
@@ -73,8 +73,13 @@ def main() -> None:
         _report_sweeps(interrupted)
 
 
-def _run(config: Config, job: Job) -> Result:
-    from lora_exp.run import run  # torch, transformers and mlflow only when there is something to run
+def _run(config: Config, job: Job) -> Result | PlanResult:
+    # torch, transformers and mlflow only when there is something to run
+    if config.task == "plan":
+        from lora_exp.plan.run import run_plan
+
+        return run_plan(config, job)
+    from lora_exp.run import run
 
     return run(config, job)
 
@@ -93,7 +98,7 @@ def _job(composed: DictConfig) -> Job:
 
 
 def _finish(
-    job: Job, values: dict[str, Any], status: str, result: Result | None = None, error: str | None = None
+    job: Job, values: dict[str, Any], status: str, result: Result | PlanResult | None = None, error: str | None = None
 ) -> None:
     try:
         write_outcome(job.folder, Outcome(job.number, status, job.overrides, values, result, error))

@@ -109,13 +109,13 @@ class DataConfig:
 class TrainConfig:
     """``steps``, ``eval_every`` and ``log_every`` count optimizer steps."""
 
-    steps: int = 30
+    steps: int = 24
     micro_batch_size: int = 4
     grad_accum_steps: int = 1
-    warmup_steps: int = 3
+    warmup_steps: int = 2
     schedule: str = "cosine"
     max_grad_norm: float = 1.0
-    eval_every: int = 15
+    eval_every: int = 12
     eval_blocks: int = 32
     log_every: int = 1
     gradient_checkpointing: bool = False
@@ -241,12 +241,11 @@ def flat_values(config: Config) -> dict[str, Any]:
 
     A group stands under its own name (``model``, ``adapter``, …), its other fields as ``group.field``.
     """
-    values: dict[str, Any] = {}
-    for key, value in asdict(config).items():
+    sections = asdict(config)
+    values = {key: value for key, value in sections.items() if not isinstance(value, dict)}
+    for key, value in sections.items():
         if isinstance(value, dict):
             values |= _flat_section(key, value)
-        else:
-            values[key] = value
     values["lr"] = values.pop("optimizer.lr")
     if config.adapter.name == "full":  # LoRA's knobs have no meaning there, and would group unlike runs
         return {key: value for key, value in values.items() if key not in ("rank", "alpha", "dropout", "bias")}
@@ -256,13 +255,15 @@ def flat_values(config: Config) -> dict[str, Any]:
 
 
 def _flat_section(group: str, section: dict[str, Any]) -> dict[str, Any]:
-    if group in ("tracking", "plan"):
+    if group == "tracking":
         return {}
+    if group == "plan":
+        return {"plan.gpu_gib": section["gpu_gib"]} if section["gpu_gib"] else {}
     title = "label" if section.get("label") else "name"
     values = {group: section[title]} if title in section else {}
-    if group == "quantization" and section["name"] == "none":
-        return values
-    skipped = {title, "packaged", "cache_dir", "architecture"}
+    if group == "quantization":  # what is at its default is left out, as none has no use for it
+        section = {name: value for name, value in section.items() if value != getattr(QuantizationConfig, name, None)}
+    skipped = {title, "packaged", "cache_dir", "targets", "architecture"}
     rest = {f"{group}.{name}": value for name, value in section.items() if name not in skipped}
     return values | {key: value for key, value in rest.items() if value not in (None, {}, [])}
 

@@ -15,13 +15,14 @@ from transformers import set_seed
 from lora_exp import models, tracking
 from lora_exp.backends import Adapted, adapt
 from lora_exp.cache import file_sha256
-from lora_exp.config import Config, flat_values
+from lora_exp.config import Config
 from lora_exp.data.text import Blocks, load_blocks
 from lora_exp.job import METRICS_FILE, Job, Result
 from lora_exp.place import Place, prepare_backends, resolve_place
+from lora_exp.plan.precheck import check_fits
 from lora_exp.plots import loss_curve
 from lora_exp.progress import TrainingProgress
-from lora_exp.provenance import provenance_tags, redacted
+from lora_exp.recording import log_setup, run_name
 from lora_exp.training.batches import evaluation_batches, training_batches
 from lora_exp.training.loop import Forward, Lane, Record, train
 from lora_exp.training.memory import peak_gib, reset_peak
@@ -42,8 +43,9 @@ def run(config: Config, job: Job) -> Result:
     prepare_backends(place)
     reset_peak(place.device)
     set_seed(config.seed)
-    with tracking.open_run(config.tracking, _run_name(config, job), job.sweep_folder) as tracked:
-        _log_setup(tracked, config, job, place)
+    with tracking.open_run(config.tracking, run_name(config, job), job.sweep_folder) as tracked:
+        log_setup(tracked, config, job, {"dtype": str(place.dtype), "device": str(place.device)})
+        check_fits(config, place)
         adapted, blocks = _prepare(tracked, config, place)
         lane = _lane(adapted, blocks, config, place)
         records = _train(tracked, adapted, lane, config, job, place)
@@ -171,31 +173,12 @@ def _summarise(
     return result
 
 
-def _log_setup(tracked: tracking.Run, config: Config, job: Job, place: Place) -> None:
-    tracked.log_params(flat_values(config) | {"dtype": str(place.dtype), "device": str(place.device)})
-    groups = {f"choice.{group}": choice for group, choice in job.choices.items()}
-    tracked.log_tags({**provenance_tags(), **groups, "overrides": " ".join(job.overrides), "folder": str(job.folder)})
-    resolved = job.folder / "config.yaml"
-    resolved.write_text(redacted(job.config_yaml))
-    overrides = job.folder / "overrides.txt"
-    overrides.write_text(redacted("\n".join(job.overrides)) + "\n")
-    for file in (resolved, overrides):
-        tracked.log_artifact(file)
-
-
 def _report(result: Result) -> None:
     log.info(
         f"validation loss {result.eval_loss_before:.4f} → {result.eval_loss:.4f}, perplexity "
         f"{result.eval_perplexity:.2f}, {result.wall_s:.0f} s, peak memory {result.peak_memory_gib:.2f} GiB"
     )
     log.info(f"adapter {result.adapter} ({result.adapter_bytes / 1e6:.1f} MB)")
-
-
-def _run_name(config: Config, job: Job) -> str:
-    if job.sweep_folder is not None:
-        return f"{job.number}: {' '.join(job.overrides)}"[:200]
-    rank = "" if config.adapter.name == "full" else f" r{config.rank}"
-    return f"{config.model.label} {config.adapter.name}{rank}"[:200]
 
 
 def _points(records: Iterable[Record], name: str) -> list[tuple[float, float]]:

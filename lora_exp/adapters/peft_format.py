@@ -73,9 +73,11 @@ def read_config(directory: str | Path, model: nn.Module) -> LoraConfig:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); copy the adapter anew") from error
     names = [name for name, _ in base_modules(model)]
-    return from_peft(
-        stored, names, str(path), detach_norm=_stored_notes(directory).get("dora_detach_norm", True)
-    )
+    tensors, metadata = _read_weights(Path(directory))[1:]
+    if not any(key.endswith(".bias") for key in tensors):
+        stored["bias"] = "none"  # PEFT lets a wish for biases pass where the model has none
+    notes = json.loads(metadata.get(_OURS, "{}"))
+    return from_peft(stored, names, str(path), detach_norm=notes.get("dora_detach_norm", True))
 
 
 def load(model: LoraModel, directory: str | Path, name: str, strict_base: bool) -> None:
@@ -143,11 +145,6 @@ def _notes(model: LoraModel, config: LoraConfig) -> dict[str, Any]:
         "base_sha256": model.base_sha256(),
         "dora_detach_norm": config.dora_detach_norm,
     }
-
-
-def _stored_notes(directory: str | Path) -> dict[str, Any]:
-    path = Path(directory) / WEIGHTS_NAME
-    return json.loads(read_tensors(path)[1].get(_OURS, "{}")) if path.is_file() else {}
 
 
 def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, str]]:

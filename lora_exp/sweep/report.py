@@ -13,10 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_exp import tracking
-from lora_exp.job import RESULT_FILE, Outcome, read_metrics, read_outcome
+from lora_exp.job import RESULT_FILE, Outcome, PlanResult, Result, read_metrics, read_outcome
 from lora_exp.plots import final_loss, loss_curves
-
-RESULT_COLUMNS = ("eval/loss", "perplexity", "trainable", "adapter MB", "wall s", "status")
 
 
 @dataclass(frozen=True)
@@ -36,9 +34,12 @@ def report_sweep(folder: Path, interrupted: bool) -> bool:
     if not jobs:
         return not interrupted
     varying = differing(jobs)
-    rows = [_row(job, varying) for job in jobs]
-    header = ["job", *varying, *RESULT_COLUMNS]
-    _print(header, rows)
+    results = [_cells(job.outcome.result) for job in jobs]
+    columns = list(dict.fromkeys(name for cells in results for name in cells))
+    rows = [[*_settings(job, varying), *(cells.get(name, "") for name in columns), _end(job)]
+            for job, cells in zip(jobs, results, strict=True)]  # fmt: skip
+    header = ["job", *varying, *columns, "status"]
+    _print(header, rows, columns)
     _write_csv(folder / "comparison.csv", header, rows)
     markdown = _markdown(header, rows)
     (folder / "comparison.md").write_text(markdown)
@@ -51,10 +52,10 @@ def report_sweep(folder: Path, interrupted: bool) -> bool:
 
 
 def collect(folder: Path) -> list[JobReport]:
-    """Every job below ``folder`` that left an outcome, lowest validation loss first, unfinished ones last."""
+    """Every job below ``folder`` that left an outcome, lowest loss (or memory) first, unfinished ones last."""
     outcomes = [(file.parent, read_outcome(file.parent)) for file in sorted(folder.rglob(RESULT_FILE))]
     jobs = [JobReport(place, outcome) for place, outcome in outcomes if outcome]
-    return sorted(jobs, key=lambda job: (_loss(job), job.outcome.number))
+    return sorted(jobs, key=lambda job: (_objective(job), job.outcome.number))
 
 
 def differing(jobs: list[JobReport]) -> list[str]:
@@ -67,48 +68,71 @@ def differing(jobs: list[JobReport]) -> list[str]:
 
 def draw(folder: Path, jobs: list[JobReport], varying: list[str]) -> list[Path]:
     """Loss curves, and final loss against rank and against trainable parameters. Returns the files."""
-    finished = [job for job in jobs if job.outcome.result]
+    finished = [(job, job.outcome.result) for job in jobs if isinstance(job.outcome.result, Result)]
     if not finished:
         return []
-    curves = {_title(job, varying): _curve(job) for job in finished}
+    curves = {_title(job, varying): _curve(job) for job, _ in finished}
     loss_curves(curves, folder / "loss_curves.png")
     by_rank: dict[str, list[tuple[float, float]]] = defaultdict(list)
     by_size: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for job in finished:
-        assert job.outcome.result
+    for job, result in finished:
         group = _title(job, [name for name in varying if name not in ("rank", "seed", "alpha")])
-        by_size[group].append((job.outcome.result.trainable, job.outcome.result.eval_loss))
+        by_size[group].append((result.trainable, result.eval_loss))
         if "rank" in job.outcome.values:
-            by_rank[group].append((job.outcome.values["rank"], job.outcome.result.eval_loss))
+            by_rank[group].append((job.outcome.values["rank"], result.eval_loss))
     final_loss(by_size, "trainable parameters", folder / "loss_against_parameters.png")
     if by_rank:
         final_loss(by_rank, "rank", folder / "loss_against_rank.png")
     return sorted(folder.glob("loss_*.png"))
 
 
-def _row(job: JobReport, varying: list[str]) -> list[str]:
-    outcome, result = job.outcome, job.outcome.result
-    settings = [str(outcome.number), *(_text(outcome.values.get(name)) for name in varying)]
+def _settings(job: JobReport, varying: list[str]) -> list[str]:
+    return [str(job.outcome.number), *(_text(job.outcome.values.get(name)) for name in varying)]
+
+
+def _end(job: JobReport) -> str:
+    if job.outcome.result is not None:
+        return job.outcome.status
+    lines = (job.outcome.error or "").strip().splitlines()
+    return f"{job.outcome.status}: {' '.join(line.strip() for line in lines)[:160]}"
+
+
+def _cells(result: Result | PlanResult | None) -> dict[str, str]:
+    """A result's columns by name."""
+    if isinstance(result, PlanResult):
+        return _plan_cells(result)
     if result is None:
-        reason = (outcome.error or "").strip().splitlines()
-        short = " ".join(line.strip() for line in reason)[:160]
-        return [*settings, "", "", "", "", "", f"{outcome.status}: {short}"]
-    return [
-        *settings,
-        f"{result.eval_loss:.4f}",
-        f"{result.eval_perplexity:.2f}",
-        f"{result.trainable:,}",
-        f"{result.adapter_bytes / 1e6:.2f}",
-        f"{result.wall_s:.0f}",
-        outcome.status,
-    ]
+        return {}
+    return {
+        "eval/loss": f"{result.eval_loss:.4f}",
+        "perplexity": f"{result.eval_perplexity:.2f}",
+        "trainable": f"{result.trainable:,}",
+        "adapter MB": f"{result.adapter_bytes / 1e6:.2f}",
+        "wall s": f"{result.wall_s:.0f}",
+    }
 
 
-def _print(header: list[str], rows: list[list[str]]) -> None:
+def _plan_cells(result: PlanResult) -> dict[str, str]:
+    sizes = {
+        "total GiB": result.total_gib,
+        "base": result.base_gib,
+        "adapter": result.adapter_gib,
+        "gradients": result.gradients_gib,
+        "optimizer": result.optimizer_gib,
+        "activations": result.activations_gib,
+        "logits": result.head_gib,
+    }
+    cells = {"trainable": f"{result.trainable:,}", **{name: f"{size:.2f}" for name, size in sizes.items()}}
+    if result.fits is not None:
+        cells |= {"fits": "yes" if result.fits else "no", "max batch": str(result.largest_batch)}
+        cells |= {"max rank": "" if result.largest_rank is None else str(result.largest_rank)}
+    return cells
+
+
+def _print(header: list[str], rows: list[list[str]], columns: list[str]) -> None:
     table = Table(title="Sweep, best first", title_justify="left")
     for name in header:
-        right = name not in ("status",)
-        table.add_column(name, justify="right" if right else "left", no_wrap=name in RESULT_COLUMNS[:-1])
+        table.add_column(name, justify="left" if name == "status" else "right", no_wrap=name in columns)
     for row in rows:
         table.add_row(*row, style="red" if row[-1] != "FINISHED" else None)
     console = Console()
@@ -140,5 +164,5 @@ def _curve(job: JobReport) -> list[tuple[float, float]]:
     return [(record["step"], record["eval/loss"]) for record in read_metrics(job.folder) if "eval/loss" in record]
 
 
-def _loss(job: JobReport) -> float:
-    return job.outcome.result.eval_loss if job.outcome.result else math.inf
+def _objective(job: JobReport) -> float:
+    return job.outcome.result.objective if job.outcome.result else math.inf

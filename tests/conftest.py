@@ -1,0 +1,96 @@
+"""A tiny model in hub layout, a text to train on, and the command line in this process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+VERSES = [f"And the {noun} said unto the {other}, go thou and {verb}." for noun in ("king", "priest", "shepherd", "ox")
+          for other in ("people", "sea", "mountain", "lamb") for verb in ("sing", "build", "rest", "sow", "reap")]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What one call of the command line left: exit code, standard output and standard error."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Llama with its tokenizer, as a folder in hub layout."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny_llama")
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    tokenizer.train_from_iterator(VERSES, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(fast), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About five thousand tokens of plain text."""
+    file = tmp_path_factory.mktemp("text") / "verses.txt"
+    file.write_text("\n".join(VERSES * 5))
+    return file
+
+
+@pytest.fixture
+def tiny_overrides(tiny_llama: Path, text_file: Path) -> list[str]:
+    """The overrides of a run that takes a second."""
+    return [
+        "model=hf", f"model.path={tiny_llama}", "model.label=tiny", "data=text", f"data.path={text_file}",
+        "data.block_size=16", "device=cpu", "train.steps=4", "train.warmup_steps=1", "train.eval_every=2",
+        "train.eval_blocks=4", "train.micro_batch_size=2",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder with a cache of its own and no tracking settings from outside."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LORA_EXP_CACHE", str(tmp_path / "cache"))
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME", "HYDRA_FULL_ERROR"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def cli(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., Finished]:
+    """Call ``lora-exp`` with arguments, in this process and in an empty folder."""
+    from lora_exp.__main__ import main
+
+    def call(*arguments: str) -> Finished:
+        monkeypatch.setattr("sys.argv", ["lora-exp", *arguments])
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        out, err = capfd.readouterr()
+        return Finished(code, out, err)
+
+    return call
