@@ -1,4 +1,4 @@
-"""Plan against reality: ``python benchmarks/plan_accuracy.py [OUT.md]`` writes the table of benchmarks/PLAN_ACCURACY.md.
+"""Plan against reality: ``python benchmarks/plan_accuracy.py [OUT.md]`` makes the table of PLAN_ACCURACY.md.
 
 Reality is one training step on the CPU: bytes of what torch.autograd.graph.saved_tensors_hooks sees (each storage
 once, parameters left out), of the gradients and of the optimizer's states, and the highest point of the

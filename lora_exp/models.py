@@ -80,14 +80,14 @@ def load_base(source: Source, section: ModelConfig, place: Place) -> nn.Module:
     return model
 
 
-def checkpoint_layers(model: Any) -> None:
+def checkpoint_layers(model: Any, **options: Any) -> None:
     """Let ``model`` keep only its layers' inputs for the backward pass, and recompute the rest there.
 
     Non-reentrant: the reentrant form trains nothing, silently, when no input of a layer needs a gradient, as with a
-    frozen embedding (transformers#42489). Raises ValueError for a model whose layers cannot be recomputed.
+    frozen embedding (transformers#42489). ``options`` go to torch's checkpoint. Raises ValueError for a model whose layers cannot be recomputed.
     """
     try:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, **options})
     except (ValueError, AttributeError) as error:
         raise ValueError(f"train.gradient_checkpointing=true: {error}; set it to false for this model") from error
 

@@ -32,8 +32,8 @@ def facts_of(section: ModelConfig) -> Any:
     except (OSError, ValueError) as error:
         reason = re.sub(r"\s+", " ", str(error))[:300]
         raise ValueError(
-            f"The config.json of {section.name} cannot be had ({reason}): name a local one by model.path=FILE_OR_FOLDER, "
-            "or plan a model whose architecture is shipped (--help lists them)"
+            f"The config.json of {section.name} cannot be had ({reason}): name a local one by "
+            "model.path=FILE_OR_FOLDER, or plan a model whose architecture is shipped (--help lists them)"
         ) from error
 
 

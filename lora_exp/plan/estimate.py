@@ -170,7 +170,8 @@ def _step(model: nn.Module, config: Config, place: Place, weights: Mapping[str, 
 def _module(name: str, layer: LoRALayerBase) -> Module:
     trained = dict(layer.adapter.named_parameters())
     shapes = {key: list(value.shape) for key, value in trained.items()}
-    return Module(name, layer.layer_type, list(layer.weight.shape), shapes, sum(one.numel() for one in trained.values()))
+    trainable = sum(parameter.numel() for parameter in trained.values())
+    return Module(name, layer.layer_type, list(layer.weight.shape), shapes, trainable)
 
 
 def _by_layer_type(model: nn.Module, adapted: Adapted) -> dict[str, list[int]]:

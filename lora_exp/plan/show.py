@@ -11,6 +11,8 @@ from lora_exp.config import Config
 from lora_exp.plan.estimate import GIB, Module, Plan
 from lora_exp.plan.fit import Fit
 
+_LEAST = 2**20  # a part below a MiB is a few buffers
+
 
 def show(plan: Plan, found: Fit | None, config: Config) -> None:
     """Print the adapted modules, the counts, the memory and what fits."""
@@ -85,7 +87,8 @@ def _memory(plan: Plan) -> Table:
     place = "GPU" if plan.device_type == "cuda" else plan.device_type.upper()
     table = _table(f"Memory per {place}, computing in {plan.dtype}", "part", "GiB")
     for part, size in memory_parts(plan).items():
-        table.add_row(part, f"{size / GIB:.3f}")
+        if size >= _LEAST:
+            table.add_row(part, f"{size / GIB:.3f}")
     table.add_row("total, at the highest point of a step", f"{plan.total_bytes / GIB:.3f}", style="bold")
     return table
 

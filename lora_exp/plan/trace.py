@@ -6,9 +6,9 @@ backward, and the highest point of the step, are the real model's own, whatever 
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +50,8 @@ def trace_step(model: nn.Module, rows: int, length: int, kernels: Kernels, check
     layer_bytes = 0
     if checkpointing:
         layer_bytes = _Pass(model, rows, length).largest_layer(kernels)
-        checkpoint_layers(model)
+        # A layer is recomputed inside backward(), a call that takes ``kernels`` off until it ends.
+        checkpoint_layers(model, context_fn=lambda: (contextlib.nullcontext(), kernels))
     step = _Pass(model, rows, length).run(kernels)
     return Step(step.activation_bytes + layer_bytes, step.head_bytes, step.peak_bytes, step.flops)
 
@@ -118,17 +119,18 @@ class _Pass:
 
     def run(self, kernels: Kernels) -> Step:
         ledger = self._ledger
-        with ledger, kernels, self._marked():  # kernels to the end: a checkpointed layer runs again in backward
-            loss = self._loss()
+        with ledger, self._marked():
+            with kernels:
+                loss = self._loss()
             kept = ledger.between(0, self._head_start)
-            torch.autograd.backward(loss)  # loss.backward() would be a call that takes ``kernels`` off until it ends
+            loss.backward()  # type: ignore[no-untyped-call]
         head = max(self._head_peak or ledger.peak, 0) - kept
         return Step(kept, max(head, 0), ledger.peak, ledger.flops)
 
     def _loss(self) -> Tensor:
         return causal_lm_losses(self._model, {"input_ids": self._ids, "labels": self._ids}).total.sum()
 
-    @contextmanager
+    @contextlib.contextmanager
     def _marked(self) -> Iterator[None]:
         model: Any = self._model
         hooks = [model.get_output_embeddings().register_forward_pre_hook(self._enter_head)]

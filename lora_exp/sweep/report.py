@@ -36,8 +36,10 @@ def report_sweep(folder: Path, interrupted: bool) -> bool:
     varying = differing(jobs)
     results = [_cells(job.outcome.result) for job in jobs]
     columns = list(dict.fromkeys(name for cells in results for name in cells))
-    rows = [[*_settings(job, varying), *(cells.get(name, "") for name in columns), _end(job)]
-            for job, cells in zip(jobs, results, strict=True)]  # fmt: skip
+    rows = [
+        [*_settings(job, varying), *(cells.get(name, "") for name in columns), _end(job)]
+        for job, cells in zip(jobs, results, strict=True)
+    ]
     header = ["job", *varying, *columns, "status"]
     _print(header, rows, columns)
     _write_csv(folder / "comparison.csv", header, rows)
@@ -116,9 +118,7 @@ def _plan_cells(result: PlanResult) -> dict[str, str]:
     sizes = {
         "total GiB": result.total_gib,
         "base": result.base_gib,
-        "adapter": result.adapter_gib,
-        "gradients": result.gradients_gib,
-        "optimizer": result.optimizer_gib,
+        "trained": result.adapter_gib + result.gradients_gib + result.optimizer_gib,
         "activations": result.activations_gib,
         "logits": result.head_gib,
     }
