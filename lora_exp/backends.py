@@ -97,9 +97,11 @@ def _chosen_weights(base: nn.Module, config: Config) -> dict[str, nn.Parameter]:
     everything = dict(base.named_parameters())
     if config.targets is None:
         return everything
-    from lora_exp.adapters import LoraConfig, find_targets
+    from lora_exp.adapters import LoraConfig
+    from lora_exp.adapters.targets import find_targets
 
-    modules = find_targets(base, LoraConfig(target_modules=config.targets))
+    wanted = LoraConfig(rank=1, target_modules=config.targets)
+    modules = find_targets(base, dict(base.named_modules()), wanted).layers
     return {name: parameter for name, parameter in everything.items() if name.rpartition(".")[0] in modules}
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -73,7 +74,7 @@ def load_base(source: Source, section: ModelConfig, place: Place) -> nn.Module:
             use_safetensors=True,
             **source.options,
         )
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ValueError(_cannot_be_had(section, error)) from error
     model.config.use_cache = False
     nn.Module.to(model, place.device)

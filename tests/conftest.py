@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,14 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ASYNC_LOGGING_BUFFERING_SECONDS", "0")  # a second a run is long in tests
 
-VERSES = [f"And the {noun} said unto the {other}, go thou and {verb}." for noun in ("king", "priest", "shepherd", "ox")
-          for other in ("people", "sea", "mountain", "lamb") for verb in ("sing", "build", "rest", "sow", "reap")]  # fmt: skip
+VERSES = [
+    f"And the {noun} said unto the {other}, go thou and {verb}."
+    for noun in ("king", "priest", "shepherd", "ox")
+    for other in ("people", "sea", "mountain", "lamb")
+    for verb in ("sing", "build", "rest", "sow", "reap")
+]
 
 
 @dataclass(frozen=True)
@@ -29,20 +35,26 @@ class Finished:
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer Llama with its tokenizer, as a folder in hub layout."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     folder = tmp_path_factory.mktemp("tiny_llama")
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(VERSES, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     fast.save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(fast), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, bos_token_id=1, eos_token_id=2,
+        num_key_value_heads=2, max_position_embeddings=128, bos_token_id=1, eos_token_id=2, attention_bias=True,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
@@ -76,12 +88,25 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A new MLflow database: making one takes seconds, copying it does not."""
+    from mlflow.tracking import MlflowClient
+
+    file = tmp_path_factory.mktemp("database") / "mlflow.db"
+    MlflowClient(f"sqlite:///{file}").search_experiments()
+    return file
+
+
 @pytest.fixture
 def cli(
-    workplace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    workplace: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Callable[..., Finished]:
-    """Call ``lora-exp`` with arguments, in this process and in an empty folder."""
+    """Call ``lora-exp`` with arguments, in this process and in a folder that holds no run yet."""
     from lora_exp.__main__ import main
+
+    (workplace / "outputs").mkdir()
+    shutil.copy(empty_database, workplace / "outputs/mlflow.db")
 
     def call(*arguments: str) -> Finished:
         monkeypatch.setattr("sys.argv", ["lora-exp", *arguments])

@@ -75,7 +75,9 @@ def test_all_problems_are_reported_together() -> None:
         assert value in str(caught.value)
 
 
-@pytest.mark.parametrize("override", ["rank=3.5", "rank=eight", "dropout=high", "train.steps=many", "rnak=8", "adapter=lroa"])
+@pytest.mark.parametrize(
+    "override", ["rank=3.5", "rank=eight", "dropout=high", "train.steps=many", "rnak=8", "adapter=lroa"]
+)
 def test_a_wrong_type_or_an_unknown_name_fails_at_composition(override: str) -> None:
     with pytest.raises(ConfigCompositionException):
         composed(override)

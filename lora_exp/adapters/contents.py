@@ -43,6 +43,11 @@ def saved_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     return found
 
 
+def base_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The base's own parameters, adapters and copies left out."""
+    return [p for _, module in base_modules(model) for p in module._parameters.values() if p is not None]
+
+
 def without_repeats(parameters: dict[str, Any]) -> dict[str, Any]:
     """The first name of each tensor only."""
     first = {id(value): key for key, value in reversed(parameters.items())}

@@ -35,6 +35,7 @@ def inject(model: nn.Module, config: LoraConfig, name: str, route: Route) -> Tar
     owners = trained_owners(_outside(modules, saved), set(targets.layers), config)
     for layer_name, module in targets.layers.items():
         layer = adopted(module, route)
+        _call_instead_of_fuse(modules.get(layer_name.rpartition(".")[0]))
         layer.add_adapter(make_adapter(config, name, layer_name, layer))
     add_biases(owners, name, route)
     add_copies(model, saved, name, route)
@@ -73,6 +74,12 @@ def make_adapter(config: LoraConfig, name: str, layer_name: str, layer: LoRALaye
 def _outside(modules: dict[str, nn.Module], saved: list[str]) -> dict[str, nn.Module]:
     inside = tuple(f"{name}." for name in saved)
     return {name: m for name, m in modules.items() if name not in saved and not name.startswith(inside)}
+
+
+def _call_instead_of_fuse(parent: nn.Module | None) -> None:
+    """torch's encoder layer has a fused path for inference that reads weights without calling layers."""
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        parent.activation_relu_or_gelu = 0  # the fused path's own precondition
 
 
 def _rebind(module: nn.Module) -> None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,11 @@ class LoraModel(nn.Module):
         self, model: nn.Module, config: LoraConfig, adapter_name: str = DEFAULT, verbose: bool = True
     ) -> None:
         super().__init__()
+        if (adapted := next(lora_layers(model), None)) is not None:
+            raise ValueError(
+                f"the model has adapted layers already ({adapted[0] or 'itself'}); "
+                "use add_adapter of the LoraModel around it, or merge_and_unload() first"
+            )
         self.wrapped = model
         self.configs: dict[str, LoraConfig] = {}
         self.route_state = Route()
@@ -52,9 +57,10 @@ class LoraModel(nn.Module):
         if live.sizes is not None:
             self.route_state.live = live.for_inputs([*args, *kwargs.values()])
         try:
-            if not self.wrapped.training or (torch.compiler.is_compiling() and not stochastic):
+            trains = self.wrapped.training or (live.sizes is not None and torch.is_grad_enabled())
+            if not trains or (torch.compiler.is_compiling() and not stochastic):
                 return self.wrapped(*args, **kwargs)
-            with self.route_state.training_pass(draw=stochastic):
+            with self.route_state.training_pass(draw=stochastic, drops=self.wrapped.training):
                 return self.wrapped(*args, **kwargs)
         finally:
             self.route_state.live = live
@@ -66,6 +72,22 @@ class LoraModel(nn.Module):
             if name == "wrapped":  # not there yet: __init__, or a copy being filled
                 raise
             return getattr(self.wrapped, name)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """transformers' switch, made to work on a frozen base.
+
+        Reentrant checkpointing passes no gradient into a block whose input requires none, and would
+        train nothing without a word; so there the embeddings' output is made to require one.
+        """
+        options, wrapped = gradient_checkpointing_kwargs, cast(Any, self.wrapped)
+        if hasattr(wrapped, "activation_checkpointing_enable"):  # transformers' newer name
+            wrapped.activation_checkpointing_enable(activation_checkpointing_kwargs=options, **kwargs)
+        else:
+            wrapped.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options, **kwargs)
+        if (options or {}).get("use_reentrant", True) and hasattr(wrapped, "enable_input_require_grads"):
+            wrapped.enable_input_require_grads()
 
     # Adapters
 
@@ -176,9 +198,9 @@ class LoraModel(nn.Module):
 
     def summary(self) -> str:
         trainable, total = self.parameter_counts()
-        base = total - sum(p.numel() for p in self.parameters() if p.requires_grad)
+        base = contents.base_parameters(self.wrapped)
         return (
-            f"Initial Parameters : {base:,} || LoRA Parameters : {trainable:,} || "
+            f"Initial Parameters : {count_parameters(base, base)[0]:,} || LoRA Parameters : {trainable:,} || "
             f"Trainable Proportion : {100 * trainable / total:.4f}%"
         )
 

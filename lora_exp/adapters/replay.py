@@ -9,6 +9,7 @@ number into it, so that a replayed layer finds the number of the pass that it re
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 from collections.abc import Iterator
 
@@ -16,6 +17,7 @@ import torch
 
 _TAG = 0x4C6F5241  # "LoRA", in the upper half of the 64-bit seed
 _LOW = 0xFFFFFFFF
+_numbers = itertools.count(1)
 
 
 def current_pass() -> int | None:
@@ -38,6 +40,11 @@ def numbered_pass(number: int) -> Iterator[None]:
 def is_replaying() -> bool:
     """Whether we are inside a backward pass, where only checkpointing runs forward code."""
     return torch._C._current_graph_task_id() != -1
+
+
+def next_number() -> int:
+    """A pass number that no other pass of this process has; the global RNG is left alone."""
+    return next(_numbers) & _LOW
 
 
 def draw_number() -> int:

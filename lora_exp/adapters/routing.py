@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import torch
 
-from .replay import current_pass, draw_number, is_replaying, numbered_pass
+from .replay import current_pass, draw_number, is_replaying, next_number, numbered_pass
 
 BASE = "__base__"  # the name that routes samples through the frozen model alone, as in PEFT
 _REMEMBERED_PASSES = 4096
@@ -70,7 +70,6 @@ class Route:
         self.clocks: dict[str, Clock] = {}
         self.trained: tuple[str, ...] = ()  # whom the last training pass served
         self._passes: OrderedDict[int, tuple[Plan, dict[str, int]]] = OrderedDict()
-        self._numbers = itertools.count()
 
     def plan(self) -> Plan:
         """The plan that holds for the layer call at hand, be it live or a replay."""
@@ -88,13 +87,16 @@ class Route:
             self.live = outer
 
     @contextmanager
-    def training_pass(self, draw: bool) -> Iterator[None]:
-        """One forward pass in training mode; `draw` where a replay of the whole model must be recognised."""
-        number = draw_number() if draw else next(self._numbers) + 1
+    def training_pass(self, draw: bool, drops: bool) -> Iterator[None]:
+        """One forward pass that a backward pass may follow.
+
+        draw: a replay of the whole model must be recognised; drops: dropout is on, so clocks move.
+        """
+        number = draw_number() if draw else next_number()
         if not (draw and is_replaying() and number in self._passes):
             while number in self._passes:
                 number = draw_number()
-            self._remember(number)
+            self._remember(number, drops)
         with numbered_pass(number):
             yield
 
@@ -107,13 +109,13 @@ class Route:
         text = f"{self.clocks[name].seed}:{known[1][name]}:{layer_key}"
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
-    def _remember(self, number: int) -> None:
+    def _remember(self, number: int, drops: bool) -> None:
         counts: dict[str, int] = {}
         self.trained = self.live.names
         for name in dict.fromkeys(self.live.names):
             if name in self.clocks:
                 counts[name] = self.clocks[name].passes
-                self.clocks[name].passes += 1
+                self.clocks[name].passes += drops
         self._passes[number] = (self.live, counts)
         while len(self._passes) > _REMEMBERED_PASSES:
             self._passes.popitem(last=False)

@@ -84,7 +84,10 @@ def matching(wish: list[str] | str, names: Iterable[str], what: str) -> set[str]
         compiled = re.compile(wish)
         found = {name for name in names if compiled.fullmatch(name)}
         if not found:
-            raise ValueError(f"{what}={wish!r} matches no module's full name{near(wish, names)}")
+            raise ValueError(
+                f"{what}={wish!r} matches no module's full name{near(wish, names)}; a string is a regular "
+                "expression over full names, so put plain names or suffixes into a list"
+            )
         return found
     hits: dict[str, set[str]] = {entry: set() for entry in wish}
     for name in names:

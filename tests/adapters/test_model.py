@@ -103,6 +103,35 @@ def test_unreached_layers_are_named(make_tiny, tokens):
         dead.check_gradients()
 
 
+def test_a_base_is_wrapped_once(tiny):
+    LoraModel(tiny, LoraConfig(rank=2))
+    with pytest.raises(ValueError, match="adapted layers already"):
+        LoraModel(tiny, LoraConfig(rank=2))
+
+
+def test_the_base_keeps_its_identity(tiny):
+    model = LoraModel(tiny, LoraConfig(rank=2, bias="all"))
+    identity = model.base_sha256()
+    randomise(model)
+    model.merge()
+    model._base_sha256 = None
+    assert model.base_sha256() == identity
+    model.unmerge()
+    with torch.no_grad():
+        tiny.lm_head.weight[0, 0] += 1
+    model._base_sha256 = None
+    assert model.base_sha256() != identity
+
+
+def test_torchs_fused_encoder_layer_is_not_bypassed():
+    base, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), torch.randn(2, 3, 8)
+    model = LoraModel(base, LoraConfig(rank=2, target_modules=["linear1", "linear2"])).eval()
+    randomise(model)
+    with torch.no_grad():
+        fast = model(x)
+    torch.testing.assert_close(fast, model(x))
+
+
 def test_a_leaf_can_be_the_whole_model():
     model = LoraModel(nn.Linear(4, 3), LoraConfig(rank=2))
     assert set(model.adapter_parameters()) == {"lora_A", "lora_B"}

@@ -96,6 +96,19 @@ def test_vision(dora, dropout, bias, vision, images, oracle, randomised, same_ma
     assert_equal(model, twin, oracle, {"x": images})
 
 
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_resnet(dora, oracle, randomised):
+    import transformers
+
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    base = transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes, num_labels=5))
+    targets = [f"{name}.convolution" for name in ("embedder", "layer.0", "layer.1", "shortcut")] + [
+        "classifier.1"
+    ]
+    model, twin = pair(base, oracle, randomised, targets, dora=dora)
+    assert_equal(model, twin, oracle, {"pixel_values": torch.randn(3, 3, 32, 32)})
+
+
 @pytest.mark.parametrize("dims", [1, 3])
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_other_convolutions(dims, dora, oracle, randomised):

@@ -145,6 +145,24 @@ def test_sampling_is_not_disturbed(model, tokens):
     assert torch.equal(torch.rand(3), after)
 
 
+def test_models_inside_each_other_keep_their_own_routes(make_tiny, tokens, randomised):
+    teacher = LoraModel(make_tiny(), LoraConfig(rank=2), "t", verbose=False)
+    randomised(teacher, "t")
+    teacher(tokens)  # has trained before
+    expected = teacher.eval()(tokens)
+    teacher.add_adapter("u", LoraConfig(rank=2))
+
+    class Student(make_tiny):
+        def forward(self, tokens):
+            return super().forward(tokens) - teacher(tokens)
+
+    model = LoraModel(Student(), LoraConfig(rank=2, lora_dropout=0.5), verbose=False)
+    base = model.eval()(tokens)
+    for _ in range(3):
+        torch.testing.assert_close(model.train()(tokens), base)
+    torch.testing.assert_close(teacher(tokens), expected)
+
+
 def test_route_samples(model, tokens):
     model.eval()
     names = ["b", BASE, "a", "b"]

@@ -1,0 +1,143 @@
+"""Bad input: one clear error, a non-zero exit code, no traceback, nothing left RUNNING."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow.tracking import MlflowClient
+
+Cli = Callable[..., "Finished"]  # noqa: F821  # of conftest.py
+
+
+def unfinished(workplace: Path) -> list[str]:
+    """Runs that MLflow still believes in."""
+    database = workplace / "outputs/mlflow.db"
+    if not database.exists():
+        return []
+    client = MlflowClient(f"sqlite:///{database}")
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    return [run.info.run_id for run in client.search_runs(experiments) if run.info.status == "RUNNING"]
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("rank=0", "rank=0 is below 1"),
+        ("rank=-1", "rank=-1 is below 1"),
+        ("rank=3.5", "3.5"),
+        ("rank=1000000000", "1000000000"),
+        ("alpha=x", "alpha=x is neither"),
+        ("dropout=1.0", "dropout=1.0 is outside"),
+        ("targets=[q_prog]", "q_proj"),
+        ("data.path=nowhere.txt", "nowhere.txt does not exist"),
+        ("data.block_size=100000", "fewer than one block of 100000"),
+        ("train.micro_batch_size=99999", "more than the"),
+        ("model.path=nowhere", "has no config.json"),
+        ("device=quantum", "device=quantum is not a device"),
+        ("model.dtype=float8", "choose one of auto"),
+        ("model.dtype=float16", "float16 trains on a GPU only"),
+        ("tracking.uri=http://127.0.0.1:9", "127.0.0.1:9 cannot be reached"),
+        ("adapter=lroa", "lora"),
+        ("rnak=8", "did you mean rank?"),
+        ("task=fly", "task=fly is not known"),
+    ],
+)
+def test_one_clear_error(cli: Cli, tiny_overrides: list[str], workplace: Path, override: str, says: str) -> None:
+    done = cli(*tiny_overrides, override)
+    assert done.code == 1
+    assert says in done.err
+    assert "Traceback" not in done.err
+    assert unfinished(workplace) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_a_device_that_is_not_here_is_named_with_those_that_are(cli: Cli, tiny_overrides: list[str]) -> None:
+    done = cli(*tiny_overrides, "device=cuda:1")
+    assert done.code == 1
+    assert "device=cuda:1 is not on this machine (it has: 1 cpu)" in done.err
+
+
+def test_the_server_is_asked_before_the_model_is_loaded(cli: Cli, tiny_overrides: list[str]) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    done = cli(*tiny_overrides, f"tracking.uri=http://127.0.0.1:{port}", "model.path=nowhere")
+    assert "cannot be reached" in done.err
+    assert "tracking=none" in done.err
+    assert "nowhere" not in done.err.replace("model.path=nowhere", "")
+
+
+def test_outputs_that_cannot_be_written(cli: Cli, tiny_overrides: list[str], workplace: Path) -> None:
+    shutil.rmtree(workplace / "outputs")
+    (workplace / "outputs").write_text("a file where a folder should be")
+    for mode in ([], ["-m"]):
+        done = cli(*tiny_overrides, *mode)
+        assert done.code == 1
+        assert "cannot be written" in done.err
+        assert "Traceback" not in done.err
+
+
+def test_a_corrupt_checkpoint(cli: Cli, tiny_overrides: list[str], tiny_llama: Path, workplace: Path) -> None:
+    broken = workplace / "broken"
+    shutil.copytree(tiny_llama, broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    done = cli(*tiny_overrides, f"model.path={broken}")
+    assert done.code == 1
+    assert "could not be loaded" in done.err
+    assert "Traceback" not in done.err
+    assert unfinished(workplace) == []
+
+
+def test_a_loss_that_is_not_finite_keeps_what_was_earned(
+    cli: Cli, tiny_overrides: list[str], workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = cli(*tiny_overrides, "optimizer.lr=1e30", "train.max_grad_norm=inf")
+    assert done.code == 1
+    assert "lower optimizer.lr" in done.err
+    assert unfinished(workplace) == []
+    (folder,) = (workplace / "outputs/runs").glob("*/*")
+    assert (folder / "metrics.jsonl").read_text().count("\n") >= 1
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_running(
+    cli: Cli, tiny_overrides: list[str], workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, os.strerror(28), "adapter_model.safetensors")
+
+    monkeypatch.setattr("lora_exp.run._save", full)
+    done = cli(*tiny_overrides)
+    assert done.code == 1
+    assert "No space left on device" in done.err
+    assert "Traceback" not in done.err
+    assert unfinished(workplace) == []
+
+
+def test_an_unforeseen_error_is_named_and_its_traceback_filed(
+    cli: Cli, tiny_overrides: list[str], workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("out of memory, say")
+
+    monkeypatch.setattr("lora_exp.run.adapt", broken)
+    done = cli(*tiny_overrides)
+    assert done.code == 1
+    assert "RuntimeError: out of memory, say" in done.err
+    assert "Traceback (" not in done.err
+    (filed,) = (workplace / "outputs/runs").glob("*/*/traceback.txt")
+    assert "in broken" in filed.read_text()
+
+
+def test_the_traceback_comes_when_asked_for(
+    cli: Cli, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(Exception, match="rank=0 is below 1"):
+        cli(*tiny_overrides, "rank=0")
