@@ -132,7 +132,7 @@ def _activations(adapted: Adapted, batch: Batch, checkpointing: bool) -> int:
     layers = [place for place in saved.places if place.startswith("layer")]
     if not checkpointing:
         return saved.bytes_of("trunk", *layers)
-    return saved.bytes_of("trunk", "inputs") + max(saved.bytes_of(layer) for layer in layers)
+    return max(saved.bytes_of("trunk", "inputs", layer) for layer in layers)
 
 
 @contextmanager

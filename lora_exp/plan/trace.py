@@ -113,7 +113,7 @@ class _Pass:
         """The most bytes that one checkpointed layer keeps for its backward pass."""
         with self._ledger, kernels, self._marked():
             loss = self._loss()
-            sizes = [self._ledger.between(first, last) for first, last in self._layers]
+            sizes = [self._ledger.between(first, last) - output for first, last, output in self._layers]
             del loss
         return max(sizes, default=0)
 
@@ -153,10 +153,11 @@ class _Pass:
         self._head_peak = self._ledger.peak
 
     def _enter_layer(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._layers.append([self._ledger.serial, 0])
+        self._layers.append([self._ledger.serial, 0, 0])
 
     def _leave_layer(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        self._layers[-1][1] = self._ledger.serial
+        hidden = output[0] if isinstance(output, tuple) else output
+        self._layers[-1][1:] = [self._ledger.serial, hidden.untyped_storage().nbytes()]  # the next one's input
 
 
 def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:

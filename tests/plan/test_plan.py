@@ -24,6 +24,7 @@ from lora_exp.training.objectives import causal_lm_losses
 from lora_exp.training.optimizers import build_optimizer
 
 register()
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft
 PUBLISHED = {
     "llama2_7b": 6_738_415_616,
     "llama2_13b": 13_015_864_320,
@@ -146,7 +147,7 @@ def test_a_plan_is_what_a_real_step_takes(name: str, rows: int, checkpointing: b
     assert plan.adapter_bytes == nbytes(adapted.parameters)
     assert plan.gradient_bytes == nbytes([parameter.grad for parameter in adapted.parameters])
     assert plan.optimizer_bytes == nbytes([value for state in optimizer.state.values() for value in state.values()])
-    assert plan.activation_bytes == pytest.approx(retained, rel=0.05)
+    assert plan.activation_bytes == pytest.approx(retained, rel=0.02)
     assert plan.step_peak_bytes >= plan.activation_bytes
 
 
@@ -171,7 +172,7 @@ def test_other_backends_and_full_training_are_planned_too() -> None:
     full.device, full.model.dtype = "auto", "auto"
     autocast = Planner(full).plan()
     assert autocast.gradient_bytes == plan.gradient_bytes
-    assert autocast.head_bytes < 1.1 * plan.head_bytes
+    assert autocast.step_peak_bytes < plan.step_peak_bytes
 
 
 def test_flops_are_those_of_the_products() -> None:
@@ -266,9 +267,12 @@ def real_activations(model: Any, made: Config, checkpointing: bool) -> int:
     del loss
     layers = [place for place in places if place.startswith("layer")]
     if checkpointing:
-        inputs = {**places["trunk"], **places["inputs"]}
-        return sum(inputs.values()) + max(sum(places[layer].values()) for layer in layers)
-    return sum({key: size for place in ("trunk", *layers) for key, size in places[place].items()}.values())
+        return max(once(places, "trunk", "inputs", layer) for layer in layers)
+    return once(places, "trunk", *layers)
+
+
+def once(places: dict[str, dict[int, int]], *chosen: str) -> int:
+    return sum({key: size for place in chosen for key, size in places[place].items()}.values())
 
 
 @contextlib.contextmanager
