@@ -29,17 +29,19 @@ def fit(planner: Planner, plan: Plan, config: Config) -> Fit | None:
     budget = (config.plan.gpu_gib - config.plan.reserve_gib) * GIB
     free = budget - plan.total_bytes
     rows, rank = config.train.micro_batch_size, config.rank
-    batch = _largest(lambda rows: planner.plan(rows=rows).total_bytes, rows, plan, budget, _MOST_ROWS)
+    # Without checkpointing the logits are the peak whatever the batch, and memory is a straight line in it.
+    straight = not config.train.gradient_checkpointing
+    batch = _largest(lambda rows: planner.plan(rows=rows).total_bytes, rows, plan, budget, _MOST_ROWS, straight)
     largest_rank = None
     if config.adapter.name != "full" and plan.modules:
         most = max(max(module.weight) for module in plan.modules)
-        found = _largest(lambda rank: planner.plan(rank=rank).total_bytes, rank, plan, budget, most)
+        found = _largest(lambda rank: planner.plan(rank=rank).total_bytes, rank, plan, budget, most, straight)
         largest_rank = found // _RANK_STEP * _RANK_STEP if found >= _RANK_STEP else found
     return Fit(free >= 0, free / GIB, batch, largest_rank)
 
 
-def _largest(bytes_at: Callable[[int], int], start: int, plan: Plan, budget: float, most: int) -> int:
-    """The largest size that fits: memory is close to linear in it, so a straight line finds it and a plan proves it."""
+def _largest(bytes_at: Callable[[int], int], start: int, plan: Plan, budget: float, most: int, straight: bool) -> int:
+    """The largest size that fits, by a straight line through two plans; where that is not sure, by a proof."""
     if sum(plan.base_bytes.values()) >= budget:
         return 0
     second = 2 * start if 2 * start <= most else max(1, start // 2)
@@ -47,6 +49,6 @@ def _largest(bytes_at: Callable[[int], int], start: int, plan: Plan, budget: flo
     if slope <= 0:
         return most if plan.total_bytes <= budget else 0
     guess = min(most, start + int((budget - plan.total_bytes) // slope))
-    while guess > 0 and (needed := bytes_at(guess)) > budget:
+    while not straight and guess > 0 and (needed := bytes_at(guess)) > budget:
         guess -= max(1, int((needed - budget) // slope))
     return max(guess, 0)

@@ -123,7 +123,7 @@ class _Pass:
             with kernels:
                 loss = self._loss()
             kept = ledger.between(0, self._head_start)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         head = max(self._head_peak or ledger.peak, 0) - kept
         return Step(kept, max(head, 0), ledger.peak, ledger.flops)
 
