@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from lora_exp.config import Config, resolve_alpha
+from lora_exp.config import Config, default_targets, resolve_alpha
+
+LAYER_TYPES = {"linear": ("linear",), "embedding": ("embedding",), "conv2d": ("conv2d",), "all": ("all",)}
 
 
 @dataclass(frozen=True)
@@ -27,31 +29,28 @@ class Adapted:
 def adapt(base: nn.Module, config: Config) -> Adapted:
     """Freeze ``base`` and add what the config trains. Draws from torch's global RNG: seed first.
 
-    Raises ValueError when a target matches nothing or the rank does not fit.
+    Raises ValueError when a target matches nothing, is of another layer type or beyond the backend, or when
+    the rank does not fit.
     """
     if config.adapter.name == "full":
-        return _full(base, config)
+        return _weights(base, _chosen_weights(base, config))
+    if config.adapter.name == "head":
+        return _weights(base, _inside(base, config.model.modules_to_save))
     return _peft(base, config) if config.backend == "peft" else _native(base, config)
 
 
-def target_modules(config: Config) -> list[str] | str:
-    """``targets`` if set, else the model's own for the layer type, else all linear layers but the head."""
+def target_modules(config: Config) -> list[str] | str | None:
+    """``targets`` if set, else the model's own for the layer type, else None: all of that type but the head."""
     if config.targets is not None:
         return config.targets
-    return config.model.targets.get(config.layer.name) or "all-linear"
+    return default_targets(config) or None
 
 
 def _native(base: nn.Module, config: Config) -> Adapted:
-    from lora_exp.adapters import LoraConfig, LoraModel
+    from lora_exp.adapters import LoraModel
 
-    wanted = LoraConfig(
-        rank=config.rank,
-        target_modules=target_modules(config),
-        lora_alpha=resolve_alpha(config.alpha, config.rank),
-        lora_dropout=config.dropout,
-        bias=config.bias,
-        use_rslora=config.scaling.name == "rslora",
-    )
+    wanted = _lora_config(config)
+    _targeted(base, config, wanted)
     model = LoraModel(base, wanted, verbose=False)
     trainable, total = model.parameter_counts()
     parameters = list(model.adapter_parameters().values())
@@ -61,26 +60,84 @@ def _native(base: nn.Module, config: Config) -> Adapted:
 def _peft(base: nn.Module, config: Config) -> Adapted:
     import peft
 
-    wanted = peft.LoraConfig(
-        r=config.rank,
-        target_modules=target_modules(config),
-        lora_alpha=resolve_alpha(config.alpha, config.rank),  # type: ignore[arg-type]  # it takes floats
-        lora_dropout=config.dropout,
-        bias=config.bias,  # type: ignore[arg-type]  # checked by the config
-        use_rslora=config.scaling.name == "rslora",
+    wanted = _lora_config(config)
+    layers = _targeted(base, config, wanted)
+    _check_peft_can(layers)
+    named = wanted.target_modules if wanted.target_modules not in (None, "all-linear") else sorted(layers)
+    model = peft.get_peft_model(
+        base,
+        peft.LoraConfig(
+            r=wanted.rank,
+            target_modules=named,
+            lora_alpha=wanted.lora_alpha,
+            lora_dropout=wanted.lora_dropout,
+            bias=wanted.bias,
+            use_rslora=wanted.use_rslora,
+            use_dora=wanted.use_dora,
+            modules_to_save=wanted.modules_to_save,
+        ),
     )
-    model = peft.get_peft_model(base, wanted)
     trainable, total = model.get_nb_trainable_parameters()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def save(folder: Path) -> None:
-        model.save_pretrained(str(folder))
+        # "auto" would add the whole frozen embedding to the file of an adapted one.
+        model.save_pretrained(str(folder), save_embedding_layers=False)
 
     return Adapted(model, parameters, trainable, total, save)
 
 
-def _full(base: nn.Module, config: Config) -> Adapted:
-    chosen = _chosen_weights(base, config)
+def _lora_config(config: Config) -> Any:
+    from lora_exp.adapters import LoraConfig
+
+    return LoraConfig(
+        rank=config.rank,
+        target_modules=target_modules(config),
+        lora_alpha=resolve_alpha(config.alpha, config.rank),
+        lora_dropout=config.dropout,
+        bias=config.bias,
+        use_rslora=config.scaling.name == "rslora",
+        use_dora=config.adapter.name == "dora",
+        modules_to_save=config.model.modules_to_save or None,
+        layer_types=LAYER_TYPES[config.layer.name],
+    )
+
+
+def _targeted(base: nn.Module, config: Config, wanted: Any) -> dict[str, nn.Module]:
+    """The layers that will be adapted, all of the type that ``layer`` says: else the run would be mislabelled."""
+    from lora_exp.adapters.registry import layer_class_for
+    from lora_exp.adapters.targets import find_targets
+    from lora_exp.adapters.walk import base_modules
+
+    layers = find_targets(base, dict(base_modules(base)), wanted).layers
+    for name, module in layers.items():
+        kind = getattr(layer_class_for(module), "layer_type", "")
+        if kind not in wanted.layer_types:
+            raise ValueError(
+                f"targets={config.targets} names {name}, which is of type {kind}, but layer={config.layer.name}: "
+                f"choose layer={kind if kind in LAYER_TYPES else 'all'}, layer=all or other targets"
+            )
+    return layers
+
+
+def _check_peft_can(layers: dict[str, nn.Module]) -> None:
+    """PEFT 0.21 trains these convolutions on another geometry than the base's, or cannot merge them."""
+    for name, module in layers.items():
+        problems = {
+            "groups": getattr(module, "groups", 1) != 1,
+            "dilation": any(extent != 1 for extent in getattr(module, "dilation", ())),
+            "padding_mode": getattr(module, "padding_mode", "zeros") != "zeros",
+        }
+        for what, is_problem in problems.items():
+            if is_problem:
+                raise ValueError(
+                    f"backend=peft cannot adapt {name}: PEFT's LoRA leaves out the convolution's {what}="
+                    f"{getattr(module, what)}, so that it could not be merged: use backend=native, or other targets"
+                )
+
+
+def _weights(base: nn.Module, chosen: dict[str, nn.Parameter]) -> Adapted:
+    """Train ``chosen`` weights of the base themselves."""
     for name, parameter in base.named_parameters():
         parameter.requires_grad_(name in chosen)
     trainable = sum(parameter.numel() for parameter in chosen.values())
@@ -93,24 +150,39 @@ def _full(base: nn.Module, config: Config) -> Adapted:
 
 
 def _chosen_weights(base: nn.Module, config: Config) -> dict[str, nn.Parameter]:
-    """Every weight, or with ``targets`` set those of the modules they match."""
+    """Every weight, or with ``targets`` set those of the modules they match, and of a new head."""
     everything = dict(base.named_parameters())
     if config.targets is None:
         return everything
     from lora_exp.adapters import LoraConfig
     from lora_exp.adapters.targets import find_targets
+    from lora_exp.adapters.walk import base_modules
 
     wanted = LoraConfig(rank=1, target_modules=config.targets)
-    modules = find_targets(base, dict(base.named_modules()), wanted).layers
-    return {name: parameter for name, parameter in everything.items() if name.rpartition(".")[0] in modules}
+    modules = find_targets(base, dict(base_modules(base)), wanted).layers
+    chosen = {name: parameter for name, parameter in everything.items() if name.rpartition(".")[0] in modules}
+    return chosen | _inside(base, config.model.modules_to_save)
+
+
+def _inside(base: nn.Module, modules: list[str]) -> dict[str, nn.Parameter]:
+    """The parameters inside ``modules``, given as dotted suffixes."""
+    if not modules:
+        return {}
+    from lora_exp.adapters.targets import matching
+
+    found = matching(modules, dict(base.named_modules()), "model.modules_to_save")
+    below = tuple(f"{name}." for name in found)
+    return {name: parameter for name, parameter in base.named_parameters() if name.startswith(below)}
 
 
 def _save_weights(base: Any, chosen: dict[str, nn.Parameter], folder: Path) -> None:
-    if len(chosen) == len(dict(base.named_parameters())):
+    whole = len(chosen) == len(dict(base.named_parameters()))
+    if whole and hasattr(base, "save_pretrained"):
         base.save_pretrained(folder)  # unties shared weights as safetensors needs it
         return
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: parameter.detach().contiguous().cpu() for name, parameter in chosen.items()}
+    kept = base.state_dict() if whole else chosen
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in kept.items()}
     save_file(tensors, folder / "weights.safetensors", metadata={"format": "pt"})

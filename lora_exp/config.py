@@ -20,21 +20,27 @@ TASKS = ("train", "plan")
 QUANTIZATIONS = ("none", "nf4", "fp4", "int8")
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes'
 BACKENDS = ("native", "peft")
+LAYERS = ("linear", "embedding", "conv2d", "all")
+ADAPTERS = ("lora", "dora", "head", "full")
+KNOBS = ("rank", "alpha", "scale", "dropout", "bias")  # of the factors: without them they have no meaning
 BIASES = ("none", "all", "lora_only")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SCHEDULES = ("cosine", "linear", "constant")
+# A kind is a file in data/ or models/; each kind of data with the kinds of model that learn from it.
+DATA_KINDS = {"text": ("causal_lm",), "images": ("efficientnet_lite",)}
+MODEL_KINDS = tuple(kind for kinds in DATA_KINDS.values() for kind in kinds)
 
 
 @dataclass
 class LayerConfig:
-    """Which layer type is adapted."""
+    """Which layer type is adapted: ``linear``, ``embedding``, ``conv2d`` or ``all``."""
 
     name: str = MISSING
 
 
 @dataclass
 class AdapterConfig:
-    """What is trained: ``lora`` factors, or the weights themselves (``full``)."""
+    """What is trained: ``lora`` or ``dora`` factors, a new ``head`` alone, or the weights themselves (``full``)."""
 
     name: str = MISSING
 
@@ -63,12 +69,16 @@ class QuantizationConfig:
 
 @dataclass
 class PackagedConfig:
-    """A file that a Python package carries: ``file`` is its path below site-packages."""
+    """A file that a Python package carries: ``file`` is its path below site-packages.
+
+    ``extra`` names the extra of this package that installs it, if one does.
+    """
 
     distribution: str = MISSING
     version: str = MISSING
     file: str = MISSING
     sha256: str = MISSING
+    extra: str | None = None
 
 
 @dataclass
@@ -76,8 +86,12 @@ class ModelConfig:
     """The frozen base. ``path`` (a folder in hub layout) wins over ``packaged``, that over the hub's ``name``.
 
     ``architecture``: the facts of the published config.json that ``task=plan`` builds the model from.
+
+    ``targets`` are its default targets by layer type; ``modules_to_save`` (a new head) are trained in full
+    beside the adapter.
     """
 
+    kind: str = "causal_lm"
     label: str | None = None
     name: str | None = None
     path: str | None = None
@@ -89,12 +103,18 @@ class ModelConfig:
     cache_dir: str | None = None
     targets: dict[str, list[str]] = field(default_factory=dict)
     architecture: dict[str, Any] = field(default_factory=dict)
+    modules_to_save: list[str] = field(default_factory=list)
 
 
 @dataclass
 class DataConfig:
-    """Text to train on; ``val_fraction`` of it is held out. A block is ``block_size`` tokens."""
+    """Data to train on; ``val_fraction`` of it is held out.
 
+    ``kind=text``: a block is ``block_size`` tokens. ``kind=images``: S × S pixels, S = ``image_size``;
+    ``train_images`` of those not held out (null: all of them).
+    """
+
+    kind: str = "text"
     label: str = MISSING
     path: str | None = None
     packaged: PackagedConfig | None = None
@@ -102,12 +122,14 @@ class DataConfig:
     group_by: list[str] = field(default_factory=list)
     block_size: int = 128
     val_fraction: float = 0.05
+    image_size: int = 64
+    train_images: int | None = None
     cache_dir: str | None = None
 
 
 @dataclass
 class TrainConfig:
-    """``steps``, ``eval_every`` and ``log_every`` count optimizer steps."""
+    """``steps``, ``eval_every`` and ``log_every`` count optimizer steps, ``eval_blocks`` rows (blocks, images)."""
 
     steps: int = 24
     micro_batch_size: int = 4
@@ -230,6 +252,19 @@ def resolve_alpha(alpha: Any, rank: int) -> float:
     return value
 
 
+def uses_factors(config: Config) -> bool:
+    """Whether LoRA's factors are what is trained, so that rank, alpha, scaling and layer have a meaning."""
+    return config.adapter.name in ("lora", "dora")
+
+
+def default_targets(config: Config) -> list[str]:
+    """The model's own targets for the layer type; of all types for ``layer=all``; [] if it names none."""
+    named = config.model.targets
+    if config.layer.name == "all":
+        return list(dict.fromkeys(target for targets in named.values() for target in targets))
+    return list(named.get(config.layer.name, []))
+
+
 def scale_of(config: Config) -> float:
     """The factor in front of AB: alpha / rank, or alpha / sqrt(rank)."""
     alpha = resolve_alpha(config.alpha, config.rank)
@@ -247,11 +282,18 @@ def flat_values(config: Config) -> dict[str, Any]:
         if isinstance(value, dict):
             values |= _flat_section(key, value)
     values["lr"] = values.pop("optimizer.lr")
-    if config.adapter.name == "full":  # LoRA's knobs have no meaning there, and would group unlike runs
-        return {key: value for key, value in values.items() if key not in ("rank", "alpha", "dropout", "bias")}
+    if not uses_factors(config):  # LoRA's knobs have no meaning there, and would group unlike runs
+        return {key: value for key, value in values.items() if key not in KNOBS}
     with contextlib.suppress(ValueError, ZeroDivisionError):  # a config that check() refuses is listed as it is
         values |= {"alpha": resolve_alpha(config.alpha, config.rank), "scale": scale_of(config)}
     return values
+
+
+# Fields of the data section that are another kind's.
+_OTHER_KIND = {
+    "text": ("image_size", "train_images"),
+    "images": ("text_field", "group_by", "block_size"),
+}
 
 
 def _flat_section(group: str, section: dict[str, Any]) -> dict[str, Any]:
@@ -263,7 +305,15 @@ def _flat_section(group: str, section: dict[str, Any]) -> dict[str, Any]:
     values = {group: section[title]} if title in section else {}
     if group == "quantization":  # what is at its default is left out, as none has no use for it
         section = {name: value for name, value in section.items() if value != getattr(QuantizationConfig, name, None)}
-    skipped = {title, "packaged", "cache_dir", "targets", "architecture"}
+    skipped = {
+        title,
+        "kind",
+        "packaged",
+        "cache_dir",
+        "targets",
+        "architecture",
+        *_OTHER_KIND.get(section.get("kind", ""), ()),
+    }
     rest = {f"{group}.{name}": value for name, value in section.items() if name not in skipped}
     return values | {key: value for key, value in rest.items() if value not in (None, {}, [])}
 
@@ -283,19 +333,39 @@ def _adapter_problems(config: Config) -> list[str]:
         problems.append(f"targets={config.targets} must be a list of names, a regular expression or all-linear")
     problems += _not_among("bias", config.bias, BIASES)
     problems += _not_among("backend", config.backend, BACKENDS)
-    if config.adapter.name == "full" and config.backend == "peft":
-        problems.append("backend=peft has no adapter=full: use backend=native, which trains the weights themselves")
-    return problems
+    if not uses_factors(config) and config.backend == "peft":
+        problems.append(
+            f"backend=peft has no adapter={config.adapter.name}: use backend=native, which trains weights themselves"
+        )
+    problems += _not_among("layer.name", config.layer.name, LAYERS)
+    return problems + _not_among("adapter.name", config.adapter.name, ADAPTERS) + _target_problems(config)
+
+
+def _target_problems(config: Config) -> list[str]:
+    model, label = config.model, config.model.label or config.model.name
+    if config.adapter.name == "head" and not model.modules_to_save:
+        return [f"adapter=head trains model.modules_to_save alone, and model={label} has none: name them, or use lora"]
+    if config.adapter.name == "head" and config.targets is not None:
+        return [f"targets={config.targets} has no meaning with adapter=head: leave it out, or use adapter=lora"]
+    if uses_factors(config) and config.targets is None and model.targets and not default_targets(config):
+        return [
+            f"layer={config.layer.name}: model={label} names targets for {', '.join(model.targets)} alone: "
+            f"choose one of them, or name yours, such as targets=[NAME]"
+        ]
+    return []
 
 
 def _place_problems(config: Config) -> list[str]:
     problems = _not_among("task", config.task, TASKS)
     problems += _not_among("model.dtype", config.model.dtype, DTYPES)
     problems += _quantization_problems(config)
+    if config.task == "plan" and config.model.kind != "causal_lm":
+        problems.append(f"task=plan knows causal language models, not model.kind={config.model.kind}: use task=train")
     if not (config.model.name or config.model.path or config.model.packaged):
         problems.append("no model is named: add model.name=ORG/NAME (hub) or model.path=FOLDER (hub layout)")
+    problems += _kind_problems(config)
     if not (config.data.path or config.data.packaged):
-        problems.append(f"data={config.data.label} names no text: add data.path=FILE_OR_FOLDER")
+        problems.append(f"data={config.data.label} names no files: add data.path=FILE_OR_FOLDER")
     if config.tracking.uri and urlsplit(config.tracking.uri).password:
         problems.append(
             "tracking.uri holds a password, which would be written to disk: put the address in MLFLOW_TRACKING_URI, "
@@ -318,6 +388,17 @@ def _quantization_problems(config: Config) -> list[str]:
     return problems
 
 
+def _kind_problems(config: Config) -> list[str]:
+    model, data = config.model, config.data
+    problems = _not_among("model.kind", model.kind, MODEL_KINDS) + _not_among("data.kind", data.kind, tuple(DATA_KINDS))
+    if not problems and model.kind not in DATA_KINDS[data.kind]:
+        problems.append(
+            f"model={model.label or model.name} ({model.kind}) does not learn from data={data.label} ({data.kind}): "
+            f"choose a model of kind {' or '.join(DATA_KINDS[data.kind])}, or other data"
+        )
+    return problems
+
+
 def _number_problems(config: Config) -> list[str]:
     train, data, optimizer = config.train, config.data, config.optimizer
     at_least_one = {
@@ -335,6 +416,10 @@ def _number_problems(config: Config) -> list[str]:
         problems.append(f"train.max_grad_norm={train.max_grad_norm} must be above 0: use inf to switch clipping off")
     if data.block_size < 2:
         problems.append(f"data.block_size={data.block_size} is below 2: a block needs a token to predict from")
+    if data.image_size < 8:
+        problems.append(f"data.image_size={data.image_size} is below 8: 64 is fast, 224 what most bases know")
+    if data.train_images is not None and data.train_images < 1:
+        problems.append(f"data.train_images={data.train_images} is below 1: leave it out to train on all")
     if not 0 < data.val_fraction < 1:
         problems.append(f"data.val_fraction={data.val_fraction} is outside (0, 1)")
     if not (optimizer.lr > 0 and math.isfinite(optimizer.lr)):

@@ -29,11 +29,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished training found. Losses are in nats a token; ``adapter`` is the folder of the saved adapter."""
+    """What a finished training found. Losses are in nats a prediction; ``adapter`` is the folder of the saved adapter.
+
+    ``eval_perplexity`` is a language model's, ``eval_accuracy`` a classifier's.
+    """
 
     eval_loss: float
     eval_loss_before: float
-    eval_perplexity: float
+    eval_perplexity: float | None
     trainable: int
     total: int
     adapter_bytes: int
@@ -41,6 +44,7 @@ class Result:
     wall_s: float
     adapter: str
     run_id: str | None
+    eval_accuracy: float | None = None
 
     @property
     def objective(self) -> float:

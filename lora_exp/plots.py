@@ -12,8 +12,8 @@ _COLOURS = ("#1f6f8b", "#d1495b", "#3a7d44", "#8e5ea2", "#b8860b", "#4d4d4d", "#
 
 
 def loss_curve(train: Points, evaluation: Points, path: Path) -> None:
-    """Training loss and evaluation loss (nats a token) over optimizer steps."""
-    figure, axes = _figure("loss", "optimizer step", "loss (nats per token)")
+    """Training loss and evaluation loss (nats a prediction) over optimizer steps."""
+    figure, axes = _figure("loss", "optimizer step", "loss (nats per prediction)")
     axes.plot(*_columns(train), color=_COLOURS[0], alpha=0.45, linewidth=1.2, label="train")
     axes.plot(*_columns(evaluation), color=_COLOURS[1], marker="o", linewidth=1.8, label="validation")
     axes.legend(frameon=False)
@@ -22,7 +22,7 @@ def loss_curve(train: Points, evaluation: Points, path: Path) -> None:
 
 def loss_curves(curves: Mapping[str, Points], path: Path) -> None:
     """One validation curve a job."""
-    figure, axes = _figure("validation loss", "optimizer step", "loss (nats per token)")
+    figure, axes = _figure("validation loss", "optimizer step", "loss (nats per prediction)")
     for index, (label, points) in enumerate(curves.items()):
         axes.plot(*_columns(points), color=_COLOURS[index % len(_COLOURS)], marker="o", label=label)
     axes.legend(frameon=False, fontsize=8, ncols=1 + len(curves) // 12)
@@ -31,7 +31,7 @@ def loss_curves(curves: Mapping[str, Points], path: Path) -> None:
 
 def final_loss(groups: Mapping[str, Points], against: str, path: Path) -> None:
     """Final validation loss against ``against`` (log scale), one line a group of jobs."""
-    figure, axes = _figure(f"final validation loss against {against}", against, "loss (nats per token)")
+    figure, axes = _figure(f"final validation loss against {against}", against, "loss (nats per prediction)")
     for index, (label, points) in enumerate(groups.items()):
         axes.plot(*_columns(sorted(points)), color=_COLOURS[index % len(_COLOURS)], marker="o", label=label or None)
     axes.set_xscale("log", base=2 if against == "rank" else 10)

@@ -41,7 +41,7 @@ class TrainingProgress:
         step = int(record["step"])
         if "eval/loss" in record:
             text = f"step {step:>4}/{self._steps}  validation loss {record['eval/loss']:.4f}"
-            self._line(f"{text}  perplexity {record['eval/perplexity']:.2f}")
+            self._line("  ".join([text, *_other_figures(record)]))
         elif self._bar is None and time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._line(f"step {step:>4}/{self._steps}  {self._figures()}  ETA {self._eta(step)}")
         if self._bar and self._task is not None:
@@ -51,7 +51,9 @@ class TrainingProgress:
         if "train/loss" not in self._seen:
             return ""
         seen = self._seen
-        return f"loss {seen['train/loss']:.4f}  lr {seen['train/lr']:.2e}  {seen['train/tokens_per_s']:,.0f} tokens/s"
+        speeds = {name[len("train/") : -len("_per_s")]: seen[name] for name in seen if name.endswith("_per_s")}
+        speed = "  ".join(f"{value:,.0f} {unit}/s" for unit, value in speeds.items())
+        return f"loss {seen['train/loss']:.4f}  lr {seen['train/lr']:.2e}  {speed}"
 
     def _eta(self, step: int) -> str:
         left = (time.monotonic() - self._started) / max(step, 1) * (self._steps - step)
@@ -63,6 +65,12 @@ class TrainingProgress:
             self._bar.console.print(text, highlight=False)
         else:
             log.info(text)
+
+
+def _other_figures(record: Mapping[str, Any]) -> list[str]:
+    """What an evaluation found beside the loss: a perplexity, an accuracy."""
+    names = [name for name in record if name.startswith("eval/") and name != "eval/loss"]
+    return [f"{name.removeprefix('eval/')} {record[name]:.{2 if record[name] > 1 else 4}f}" for name in names]
 
 
 def _bar() -> Progress:

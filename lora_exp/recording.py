@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lora_exp.config import Config, flat_values
+from lora_exp.config import Config, flat_values, uses_factors
 from lora_exp.job import Job
 from lora_exp.provenance import provenance_tags, redacted
 from lora_exp.tracking import Run
@@ -14,7 +14,7 @@ def run_name(config: Config, job: Job) -> str:
     """A sweep's job by its number and overrides, a single run by what it trains."""
     if job.sweep_folder is not None:
         return f"{job.number}: {' '.join(job.overrides)}"[:200]
-    rank = "" if config.adapter.name == "full" else f" r{config.rank}"
+    rank = f" r{config.rank}" if uses_factors(config) else ""
     return f"{config.model.label} {config.adapter.name}{rank}"[:200]
 
 

@@ -15,8 +15,8 @@ from transformers import set_seed
 from lora_exp import models, tracking
 from lora_exp.backends import Adapted, adapt
 from lora_exp.cache import file_sha256
-from lora_exp.config import Config
-from lora_exp.data.text import Blocks, load_blocks
+from lora_exp.config import Config, uses_factors
+from lora_exp.data import Data, load_data
 from lora_exp.job import METRICS_FILE, Job, Result
 from lora_exp.place import Place, prepare_backends, resolve_place
 from lora_exp.plan.precheck import check_fits
@@ -26,7 +26,7 @@ from lora_exp.recording import log_setup, run_name
 from lora_exp.training.batches import evaluation_batches, training_batches
 from lora_exp.training.loop import Forward, Lane, Record, train
 from lora_exp.training.memory import peak_gib, reset_peak
-from lora_exp.training.objectives import causal_lm_losses, count_predictions
+from lora_exp.training.objectives import OBJECTIVES
 from lora_exp.training.optimizers import build_optimizer, build_schedule
 
 log = logging.getLogger(__name__)
@@ -39,30 +39,27 @@ def run(config: Config, job: Job) -> Result:
     Raises ValueError for what the user can mend, with the next move in its message.
     """
     started = time.monotonic()
-    place = resolve_place(config.device, config.model.dtype, trains_base=config.adapter.name == "full")
+    place = resolve_place(config.device, config.model.dtype, trains_base=not uses_factors(config))
     prepare_backends(place)
     reset_peak(place.device)
     set_seed(config.seed)
     with tracking.open_run(config.tracking, run_name(config, job), job.sweep_folder) as tracked:
         log_setup(tracked, config, job, {"dtype": str(place.dtype), "device": str(place.device)})
         check_fits(config, place)
-        adapted, blocks = _prepare(tracked, config, place)
-        lane = _lane(adapted, blocks, config, place)
+        adapted, data = _prepare(tracked, config, place)
+        lane = _lane(adapted, data, config, place)
         records = _train(tracked, adapted, lane, config, job, place)
         result = _summarise(tracked, adapted, records, job, place, time.monotonic() - started)
     _report(result)
     return result
 
 
-def _prepare(tracked: tracking.Run, config: Config, place: Place) -> tuple[Adapted, Blocks]:
+def _prepare(tracked: tracking.Run, config: Config, place: Place) -> tuple[Adapted, Data]:
     source = models.find_source(config.model)
-    tokenizer = models.load_tokenizer(source, config.model)
-    blocks = load_blocks(config.data, tokenizer)
-    log.info(
-        f"data   {config.data.label}: {len(blocks.train):,} training and {len(blocks.validation):,} validation "
-        f"blocks of {config.data.block_size} tokens"
-    )
-    base = models.load_base(source, config.model, place)
+    data = load_data(config.data, lambda: models.load_tokenizer(source, config.model))
+    train, validation = len(data.train), len(data.validation)  # type: ignore[arg-type]
+    log.info(f"data   {config.data.label}: {train:,} training and {validation:,} validation {data.rows}")
+    base = models.load_base(source, config.model, place, data.shape)
     digest = models.base_sha256(base, source)
     tracked.log_tags({"base_sha256": digest})
     dtype = str(place.dtype).removeprefix("torch.")
@@ -74,35 +71,39 @@ def _prepare(tracked: tracking.Run, config: Config, place: Place) -> tuple[Adapt
     share = 100 * adapted.trainable / adapted.total
     counts = {"trainable": adapted.trainable, "total": adapted.total, "trainable_percent": share}
     tracked.log_metrics({f"params/{name}": value for name, value in counts.items()}, step=0)
-    initial = adapted.total - (adapted.trainable if config.adapter.name != "full" else 0)
+    initial = adapted.total - (adapted.trainable if uses_factors(config) else 0)
     log.info(
         f"Initial Parameters : {initial:,} || LoRA Parameters : {adapted.trainable:,} || "
         f"Trainable Proportion : {share:.3f}%"
     )
-    return adapted, blocks
+    return adapted, data
 
 
-def _lane(adapted: Adapted, blocks: Blocks, config: Config, place: Place) -> Lane:
+def _lane(adapted: Adapted, data: Data, config: Config, place: Place) -> Lane:
     section, pin = config.train, place.device.type == "cuda"
+    size, collate = section.micro_batch_size, OBJECTIVES[config.data.kind].collate
     optimizer = build_optimizer(adapted.parameters, config.optimizer)
     return Lane(
         name=LANE,
         parameters=adapted.parameters,
-        batches=training_batches(blocks.train, section.micro_batch_size, config.seed, pin),
-        evaluation=evaluation_batches(blocks.validation, section.micro_batch_size, section.eval_blocks, pin),
+        batches=training_batches(data.train, size, config.seed, pin, collate),
+        evaluation=evaluation_batches(data.validation, size, section.eval_blocks, pin, collate),
         optimizer=optimizer,
         schedule=build_schedule(optimizer, section),
     )
 
 
 def _train(tracked: tracking.Run, adapted: Adapted, lane: Lane, config: Config, job: Job, place: Place) -> list[Record]:
+    objective = OBJECTIVES[config.data.kind]
     forward = Forward(
         model=adapted.model,
-        losses=causal_lm_losses,
-        count=count_predictions,
+        losses=objective.losses,
+        count=objective.count,
         device=place.device,
         compute=place.compute,
         check_gradients=adapted.check_gradients,
+        metrics=objective.metrics,
+        unit=objective.unit,
     )
     records: list[Record] = []
     file = job.folder / METRICS_FILE
@@ -158,7 +159,7 @@ def _summarise(
     result = Result(
         eval_loss=float(evaluated[-1]["eval/loss"]),
         eval_loss_before=float(evaluated[0]["eval/loss"]),
-        eval_perplexity=float(evaluated[-1]["eval/perplexity"]),
+        eval_perplexity=evaluated[-1].get("eval/perplexity"),
         trainable=adapted.trainable,
         total=adapted.total,
         adapter_bytes=sum(file.stat().st_size for file in weights),
@@ -166,6 +167,7 @@ def _summarise(
         wall_s=wall_s,
         adapter=str(job.folder / "adapter"),
         run_id=tracked.run_id,
+        eval_accuracy=evaluated[-1].get("eval/accuracy"),
     )
     sizes = {name: getattr(result, name) for name in ("adapter_bytes", "peak_memory_gib", "wall_s")}
     tracked.log_metrics(sizes, step=int(evaluated[-1]["step"]))
@@ -174,9 +176,11 @@ def _summarise(
 
 
 def _report(result: Result) -> None:
+    perplexity = "" if result.eval_perplexity is None else f"perplexity {result.eval_perplexity:.2f}, "
+    accuracy = "" if result.eval_accuracy is None else f"accuracy {result.eval_accuracy:.4f}, "
     log.info(
-        f"validation loss {result.eval_loss_before:.4f} → {result.eval_loss:.4f}, perplexity "
-        f"{result.eval_perplexity:.2f}, {result.wall_s:.0f} s, peak memory {result.peak_memory_gib:.2f} GiB"
+        f"validation loss {result.eval_loss_before:.4f} → {result.eval_loss:.4f}, {perplexity}{accuracy}"
+        f"{result.wall_s:.0f} s, peak memory {result.peak_memory_gib:.2f} GiB"
     )
     log.info(f"adapter {result.adapter} ({result.adapter_bytes / 1e6:.1f} MB)")
 

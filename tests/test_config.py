@@ -38,7 +38,15 @@ def config(*overrides: str) -> Config:
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES, ids=[f"{group}={choice}" for group, choice in CHOICES])
 def test_every_yaml_composes_converts_and_passes_the_checks(group: str, choice: str) -> None:
-    needed = {"model=hf": ["model.name=org/model"], "data=text": ["data.path=file.txt"]}
+    vision = ["model=efficientnet_lite0", "data=mnist5k", "layer=conv2d"]
+    needed = {
+        "model=hf": ["model.name=org/model"],
+        "data=text": ["data.path=file.txt"],
+        "adapter=head": vision,
+        "layer=conv2d": vision,
+        "data=mnist5k": vision,
+        "model=efficientnet_lite0": vision,
+    }
     needed |= {f"quantization={name}": ["task=plan"] for name in ("nf4", "fp4", "int8")}
     plus = "+" if group == "experiment" else ""
     check(config(f"{plus}{group}={choice}", *needed.get(f"{group}={choice}", [])))

@@ -20,11 +20,7 @@ def logical_numel(parameter: Any) -> int:
     state = getattr(parameter, "quant_state", None)
     if state is not None:
         return int(state.shape.numel())
-    return (
-        int(parameter.numel() * 2 * parameter.element_size())
-        if parameter.shape[-1] == 1
-        else parameter.numel()
-    )
+    return int(parameter.numel() * 2 * parameter.element_size()) if parameter.shape[-1] == 1 else parameter.numel()
 
 
 def _total(parameters: Iterable[nn.Parameter]) -> int:

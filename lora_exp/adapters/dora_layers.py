@@ -27,9 +27,7 @@ class _StartsWithDora(LoRALayerBase):
 class DoRALinear(_StartsWithDora, LoRALinear):
     """h = x W'ᵀ + b, W' = m * (W + delta) / ||W + delta|| by row; m (out,), shapes else as LoRALinear."""
 
-    def __init__(
-        self, in_features: int, out_features: int, rank: int = 8, alpha: float = 8.0, **options: Any
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, rank: int = 8, alpha: float = 8.0, **options: Any) -> None:
         super().__init__(in_features, out_features, rank=rank, lora_alpha=alpha, **options)
 
 

@@ -85,6 +85,4 @@ class LoRAEmbedding(LoRALayerBase, nn.Embedding):
         return out * torch.where(norm > self.max_norm, self.max_norm / (norm + 1e-7), 1.0)
 
     def _look_up(self, x: Tensor, table: Tensor) -> Tensor:
-        return F.embedding(
-            x, table, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq, sparse=self.sparse
-        )
+        return F.embedding(x, table, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq, sparse=self.sparse)

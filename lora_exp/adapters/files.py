@@ -60,7 +60,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         save_file(own, str(partial), metadata={"format": "pt", **metadata})
-        os.replace(partial, path)
+        partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -73,9 +73,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(str(path), "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(
-            f"{path} cannot be read ({error}); it is damaged or cut short, copy it anew"
-        ) from error
+        raise ValueError(f"{path} cannot be read ({error}); it is damaged or cut short, copy it anew") from error
 
 
 def _owned(tensor: Tensor) -> Tensor:
@@ -91,9 +89,7 @@ def _check_config(path: str | Path, metadata: Mapping[str, str], config: LoraCon
     ours = config.to_dict()
     if differing := [key for key in _MEANING if stored.get(key) != ours[key]]:
         listed = ", ".join(f"{key} {stored.get(key)!r} there, {ours[key]!r} here" for key in differing)
-        raise ValueError(
-            f"{path} holds another kind of adapter ({listed}); make this one with the same config"
-        )
+        raise ValueError(f"{path} holds another kind of adapter ({listed}); make this one with the same config")
 
 
 def _some(names: list[str]) -> str:

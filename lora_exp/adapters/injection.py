@@ -41,9 +41,7 @@ def inject(model: nn.Module, config: LoraConfig, name: str, route: Route) -> Tar
     add_copies(model, saved, name, route)
     if targets.skipped:
         some = "; ".join(f"{layer}: {reason}" for layer, reason in list(targets.skipped.items())[:3])
-        log.warning(
-            "%d layers cannot be adapted and stay as they are, such as %s", len(targets.skipped), some
-        )
+        log.warning("%d layers cannot be adapted and stay as they are, such as %s", len(targets.skipped), some)
     return targets
 
 

@@ -66,7 +66,7 @@ class LoRALayerBase(nn.Module):
     # Hooks for a base that is not a plain float weight
 
     def base_forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)  # type: ignore[misc]  # the torch layer behind this mixin
+        return super().forward(x)  # the torch layer behind this mixin
 
     def dense_weight(self) -> Tensor:
         """The base weight in floating point, in its own shape, whatever is merged into it now."""

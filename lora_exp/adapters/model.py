@@ -32,9 +32,7 @@ class LoraModel(nn.Module):
     takes those of `adapter_parameters(name)`.
     """
 
-    def __init__(
-        self, model: nn.Module, config: LoraConfig, adapter_name: str = DEFAULT, verbose: bool = True
-    ) -> None:
+    def __init__(self, model: nn.Module, config: LoraConfig, adapter_name: str = DEFAULT, verbose: bool = True) -> None:
         super().__init__()
         if (adapted := next(lora_layers(model), None)) is not None:
             raise ValueError(
@@ -324,9 +322,7 @@ class LoraModel(nn.Module):
 
     def _check_name(self, name: str) -> None:
         if name not in self.configs:
-            raise ValueError(
-                f"there is no adapter {name!r}; this model has {', '.join(self.configs) or 'none'}"
-            )
+            raise ValueError(f"there is no adapter {name!r}; this model has {', '.join(self.configs) or 'none'}")
 
     def _check_new_name(self, name: str) -> None:
         if name in self.configs:
@@ -336,6 +332,4 @@ class LoraModel(nn.Module):
 
     def _check_unmerged(self, what: str) -> None:
         if (merged := self.merged_adapter) is not None:
-            raise ValueError(
-                f"cannot {what} while {merged!r} is merged into the weights; call unmerge() first"
-            )
+            raise ValueError(f"cannot {what} while {merged!r} is merged into the weights; call unmerge() first")

@@ -65,9 +65,7 @@ def from_peft(stored: dict[str, Any], names: Sequence[str], source: str, detach_
     if stored.get("peft_type") != "LORA":
         raise ValueError(f"{source} holds a {stored.get('peft_type')!r} adapter; only LORA can be read here")
     if used := [key for key in _UNKNOWN if stored.get(key)]:
-        raise ValueError(
-            f"{source} uses {', '.join(used)}, which this library does not have; load it with PEFT"
-        )
+        raise ValueError(f"{source} uses {', '.join(used)}, which this library does not have; load it with PEFT")
     start = str(stored.get("init_lora_weights"))
     if start.startswith(_REWRITES_BASE):
         raise ValueError(
@@ -111,9 +109,7 @@ def _peft_matches(wish: dict[str, Any], config: LoraConfig, names: Iterable[str]
     target, blocks = wish["target_modules"], wish.get("layers_to_transform")
     if target is None or target == "all-linear" or (isinstance(target, str) and blocks is not None):
         return None
-    found = {
-        name for name in names if _covers(target, name) and not _covers(wish.get("exclude_modules"), name)
-    }
+    found = {name for name in names if _covers(target, name) and not _covers(wish.get("exclude_modules"), name)}
     saved = config.modules_to_save or []
     found = {n for n in found if not any(re.match(rf"(^|.*\.){s}($|\..*)", n) for s in saved)}
     if blocks is None:
@@ -139,7 +135,5 @@ def _present(wish: Any, names: Sequence[str]) -> Any:
 
 
 def _matched(patterns: dict[str, Any] | None, names: Sequence[str]) -> dict[str, Any] | None:
-    found = {
-        key: value for key, value in (patterns or {}).items() if any(matches_pattern(key, n) for n in names)
-    }
+    found = {key: value for key, value in (patterns or {}).items() if any(matches_pattern(key, n) for n in names)}
     return found or None

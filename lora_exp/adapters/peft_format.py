@@ -51,8 +51,7 @@ def save(model: LoraModel, directory: str | Path, name: str) -> None:
         raise ValueError(f"{folder} is a file; give the folder to write the adapter to")
     if reasons := [reason for _, layer in _adapted(model, name) if (reason := _unrepresentable(layer))]:
         raise ValueError(
-            f"PEFT's format cannot hold this adapter: {reasons[0]}; use save_model, "
-            "which writes one safetensors file"
+            f"PEFT's format cannot hold this adapter: {reasons[0]}; use save_model, which writes one safetensors file"
         )
     notes = _notes(model, config)
     folder.mkdir(parents=True, exist_ok=True)
@@ -182,9 +181,7 @@ def _base_tensors(model: LoraModel) -> list[tuple[str, Tensor]]:
 
 
 def _check_same(path: Path, name: str, stored: Tensor, base: Tensor) -> None:
-    same = stored.shape == base.shape and torch.allclose(
-        stored.float(), base.detach().cpu().float(), 1e-2, 1e-3
-    )
+    same = stored.shape == base.shape and torch.allclose(stored.float(), base.detach().cpu().float(), 1e-2, 1e-3)
     if not same:
         raise ValueError(
             f"{path} brings base weights of its own for {name} that differ from this model's; "
@@ -205,4 +202,4 @@ def _check_base(model: LoraModel, notes: Mapping[str, Any], path: Path, strict_b
 def _write_text(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_text(text + "\n")
-    os.replace(partial, path)
+    partial.replace(path)

@@ -30,9 +30,7 @@ def strip(layer: LoRALayerBase) -> nn.Module:
 def merged_copy(layer: LoRALayerBase) -> Any:
     """A plain layer of the original class with the active adapter merged in; `layer` stays as it is."""
     twin = copy.copy(layer)
-    twin.__dict__ = {
-        key: dict(value) if isinstance(value, dict) else value for key, value in vars(layer).items()
-    }
+    twin.__dict__ = {key: dict(value) if isinstance(value, dict) else value for key, value in vars(layer).items()}
     weight = layer.adapter.merged(layer).detach().to(layer.dense_weight().dtype)
     trained: Any = twin._modules.get(CHILD)
     if trained is not None:

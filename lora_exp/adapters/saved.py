@@ -43,9 +43,7 @@ class SavedModule(nn.Module):
         if plan.sizes is None:
             return self._run(plan.names[0], args, kwargs)
         spans = plan.split(_batch_length(plan, args, kwargs))
-        return _concatenated(
-            [self._run(name, *_sliced(args, kwargs, a, b, spans[-1][2])) for name, a, b in spans]
-        )
+        return _concatenated([self._run(name, *_sliced(args, kwargs, a, b, spans[-1][2])) for name, a, b in spans])
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -107,6 +105,4 @@ def _concatenated(parts: list[Any]) -> Any:
         return torch.cat(parts)
     if isinstance(parts[0], tuple):
         return tuple(_concatenated(list(items)) for items in zip(*parts, strict=True))
-    raise ValueError(
-        f"a saved module that returns {type(parts[0]).__name__} cannot be routed; save an inner one"
-    )
+    raise ValueError(f"a saved module that returns {type(parts[0]).__name__} cannot be routed; save an inner one")

@@ -153,9 +153,7 @@ def _is_layer(module: nn.Module) -> bool:
     return known or not any(True for _ in module.children())
 
 
-def _without_excluded(
-    chosen: dict[str, bool], modules: dict[str, nn.Module], config: LoraConfig
-) -> dict[str, bool]:
+def _without_excluded(chosen: dict[str, bool], modules: dict[str, nn.Module], config: LoraConfig) -> dict[str, bool]:
     out: set[str] = set()
     if config.exclude_modules is not None:
         out |= matching(config.exclude_modules, modules, "exclude_modules")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from datasets import Dataset
 
 from lora_exp.cache import cache_root, file_sha256, made_once
 from lora_exp.config import DataConfig
+from lora_exp.data import Data
 from lora_exp.packaged import find_packaged, install_line
 
 datasets.disable_progress_bars()
@@ -33,6 +34,12 @@ class Blocks:
 
     train: Dataset
     validation: Dataset
+
+
+def load(section: DataConfig, tokenizer: Callable[[], Any]) -> Data:
+    """``load_blocks`` as data for a run."""
+    blocks = load_blocks(section, tokenizer())
+    return Data(blocks.train, blocks.validation, f"blocks of {section.block_size} tokens")
 
 
 def load_blocks(section: DataConfig, tokenizer: Any) -> Blocks:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lora_exp.adapters.layer import LoRALayerBase
 from lora_exp.adapters.walk import lora_layers
 from lora_exp.backends import Adapted, adapt
-from lora_exp.config import Config
+from lora_exp.config import Config, uses_factors
 from lora_exp.place import Place, resolve_place
 from lora_exp.plan.architecture import facts_of, meta_model, prepare_for_kbit, quantised_names
 from lora_exp.plan.kernels import Kernels
@@ -89,7 +89,7 @@ class Planner:
 
 def planned_place(config: Config) -> Place:
     """``device=cpu`` is planned as it is; anything else as a GPU that computes in bfloat16, here or not."""
-    trains_base = config.adapter.name == "full"
+    trains_base = not uses_factors(config)
     if config.device.partition(":")[0] in ("cpu", "mps"):
         return resolve_place(config.device, config.model.dtype, trains_base)
     device = torch.device("cuda")
@@ -108,7 +108,7 @@ def _plan(config: Config, facts: Any, place: Place) -> Plan:
     weights = dict(model.named_parameters()) | dict(model.named_buffers())
     adapted = adapt(model, config)
     trained = _named(adapted)
-    adds = config.adapter.name != "full"
+    adds = uses_factors(config)
     stored = base_bytes(weights, quantised, config.quantization)
     step = _step(adapted.model, config, place, weights, quantised)
     return Plan(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lora_exp.config import Config
+from lora_exp.config import Config, uses_factors
 from lora_exp.plan.estimate import GIB, Plan, Planner
 
 _MOST_ROWS = 4096
@@ -33,7 +33,7 @@ def fit(planner: Planner, plan: Plan, config: Config) -> Fit | None:
     straight = not config.train.gradient_checkpointing
     batch = _largest(lambda rows: planner.plan(rows=rows).total_bytes, rows, plan, budget, _MOST_ROWS, straight)
     largest_rank = None
-    if config.adapter.name != "full" and plan.modules:
+    if uses_factors(config) and plan.modules:
         most = max(max(module.weight) for module in plan.modules)
         found = _largest(lambda rank: planner.plan(rank=rank).total_bytes, rank, plan, budget, most, straight)
         largest_rank = found // _RANK_STEP * _RANK_STEP if found >= _RANK_STEP else found

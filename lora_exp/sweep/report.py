@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,30 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_exp import tracking
+from lora_exp.config import KNOBS
 from lora_exp.job import RESULT_FILE, Outcome, PlanResult, Result, read_metrics, read_outcome
 from lora_exp.plots import final_loss, loss_curves
+
+# Each with how a result shows it; a column that is empty for every job is left out.
+RESULT_COLUMNS: dict[str, Callable[[Result], str]] = {
+    "eval/loss": lambda result: f"{result.eval_loss:.4f}",
+    "perplexity": lambda result: "" if result.eval_perplexity is None else f"{result.eval_perplexity:.2f}",
+    "accuracy": lambda result: "" if result.eval_accuracy is None else f"{result.eval_accuracy:.4f}",
+    "trainable": lambda result: f"{result.trainable:,}",
+    "adapter MB": lambda result: f"{result.adapter_bytes / 1e6:.2f}",
+    "wall s": lambda result: f"{result.wall_s:.0f}",
+}
+PLAN_COLUMNS: dict[str, Callable[[PlanResult], str]] = {
+    "trainable": lambda result: f"{result.trainable:,}",
+    "total GiB": lambda result: f"{result.total_gib:.2f}",
+    "base": lambda result: f"{result.base_gib:.2f}",
+    "trained": lambda result: f"{result.adapter_gib + result.gradients_gib + result.optimizer_gib:.2f}",
+    "activations": lambda result: f"{result.activations_gib:.2f}",
+    "logits": lambda result: f"{result.head_gib:.2f}",
+    "fits": lambda result: {True: "yes", False: "no", None: ""}[result.fits],
+    "max batch": lambda result: "" if result.largest_batch is None else str(result.largest_batch),
+    "max rank": lambda result: "" if result.largest_rank is None else str(result.largest_rank),
+}
 
 
 @dataclass(frozen=True)
@@ -34,14 +57,10 @@ def report_sweep(folder: Path, interrupted: bool) -> bool:
     if not jobs:
         return not interrupted
     varying = differing(jobs)
-    results = [_cells(job.outcome.result) for job in jobs]
-    columns = list(dict.fromkeys(name for cells in results for name in cells))
-    rows = [
-        [*_settings(job, varying), *(cells.get(name, "") for name in columns), _end(job)]
-        for job, cells in zip(jobs, results, strict=True)
-    ]
+    columns = result_columns(jobs)
+    rows = [_row(job, varying, columns) for job in jobs]
     header = ["job", *varying, *columns, "status"]
-    _print(header, rows, columns)
+    _print(header, rows)
     _write_csv(folder / "comparison.csv", header, rows)
     markdown = _markdown(header, rows)
     (folder / "comparison.md").write_text(markdown)
@@ -61,11 +80,24 @@ def collect(folder: Path) -> list[JobReport]:
 
 
 def differing(jobs: list[JobReport]) -> list[str]:
-    """The config values that are not the same in every job; ``scale`` only if nothing else explains it."""
+    """The config values that are not the same in every job; ``scale`` only if nothing else explains it.
+
+    A job without factors has no rank, which is no other rank.
+    """
     names = dict.fromkeys(name for job in jobs for name in job.outcome.values)
-    varying = [name for name in names if len({_text(job.outcome.values.get(name)) for job in jobs}) > 1]
+    having = {name: [job for job in jobs if name in job.outcome.values or name not in KNOBS] for name in names}
+    varying = [name for name in names if len({_text(job.outcome.values.get(name)) for job in having[name]}) > 1]
     derived = {"scale"} if {"rank", "alpha", "scaling"} & set(varying) else set()
     return [name for name in varying if name not in derived] or ["rank"]
+
+
+def result_columns(jobs: list[JobReport]) -> list[str]:
+    """The columns that some job's result fills; those of a language model's if none has a result."""
+    results = [_cells(job.outcome.result) for job in jobs if job.outcome.result]
+    if not results:
+        return [name for name in RESULT_COLUMNS if name != "accuracy"]
+    names = dict.fromkeys(name for cells in results for name in cells)
+    return [name for name in names if any(cells.get(name) for cells in results)]
 
 
 def draw(folder: Path, jobs: list[JobReport], varying: list[str]) -> list[Path]:
@@ -88,51 +120,27 @@ def draw(folder: Path, jobs: list[JobReport], varying: list[str]) -> list[Path]:
     return sorted(folder.glob("loss_*.png"))
 
 
-def _settings(job: JobReport, varying: list[str]) -> list[str]:
-    return [str(job.outcome.number), *(_text(job.outcome.values.get(name)) for name in varying)]
-
-
-def _end(job: JobReport) -> str:
-    if job.outcome.result is not None:
-        return job.outcome.status
-    lines = (job.outcome.error or "").strip().splitlines()
-    return f"{job.outcome.status}: {' '.join(line.strip() for line in lines)[:160]}"
-
-
-def _cells(result: Result | PlanResult | None) -> dict[str, str]:
-    """A result's columns by name."""
-    if isinstance(result, PlanResult):
-        return _plan_cells(result)
+def _row(job: JobReport, varying: list[str], columns: list[str]) -> list[str]:
+    outcome, result = job.outcome, job.outcome.result
+    settings = [str(outcome.number), *(_text(outcome.values.get(name)) for name in varying)]
     if result is None:
-        return {}
-    return {
-        "eval/loss": f"{result.eval_loss:.4f}",
-        "perplexity": f"{result.eval_perplexity:.2f}",
-        "trainable": f"{result.trainable:,}",
-        "adapter MB": f"{result.adapter_bytes / 1e6:.2f}",
-        "wall s": f"{result.wall_s:.0f}",
-    }
+        reason = (outcome.error or "").strip().splitlines()
+        short = " ".join(line.strip() for line in reason)[:160]
+        return [*settings, *[""] * len(columns), f"{outcome.status}: {short}"]
+    return [*settings, *(_cells(result).get(name, "") for name in columns), outcome.status]
 
 
-def _plan_cells(result: PlanResult) -> dict[str, str]:
-    sizes = {
-        "total GiB": result.total_gib,
-        "base": result.base_gib,
-        "trained": result.adapter_gib + result.gradients_gib + result.optimizer_gib,
-        "activations": result.activations_gib,
-        "logits": result.head_gib,
-    }
-    cells = {"trainable": f"{result.trainable:,}", **{name: f"{size:.2f}" for name, size in sizes.items()}}
-    if result.fits is not None:
-        cells |= {"fits": "yes" if result.fits else "no", "max batch": str(result.largest_batch)}
-        cells |= {"max rank": "" if result.largest_rank is None else str(result.largest_rank)}
-    return cells
+def _cells(result: Result | PlanResult) -> dict[str, str]:
+    if isinstance(result, PlanResult):
+        return {name: show(result) for name, show in PLAN_COLUMNS.items()}
+    return {name: show(result) for name, show in RESULT_COLUMNS.items()}
 
 
-def _print(header: list[str], rows: list[list[str]], columns: list[str]) -> None:
+def _print(header: list[str], rows: list[list[str]]) -> None:
     table = Table(title="Sweep, best first", title_justify="left")
     for name in header:
-        table.add_column(name, justify="left" if name == "status" else "right", no_wrap=name in columns)
+        right = name not in ("status",)
+        table.add_column(name, justify="right" if right else "left", no_wrap=name in RESULT_COLUMNS)
     for row in rows:
         table.add_row(*row, style="red" if row[-1] != "FINISHED" else None)
     console = Console()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from lora_exp.config import TrainConfig
-from lora_exp.training.objectives import Batch, RowLosses
+from lora_exp.training.objectives import CAUSAL_LM_METRICS, Batch, Metric, RowLosses, Sums
 
 Context = contextlib.AbstractContextManager[object]
 Record = dict[str, Any]
@@ -42,7 +42,7 @@ class Forward:
     """How a batch becomes losses: the model, the objective, and the contexts around a pass.
 
     ``count`` tells a batch's predictions a row, (B,), before the pass. ``route`` gets rows by lane name;
-    ``check_gradients`` is called after the first backward pass.
+    ``check_gradients`` is called after the first backward pass. ``metrics`` are an evaluation's, by name.
     """
 
     model: nn.Module
@@ -52,6 +52,8 @@ class Forward:
     compute: Callable[[], Context] = contextlib.nullcontext
     route: Callable[[Mapping[str, int]], Context] = field(default=lambda rows: contextlib.nullcontext())
     check_gradients: Callable[[], object] = lambda: None
+    metrics: Mapping[str, Metric] = field(default_factory=lambda: CAUSAL_LM_METRICS)
+    unit: str = "tokens"
 
 
 class DivergedError(ValueError):
@@ -79,7 +81,7 @@ def train(forward: Forward, lanes: list[Lane], section: TrainConfig) -> Iterator
             logged = zip(lanes, losses, norms, rates, strict=True)
             records = [_trained(lane, step, loss, norm, rate) for lane, loss, norm, rate in logged]
             speed = clock.lap() / len(lanes)
-            yield from ({**record, "train/tokens_per_s": speed} for record in records)
+            yield from ({**record, f"train/{forward.unit}_per_s": speed} for record in records)
         if step % section.eval_every == 0 or step == section.steps:
             clock.pause()
             yield from (_evaluated(forward, lane, step) for lane in lanes)
@@ -88,17 +90,15 @@ def train(forward: Forward, lanes: list[Lane], section: TrainConfig) -> Iterator
 
 
 @torch.no_grad()
-def evaluate(forward: Forward, lane: Lane) -> float:
-    """Mean loss in nats a predicted token over the lane's evaluation batches."""
+def evaluate(forward: Forward, lane: Lane) -> dict[str, float]:
+    """The metrics over the lane's evaluation batches; ``loss`` is the mean in nats a prediction."""
     forward.model.eval()
-    total, count = 0.0, 0
+    sums = Sums()
     for batch in lane.evaluation:
         here = _to_device(batch, forward.device)
         with forward.compute(), forward.route({lane.name: _rows(batch)}):
-            losses = forward.losses(forward.model, here)
-        total += losses.total.double().sum().item()
-        count += int(losses.count.sum().item())
-    return total / count
+            sums = sums.plus(forward.losses(forward.model, here))
+    return {name: metric(sums) for name, metric in forward.metrics.items()}
 
 
 def _accumulate(forward: Forward, lanes: list[Lane], micro_steps: int) -> tuple[list[Tensor], int]:
@@ -138,11 +138,11 @@ def _trained(lane: Lane, step: int, loss: Tensor, norm: Tensor, rate: float) -> 
 
 
 def _evaluated(forward: Forward, lane: Lane, step: int) -> Record:
-    loss = evaluate(forward, lane)
+    figures = evaluate(forward, lane)
+    loss = figures["loss"]
     if not math.isfinite(loss):
         raise DivergedError(f"eval/loss became {loss} at optimizer step {step} (lane {lane.name}): lower optimizer.lr")
-    perplexity = math.exp(min(loss, 700.0))  # above 709 a float overflows
-    return {"lane": lane.name, "step": step, "eval/loss": loss, "eval/perplexity": perplexity}
+    return {"lane": lane.name, "step": step} | {f"eval/{name}": value for name, value in figures.items()}
 
 
 class _Clock:

@@ -88,20 +88,14 @@ def tiny_transformer(kind: str) -> nn.Module:
 
     small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 29}
     if kind == "llama":
-        config = hf.LlamaConfig(
-            **small, intermediate_size=24, num_key_value_heads=1, max_position_embeddings=32
-        )
+        config = hf.LlamaConfig(**small, intermediate_size=24, num_key_value_heads=1, max_position_embeddings=32)
         return hf.LlamaForCausalLM(config)
     if kind == "gpt2":
         drops = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        return hf.GPT2LMHeadModel(
-            hf.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=29, n_positions=32, **drops)
-        )
+        return hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=29, n_positions=32, **drops))
     if kind == "bert":
         drops = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        return hf.BertForMaskedLM(
-            hf.BertConfig(**small, intermediate_size=24, max_position_embeddings=32, **drops)
-        )
+        return hf.BertForMaskedLM(hf.BertConfig(**small, intermediate_size=24, max_position_embeddings=32, **drops))
     if kind == "t5":
         return hf.T5ForConditionalGeneration(
             hf.T5Config(

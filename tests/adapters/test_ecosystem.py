@@ -8,9 +8,7 @@ from lora_exp.adapters import LoraConfig, LoraModel
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_transformers_checkpointing_gives_the_same_gradients(
-    reentrant, make_transformer, inputs_for, randomised
-):
+def test_transformers_checkpointing_gives_the_same_gradients(reentrant, make_transformer, inputs_for, randomised):
     def run(checkpointing):
         torch.manual_seed(0)
         model = LoraModel(make_transformer("llama"), LoraConfig(rank=2, lora_dropout=0.3), verbose=False)

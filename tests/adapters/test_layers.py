@@ -74,9 +74,7 @@ def test_other_dimensions(kind, dims):
 
 
 @pytest.mark.parametrize("kind", [LoRAEmbedding, DoRAEmbedding])
-@pytest.mark.parametrize(
-    "options", [{}, {"padding_idx": 2}, {"max_norm": 0.7}, {"max_norm": 1.0, "norm_type": 1.0}]
-)
+@pytest.mark.parametrize("options", [{}, {"padding_idx": 2}, {"max_norm": 0.7}, {"max_norm": 1.0, "norm_type": 1.0}])
 def test_embedding_is_the_lookup_in_the_merged_table(kind, options):
     layer, x = kind(7, 5, rank=3, **options), torch.tensor([[0, 2, 2], [6, 1, 3]])
     before = layer.weight.clone()
@@ -113,9 +111,7 @@ def test_scaled_embeddings_are_followed():
     model = LoraModel(base, LoraConfig(rank=2, layer_types=("embedding",)), verbose=False)
     nn.init.normal_(model.adapter_parameters()["0.lora_A"])
     x = torch.arange(7)
-    twin = (
-        pickle.loads(pickle.dumps(copy.deepcopy(model))) if "<locals>" not in Scaled.__qualname__ else model
-    )
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(model))) if "<locals>" not in Scaled.__qualname__ else model
     adapted = twin(x)
     plain = model.merge_and_unload()
     assert type(plain[0]) is Scaled
@@ -171,9 +167,7 @@ def test_the_norm_is_a_constant_unless_asked():
         layer(x).square().sum().backward()
         grads.append(layer.lora_B.grad)
     assert not torch.allclose(*grads)
-    model = LoraModel(
-        nn.Linear(4, 3), LoraConfig(rank=2, use_dora=True, dora_detach_norm=False), verbose=False
-    )
+    model = LoraModel(nn.Linear(4, 3), LoraConfig(rank=2, use_dora=True, dora_detach_norm=False), verbose=False)
     assert model.wrapped.adapter.detach_norm is False
 
 

@@ -48,9 +48,7 @@ def test_initialisation_has_pefts_bounds():
     assert abs(layer.lora_A.std().item() - 0.1 / math.sqrt(3)) < 0.002
 
 
-@pytest.mark.parametrize(
-    "bad", [{"rank": 0}, {"rank": 2.5}, {"lora_dropout": 1.0}, {"lora_alpha": float("nan")}]
-)
+@pytest.mark.parametrize("bad", [{"rank": 0}, {"rank": 2.5}, {"lora_dropout": 1.0}, {"lora_alpha": float("nan")}])
 def test_bad_values(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         LoRALinear(6, 5, **bad)
@@ -61,9 +59,7 @@ def test_gradients_in_float64():
     nn.init.normal_(layer.lora_B)
 
     def run(x, a, b):
-        return torch.func.functional_call(
-            layer, {"adapters.default.lora_A": a, "adapters.default.lora_B": b}, (x,)
-        )
+        return torch.func.functional_call(layer, {"adapters.default.lora_A": a, "adapters.default.lora_B": b}, (x,))
 
     x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(run, (x, layer.lora_A, layer.lora_B))

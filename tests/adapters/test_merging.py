@@ -54,9 +54,7 @@ def test_every_kind_of_layer(kind, dora, dtype, request, randomised, tmp_path):
     merged = logits(model, inputs)
     close = CLOSE if dtype == torch.float32 else {"atol": 0.15, "rtol": 0.1}
     torch.testing.assert_close(merged, adapted, **close)
-    assert report.layers == len(
-        {key.rpartition(".")[0] for key in model.adapter_parameters() if "lora_A" in key}
-    )
+    assert report.layers == len({key.rpartition(".")[0] for key in model.adapter_parameters() if "lora_A" in key})
     assert (report.max_error == 0) == (dtype == torch.float32)
     with model.disable_adapter():
         assert all(torch.equal(before[name], value) for name, value in bits(model.wrapped).items())

@@ -90,9 +90,7 @@ def test_biases(kind, dora, bias, make_transformer, inputs_for, oracle, randomis
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_vision(dora, dropout, bias, vision, images, oracle, randomised, same_masks):
-    model, twin = pair(
-        vision, oracle, randomised, ["stem", "conv", "head"], dora=dora, dropout=dropout, bias=bias
-    )
+    model, twin = pair(vision, oracle, randomised, ["stem", "conv", "head"], dora=dora, dropout=dropout, bias=bias)
     assert_equal(model, twin, oracle, {"x": images})
 
 
@@ -102,9 +100,7 @@ def test_resnet(dora, oracle, randomised):
 
     sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
     base = transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes, num_labels=5))
-    targets = [f"{name}.convolution" for name in ("embedder", "layer.0", "layer.1", "shortcut")] + [
-        "classifier.1"
-    ]
+    targets = [f"{name}.convolution" for name in ("embedder", "layer.0", "layer.1", "shortcut")] + ["classifier.1"]
     model, twin = pair(base, oracle, randomised, targets, dora=dora)
     assert_equal(model, twin, oracle, {"pixel_values": torch.randn(3, 3, 32, 32)})
 
@@ -127,9 +123,7 @@ def test_patterns_and_saved_modules(tiny, tokens, oracle, randomised):
     }
     import peft
 
-    twin = peft.get_peft_model(
-        __import__("copy").deepcopy(tiny), peft.LoraConfig(r=4, lora_alpha=6, **options)
-    )
+    twin = peft.get_peft_model(__import__("copy").deepcopy(tiny), peft.LoraConfig(r=4, lora_alpha=6, **options))
     model = LoraModel(tiny, LoraConfig(rank=4, lora_alpha=6, use_rslora=False, **options), verbose=False)
     randomised(model, std=0.1)
     their_head = twin.base_model.model.lm_head.modules_to_save["default"].weight

@@ -12,9 +12,7 @@ from lora_exp.adapters import BASE, LoraConfig, LoraModel
 CONFIGS = {
     "a": LoraConfig(rank=2, target_modules=["q_proj"], lora_dropout=0.2),
     "b": LoraConfig(rank=5, use_dora=True, use_rslora=False, lora_dropout=0.4, bias="all"),
-    "c": LoraConfig(
-        rank=3, target_modules=["embed", "q_proj"], bias="lora_only", modules_to_save=["lm_head"]
-    ),
+    "c": LoraConfig(rank=3, target_modules=["embed", "q_proj"], bias="lora_only", modules_to_save=["lm_head"]),
 }
 
 

@@ -42,6 +42,14 @@ def test_best_first_failed_last_and_only_what_differs(tmp_path: Path, capsys: py
     assert pictures == {"loss_curves.png", "loss_against_rank.png", "loss_against_parameters.png"}
 
 
+def test_a_job_without_factors_has_no_other_rank(tmp_path: Path) -> None:
+    add(tmp_path, 0, 2.5, adapter="lora", rank=8, alpha=16)
+    add(tmp_path, 1, 2.1, adapter="head")
+    assert differing(collect(tmp_path)) == ["adapter"]
+    add(tmp_path, 2, 2.2, adapter="lora", rank=16, alpha=16)
+    assert differing(collect(tmp_path)) == ["adapter", "rank"]
+
+
 def test_a_sweep_of_failures_is_still_reported(tmp_path: Path) -> None:
     add(tmp_path, 0, None, rank=0)
     assert report_sweep(tmp_path, interrupted=False) is False

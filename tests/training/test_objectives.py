@@ -1,0 +1,37 @@
+"""Losses row by row, and metrics as functions of their sums."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lora_exp.training.objectives import OBJECTIVES, Sums, accuracy, image_losses, mean_loss, perplexity
+
+
+class Fixed(nn.Module):
+    """Says class 0 of any image, nine to one."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return torch.tensor([0.9, 0.1]).log().expand(len(pixels), 2)
+
+
+def test_image_losses_and_hits_a_row() -> None:
+    rows = image_losses(Fixed(), {"pixels": torch.zeros(3, 3, 4, 4), "labels": torch.tensor([0, 1, 0])})
+    torch.testing.assert_close(rows.total, -torch.tensor([0.9, 0.1, 0.9]).log())
+    assert rows.hits is not None
+    assert (rows.hits.tolist(), rows.count.tolist()) == ([1, 0, 1], [1, 1, 1])
+    sums = Sums().plus(rows).plus(rows)
+    assert accuracy(sums) == pytest.approx(2 / 3)
+    assert mean_loss(sums) == pytest.approx(rows.total.mean().item())
+
+
+def test_perplexity_of_a_hopeless_model_is_still_a_number() -> None:
+    assert perplexity(Sums(loss=1e6, count=2)) < math.inf
+    assert perplexity(Sums(loss=2 * math.log(8), count=2)) == pytest.approx(8)
+
+
+def test_every_objective_has_a_loss() -> None:
+    assert all("loss" in objective.metrics for objective in OBJECTIVES.values())
