@@ -139,12 +139,12 @@ def _report_sweeps(interrupted: bool) -> None:
         folder = begun.pop()
         if not any(folder.glob("**/result.json")):
             continue
-        from lora_exp.sweep.report import report_sweep
-
         try:
+            from lora_exp.sweep.report import report_sweep
+
             failed |= not report_sweep(folder, interrupted)
-        except (ValueError, OSError) as error:
-            sys.stderr.write(f"{redacted(str(error))}\n")
+        except Exception as error:
+            sys.stderr.write(f"The sweep in {folder} could not be summed up: {redacted(str(error))}\n")
             failed = True
     if failed and sys.exc_info()[0] is None and os.environ.get("HYDRA_FULL_ERROR") != "1":
         sys.exit(1)
