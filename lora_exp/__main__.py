@@ -17,6 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from lora_exp.config import Config, check, conf_folder, flat_values, register, to_config
 from lora_exp.job import Job, Outcome, PlanResult, Result, write_outcome
@@ -92,9 +93,16 @@ def _job(composed: DictConfig) -> Job:
         number=int(settings.job.num) if multirun else 0,
         overrides=list(settings.overrides.task),
         choices={group: str(choice) for group, choice in settings.runtime.choices.items() if "/" not in group},
-        config_yaml=OmegaConf.to_yaml(composed),
+        config_yaml=_yaml(composed),
         sweep_folder=Path(settings.sweep.dir).resolve() if multirun else None,
     )
+
+
+def _yaml(composed: DictConfig) -> str:
+    try:
+        return OmegaConf.to_yaml(composed, resolve=True)
+    except OmegaConfBaseException:  # the conversion to dataclasses, inside the job, says what is wrong
+        return OmegaConf.to_yaml(composed)
 
 
 def _finish(

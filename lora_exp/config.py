@@ -230,6 +230,8 @@ def to_config(composed: DictConfig) -> Config:
         raise ConfigError([f"{key} is not set: add {key}=VALUE" for key in missing])
     config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
+    model = config.model
+    model.label = model.label or model.name or (Path(model.path).name if model.path else None)
     return config
 
 
