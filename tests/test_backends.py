@@ -100,9 +100,7 @@ def test_full_with_targets_trains_those_weights_alone(tiny_llama: Path, tmp_path
     assert set(saved(tmp_path / "part")) == set(trained)
 
 
-def test_layers_that_training_bypasses_are_named_and_if_all_are_the_run_fails(
-    tiny_llama: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_layers_that_training_bypasses_are_named(tiny_llama: Path, caplog: pytest.LogCaptureFixture) -> None:
     def after_a_step(targets: str) -> Any:
         model = base(tiny_llama)
         bypassed = model.model.layers[0].self_attn.v_proj
@@ -122,5 +120,3 @@ def test_layers_that_training_bypasses_are_named_and_if_all_are_the_run_fails(
 
     after_a_step(r".*layers\.0\..*(q_proj|inner)").check_gradients()
     assert "1 adapted layers got no gradient in the first step: model.layers.0.self_attn.v_proj.inner" in caplog.text
-    with pytest.raises(ValueError, match="no adapter got a gradient"):
-        after_a_step(r".*layers\.0\..*inner").check_gradients()
