@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .dora import DoraAdapter
 from .lora import LoraAdapter
+from .once import first_derivative_only
 from .products import wide_product
 from .shares import Share, add_share, share_gradients
 from .switch import fused_allowed, is_plain
@@ -70,7 +70,7 @@ class _Adapted(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only("run forward inside lora_exp.adapters.use_reference()")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         grad = grads[0]
         with torch.autocast(grad.device.type, enabled=False):

@@ -16,13 +16,13 @@ _FEW_ROWS = 128  # below, converting W costs more than it saves
 
 
 def wide_product(grad: Tensor, weight: Tensor) -> Tensor:
-    """G W for G (M, N) and W (N, K), (M, K): float32 where half precision would be the slower one.
+    """G W for G (M, N) and W (N, K), (M, K), in W's dtype; in float32 where that is faster.
 
     A processor with AVX-512 but no AMX multiplies bfloat16 1.2 to 1.6 times slower than float32, conversion
     included. The sum is then returned as it is, so that what is added to it is not rounded twice.
     """
-    if grad.device.type != "cpu" or grad.element_size() != 2 or len(grad) < _FEW_ROWS or _is_fast_in_half():
-        return grad @ weight
+    if grad.device.type != "cpu" or weight.element_size() != 2 or len(grad) < _FEW_ROWS or _is_fast_in_half():
+        return grad.to(weight.dtype) @ weight
     step = max(1, _CHUNK // weight.shape[1])
     total = torch.zeros(len(grad), weight.shape[1])
     for some, rows in zip(grad.split(step, 1), weight.split(step), strict=True):
