@@ -12,6 +12,7 @@ from .merging import MergeReport
 from .model import LoraModel
 from .registry import adapts
 from .routing import BASE
+from .switch import use_reference
 from .transposed import LoRAConv1D
 
 __all__ = [
@@ -35,4 +36,5 @@ __all__ = [
     "MergeReport",
     "adapts",
     "scaling_factor",
+    "use_reference",
 ]
