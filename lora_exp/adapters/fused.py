@@ -23,7 +23,7 @@ from .lora import LoraAdapter
 from .once import first_derivative_only
 from .products import wide_product
 from .shares import Share, add_share, share_gradients
-from .switch import fused_allowed, is_plain
+from .switch import autocast_dtype, fused_allowed, is_plain, without_autocast
 
 if TYPE_CHECKING:
     from .layer import LoRALayerBase
@@ -73,7 +73,7 @@ class _Adapted(torch.autograd.Function):
     @first_derivative_only("run forward inside lora_exp.adapters.use_reference()")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         grad = grads[0]
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad.device.type):
             return _gradients(ctx, grad)
 
 
@@ -148,10 +148,8 @@ def _trains_base(layer: Any) -> bool:
 
 def _autocast(x: Tensor) -> Tensor:
     """x as autocast would hand it to a linear layer."""
-    kind = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
-        return x
-    return x.to(torch.get_autocast_dtype(kind))
+    dtype = autocast_dtype(x.device.type)
+    return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -30,6 +30,17 @@ def use_reference() -> Iterator[None]:
 def fused_allowed() -> bool:
     """Not where a compiler or a function transform wants to see the formulas themselves."""
     return not (_plain or torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_transformed())
+
+
+def without_autocast(kind: str) -> AbstractContextManager[object]:
+    """No autocast on devices of this kind; the meta device, which plans run on, has none to switch off."""
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
+def autocast_dtype(kind: str) -> torch.dtype | None:
+    """What autocast computes in on devices of this kind; None where it is off."""
+    is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if is_on else None
 
 
 def is_plain(x: Tensor) -> bool:

@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_exp.models import checkpoint_layers
 from lora_exp.plan.kernels import Kernels
-from lora_exp.training.objectives import causal_lm_losses
+from lora_exp.training.objectives import losses_from_logits
 
 _ITEM = torch.ops.aten._local_scalar_dense.default
 _ATTENTION = {
@@ -128,7 +128,8 @@ class _Pass:
         return Step(kept, max(head, 0), ledger.peak, ledger.flops)
 
     def _loss(self) -> Tensor:
-        return causal_lm_losses(self._model, {"input_ids": self._ids, "labels": self._ids}).total.sum()
+        # Of all logits: the head without them looks at the labels' values, and the meta device has none.
+        return losses_from_logits(self._model, {"input_ids": self._ids, "labels": self._ids}).total.sum()
 
     @contextlib.contextmanager
     def _marked(self) -> Iterator[None]:

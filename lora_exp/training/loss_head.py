@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lora_exp.adapters.once import first_derivative_only
 from lora_exp.adapters.products import wide_product
+from lora_exp.adapters.switch import autocast_dtype, without_autocast
 
 log = logging.getLogger(__name__)
 _CHUNK = 1 << 23  # logits at a time: 32 MiB in float32
@@ -83,10 +84,11 @@ def _row_sums(hidden: Tensor, head: Any, labels: Tensor, ignored: int) -> Tensor
     counts = labels != ignored
     device = hidden.device.type
     weight, bias = head.weight, head.bias
-    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        hidden = hidden.to(torch.get_autocast_dtype(device))
+    dtype = autocast_dtype(device)
+    if hidden.dtype != torch.float64 and dtype is not None:
+        hidden = hidden.to(dtype)
     weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
-    with torch.autocast(device, enabled=False):
+    with without_autocast(device):
         losses = chunked_cross_entropy(hidden[counts], weight, bias, labels[counts])
     rows = torch.arange(len(labels), device=labels.device).unsqueeze(1).expand_as(labels)[counts]
     return torch.zeros(len(labels), dtype=losses.dtype, device=losses.device).index_add(0, rows, losses)

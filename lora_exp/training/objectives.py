@@ -88,6 +88,12 @@ def causal_lm_losses(model: nn.Module, batch: Batch) -> RowLosses:
     total = row_losses(model, inputs, batch["labels"], IGNORED)
     if total is not None:
         return RowLosses(total, count_predictions(batch))
+    return losses_from_logits(model, batch)
+
+
+def losses_from_logits(model: nn.Module, batch: Batch) -> RowLosses:
+    """The same from the model's own logits, all (B, T, V) of them."""
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     logits = model(**inputs).logits[:, :-1]  # (B, T-1, V)
     labels = batch["labels"][:, 1:]
     losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
