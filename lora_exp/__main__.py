@@ -17,9 +17,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from lora_exp.config import Config, check, conf_folder, flat_values, register, to_config
-from lora_exp.job import Job, Outcome, Result, write_outcome
+from lora_exp.job import Job, Outcome, PlanResult, Result, write_outcome
 from lora_exp.provenance import redacted
 from lora_exp.sweep.callback import begun
 
@@ -33,7 +34,7 @@ class JobError(CompactHydraException):
 
 @hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")
 def hydra_main(composed: DictConfig) -> float:
-    """One Hydra job. Returns the final validation loss, which any sweeper can minimise."""
+    """One Hydra job. Returns what a sweeper can minimise: validation loss, or a plan's GiB."""
     job = _job(composed)
     values: dict[str, Any] = {}
     try:
@@ -51,7 +52,7 @@ def hydra_main(composed: DictConfig) -> float:
         _finish(job, values, "KILLED", error=type(error).__name__)
         raise
     _finish(job, values, "FINISHED", result=result)
-    return result.eval_loss
+    return result.objective
 
 
 def main() -> None:
@@ -73,8 +74,13 @@ def main() -> None:
         _report_sweeps(interrupted)
 
 
-def _run(config: Config, job: Job) -> Result:
-    from lora_exp.run import run  # torch, transformers and mlflow only when there is something to run
+def _run(config: Config, job: Job) -> Result | PlanResult:
+    # torch, transformers and mlflow only when there is something to run
+    if config.task == "plan":
+        from lora_exp.plan.run import run_plan
+
+        return run_plan(config, job)
+    from lora_exp.run import run
 
     return run(config, job)
 
@@ -87,13 +93,20 @@ def _job(composed: DictConfig) -> Job:
         number=int(settings.job.num) if multirun else 0,
         overrides=list(settings.overrides.task),
         choices={group: str(choice) for group, choice in settings.runtime.choices.items() if "/" not in group},
-        config_yaml=OmegaConf.to_yaml(composed),
+        config_yaml=_yaml(composed),
         sweep_folder=Path(settings.sweep.dir).resolve() if multirun else None,
     )
 
 
+def _yaml(composed: DictConfig) -> str:
+    try:
+        return OmegaConf.to_yaml(composed, resolve=True)
+    except OmegaConfBaseException:  # the conversion to dataclasses, inside the job, says what is wrong
+        return OmegaConf.to_yaml(composed)
+
+
 def _finish(
-    job: Job, values: dict[str, Any], status: str, result: Result | None = None, error: str | None = None
+    job: Job, values: dict[str, Any], status: str, result: Result | PlanResult | None = None, error: str | None = None
 ) -> None:
     try:
         write_outcome(job.folder, Outcome(job.number, status, job.overrides, values, result, error))
@@ -134,12 +147,12 @@ def _report_sweeps(interrupted: bool) -> None:
         folder = begun.pop()
         if not any(folder.glob("**/result.json")):
             continue
-        from lora_exp.sweep.report import report_sweep
-
         try:
+            from lora_exp.sweep.report import report_sweep
+
             failed |= not report_sweep(folder, interrupted)
-        except (ValueError, OSError) as error:
-            sys.stderr.write(f"{redacted(str(error))}\n")
+        except Exception as error:
+            sys.stderr.write(f"The sweep in {folder} could not be summed up: {redacted(str(error))}\n")
             failed = True
     if failed and sys.exc_info()[0] is None and os.environ.get("HYDRA_FULL_ERROR") != "1":
         sys.exit(1)

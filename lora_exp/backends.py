@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import nn
 
 from lora_exp.config import Config, default_targets, resolve_alpha
 
+log = logging.getLogger(__name__)
 LAYER_TYPES = {"linear": ("linear",), "embedding": ("embedding",), "conv2d": ("conv2d",), "all": ("all",)}
 
 
@@ -65,7 +67,14 @@ def _native(base: nn.Module, config: Config) -> Adapted:
     model = LoraModel(base, wanted, verbose=False)
     trainable, total = model.parameter_counts()
     parameters = list(model.adapter_parameters().values())
-    return Adapted(model, parameters, trainable, total, model.save_pretrained, model.check_gradients)
+
+    def check_gradients() -> None:
+        unreached = model.check_gradients()  # raises if that is all of them
+        if unreached:
+            named = ", ".join(unreached[:10]) + (", …" if len(unreached) > 10 else "")
+            log.warning(f"{len(unreached)} adapted layers got no gradient in the first step: {named}")
+
+    return Adapted(model, parameters, trainable, total, model.save_pretrained, check_gradients)
 
 
 def _peft(base: nn.Module, config: Config) -> Adapted:

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-TASKS = ("train",)
+TASKS = ("train", "plan")
 QUANTIZATIONS = ("none", "nf4", "fp4", "int8")
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes'
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
@@ -87,6 +87,8 @@ class PackagedConfig:
 class ModelConfig:
     """The frozen base. ``path`` (a folder in hub layout) wins over ``packaged``, that over the hub's ``name``.
 
+    ``architecture``: the facts of the published config.json that ``task=plan`` builds the model from.
+
     ``targets`` are its default targets by layer type; ``modules_to_save`` (a new head) are trained in full
     beside the adapter.
     """
@@ -102,6 +104,7 @@ class ModelConfig:
     trust_remote_code: bool = False
     cache_dir: str | None = None
     targets: dict[str, list[str]] = field(default_factory=dict)
+    architecture: dict[str, Any] = field(default_factory=dict)
     modules_to_save: list[str] = field(default_factory=list)
 
 
@@ -139,6 +142,20 @@ class TrainConfig:
     eval_every: int = 12
     eval_blocks: int = 32
     log_every: int = 1
+    gradient_checkpointing: bool = False
+
+
+@dataclass
+class PlanConfig:
+    """``gpu_gib``: the memory to fit into; ``reserve_gib`` of it is for the CUDA context and fragmentation.
+
+    ``check``: let ``task=train`` look first whether it will fit; ``strict``: refuse to train if not.
+    """
+
+    gpu_gib: float | None = None
+    reserve_gib: float = 1.0
+    check: bool = True
+    strict: bool = False
 
 
 @dataclass
@@ -175,6 +192,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     task: str = "train"
     rank: int = 8
     alpha: Any = 16
@@ -214,6 +232,8 @@ def to_config(composed: DictConfig) -> Config:
         raise ConfigError([f"{key} is not set: add {key}=VALUE" for key in missing])
     config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
+    model = config.model
+    model.label = model.label or model.name or (Path(model.path).name if model.path else None)
     return config
 
 
@@ -283,11 +303,21 @@ _OTHER_KIND = {
 def _flat_section(group: str, section: dict[str, Any]) -> dict[str, Any]:
     if group == "tracking":
         return {}
+    if group == "plan":
+        return {"plan.gpu_gib": section["gpu_gib"]} if section["gpu_gib"] else {}
     title = "label" if section.get("label") else "name"
     values = {group: section[title]} if title in section else {}
     if group == "quantization":  # what is at its default is left out, as none has no use for it
         section = {name: value for name, value in section.items() if value != getattr(QuantizationConfig, name, None)}
-    skipped = {title, "kind", "packaged", "cache_dir", "targets", *_OTHER_KIND.get(section.get("kind", ""), ())}
+    skipped = {
+        title,
+        "kind",
+        "packaged",
+        "cache_dir",
+        "targets",
+        "architecture",
+        *_OTHER_KIND.get(section.get("kind", ""), ()),
+    }
     rest = {f"{group}.{name}": value for name, value in section.items() if name not in skipped}
     return values | {key: value for key, value in rest.items() if value not in (None, {}, [])}
 
@@ -332,6 +362,8 @@ def _target_problems(config: Config) -> list[str]:
 def _place_problems(config: Config) -> list[str]:
     problems = _not_among("task", config.task, TASKS)
     problems += _not_among("model.dtype", config.model.dtype, DTYPES)
+    if config.task == "plan" and config.model.kind != "causal_lm":
+        problems.append(f"task=plan knows causal language models, not model.kind={config.model.kind}: use task=train")
     if not (config.model.name or config.model.path or config.model.packaged):
         problems.append("no model is named: add model.name=ORG/NAME (hub) or model.path=FOLDER (hub layout)")
     problems += _kind_problems(config)
@@ -416,6 +448,12 @@ def _number_problems(config: Config) -> list[str]:
         problems.append(f"optimizer.weight_decay={optimizer.weight_decay} is below 0")
     if not 0 <= config.seed < 2**32:
         problems.append(f"seed={config.seed} is outside [0, 2**32)")
+    if config.plan.gpu_gib is not None and not config.plan.gpu_gib > config.plan.reserve_gib:
+        problems.append(
+            f"plan.gpu_gib={config.plan.gpu_gib} must be above plan.reserve_gib={config.plan.reserve_gib}: such as 24"
+        )
+    if not config.plan.reserve_gib >= 0:
+        problems.append(f"plan.reserve_gib={config.plan.reserve_gib} is below 0")
     return problems + _not_among("train.schedule", train.schedule, SCHEDULES)
 
 

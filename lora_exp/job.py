@@ -29,7 +29,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished job found. Losses are in nats a prediction; ``adapter`` is the folder of the saved adapter.
+    """What a finished training found. Losses are in nats a prediction; ``adapter`` is the folder of the saved adapter.
 
     ``eval_perplexity`` is a language model's, ``eval_accuracy`` a classifier's.
     """
@@ -47,6 +47,41 @@ class Result:
     eval_accuracy: float | None = None
     base_weight_bytes: int | None = None
 
+    @property
+    def objective(self) -> float:
+        """What a sweeper minimises and a report sorts by."""
+        return self.eval_loss
+
+
+@dataclass(frozen=True)
+class PlanResult:
+    """What a plan found. ``adapter_bytes`` is the file's; the last three are None without ``plan.gpu_gib``."""
+
+    trainable: int
+    total: int
+    adapter_bytes: int
+    base_gib: float
+    adapter_gib: float
+    gradients_gib: float
+    optimizer_gib: float
+    activations_gib: float
+    head_gib: float
+    total_gib: float
+    flops_per_step: int
+    tokens_per_step: int
+    fits: bool | None
+    largest_batch: int | None
+    largest_rank: int | None
+    run_id: str | None
+
+    @property
+    def objective(self) -> float:
+        """What a sweeper minimises and a report sorts by."""
+        return self.total_gib
+
+
+RESULTS: dict[str, type[Result] | type[PlanResult]] = {"train": Result, "plan": PlanResult}
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -56,7 +91,7 @@ class Outcome:
     status: str
     overrides: list[str]
     values: dict[str, Any]
-    result: Result | None = None
+    result: Result | PlanResult | None = None
     error: str | None = None
 
 
@@ -74,7 +109,8 @@ def read_outcome(folder: Path) -> Outcome | None:
         return None
     raw = json.loads(file.read_text())
     result = raw.pop("result")
-    return Outcome(**raw, result=Result(**result) if result else None)
+    kind = RESULTS[raw["values"].get("task", "train")]
+    return Outcome(**raw, result=kind(**result) if result else None)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -15,13 +15,14 @@ from transformers import set_seed
 from lora_exp import models, tracking
 from lora_exp.backends import Adapted, adapt
 from lora_exp.cache import file_sha256
-from lora_exp.config import Config, flat_values, uses_factors
+from lora_exp.config import Config, uses_factors
 from lora_exp.data import Data, load_data
 from lora_exp.job import METRICS_FILE, Job, Result
 from lora_exp.place import Place, prepare_backends, resolve_place
+from lora_exp.plan.precheck import check_fits
 from lora_exp.plots import loss_curve
 from lora_exp.progress import TrainingProgress
-from lora_exp.provenance import provenance_tags, redacted
+from lora_exp.recording import log_setup, run_name
 from lora_exp.training.batches import evaluation_batches, training_batches
 from lora_exp.training.loop import Forward, Lane, Record, train
 from lora_exp.training.memory import peak_gib, reset_peak
@@ -43,8 +44,9 @@ def run(config: Config, job: Job) -> Result:
     prepare_backends(place)
     reset_peak(place.device)
     set_seed(config.seed)
-    with tracking.open_run(config.tracking, _run_name(config, job), job.sweep_folder) as tracked:
-        _log_setup(tracked, config, job, place)
+    with tracking.open_run(config.tracking, run_name(config, job), job.sweep_folder) as tracked:
+        log_setup(tracked, config, job, {"dtype": str(place.dtype), "device": str(place.device)})
+        check_fits(config, place)
         adapted, data = _prepare(tracked, config, place)
         lane = _lane(adapted, data, config, place)
         records = _train(tracked, adapted, lane, config, job, place)
@@ -64,6 +66,8 @@ def _prepare(tracked: tracking.Run, config: Config, place: Place) -> tuple[Adapt
     dtype = str(place.dtype).removeprefix("torch.")
     stored = dtype if config.quantization.name == "none" else f"{config.quantization.name} and {dtype}"
     log.info(f"model  {config.model.label} in {stored} on {place.device}, SHA-256 {digest[:12]}")
+    if config.train.gradient_checkpointing:
+        models.checkpoint_layers(base)
     set_seed(config.seed)  # again: loading may have drawn numbers, and the adapter's first values must not depend on it
     adapted = adapt(base, config)
     share = 100 * adapted.trainable / adapted.total
@@ -175,18 +179,6 @@ def _summarise(
     return result
 
 
-def _log_setup(tracked: tracking.Run, config: Config, job: Job, place: Place) -> None:
-    tracked.log_params(flat_values(config) | {"dtype": str(place.dtype), "device": str(place.device)})
-    groups = {f"choice.{group}": choice for group, choice in job.choices.items()}
-    tracked.log_tags({**provenance_tags(), **groups, "overrides": " ".join(job.overrides), "folder": str(job.folder)})
-    resolved = job.folder / "config.yaml"
-    resolved.write_text(redacted(job.config_yaml))
-    overrides = job.folder / "overrides.txt"
-    overrides.write_text(redacted("\n".join(job.overrides)) + "\n")
-    for file in (resolved, overrides):
-        tracked.log_artifact(file)
-
-
 def _report(result: Result) -> None:
     perplexity = "" if result.eval_perplexity is None else f"perplexity {result.eval_perplexity:.2f}, "
     accuracy = "" if result.eval_accuracy is None else f"accuracy {result.eval_accuracy:.4f}, "
@@ -195,13 +187,6 @@ def _report(result: Result) -> None:
         f"{result.wall_s:.0f} s, peak memory {result.peak_memory_gib:.2f} GiB"
     )
     log.info(f"adapter {result.adapter} ({result.adapter_bytes / 1e6:.1f} MB)")
-
-
-def _run_name(config: Config, job: Job) -> str:
-    if job.sweep_folder is not None:
-        return f"{job.number}: {' '.join(job.overrides)}"[:200]
-    rank = f" r{config.rank}" if uses_factors(config) else ""
-    return f"{config.model.label} {config.adapter.name}{rank}"[:200]
 
 
 def _points(records: Iterable[Record], name: str) -> list[tuple[float, float]]:

@@ -35,6 +35,9 @@ _DEFAULTS = {
     "MLFLOW_ASYNC_LOGGING_BUFFERING_SECONDS": "1",
 }
 
+# The UI then opens on training runs and not on its pages for language-model applications.
+_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+
 
 class TrackingError(ValueError):
     """The tracking server cannot be reached, or would not take what it was given."""
@@ -200,7 +203,7 @@ def _experiment_id(client: MlflowClient, section: TrackingConfig) -> str:
         database = _database(tracking_uri(section))
         place = (database.parent / "mlartifacts").as_uri() if database else None
         try:
-            return str(client.create_experiment(section.experiment, artifact_location=place))
+            return str(client.create_experiment(section.experiment, artifact_location=place, tags=_EXPERIMENT_TAGS))
         except MlflowException:  # another process was first
             found = client.get_experiment_by_name(section.experiment)
             if found is None:

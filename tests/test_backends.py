@@ -98,3 +98,25 @@ def test_full_with_targets_trains_those_weights_alone(tiny_llama: Path, tmp_path
     assert trained == [f"model.layers.{i}.self_attn.v_proj.{kind}" for i in (0, 1) for kind in ("weight", "bias")]
     adapted.save(tmp_path / "part")
     assert set(saved(tmp_path / "part")) == set(trained)
+
+
+def test_layers_that_training_bypasses_are_named(tiny_llama: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def after_a_step(targets: str) -> Any:
+        model = base(tiny_llama)
+        bypassed = model.model.layers[0].self_attn.v_proj
+        # As Mamba's kernel does with out_proj: the weight is read, the layer never called.
+        model.model.layers[0].self_attn.v_proj = Reader(bypassed)
+        adapted = adapt(model, config(f"targets='{targets}'"))
+        adapted.model(torch.arange(3, 15)[None]).logits.sum().backward()
+        return adapted
+
+    class Reader(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.linear(x, self.inner.weight, self.inner.bias)
+
+    after_a_step(r".*layers\.0\..*(q_proj|inner)").check_gradients()
+    assert "1 adapted layers got no gradient in the first step: model.layers.0.self_attn.v_proj.inner" in caplog.text

@@ -47,6 +47,7 @@ def test_every_yaml_composes_converts_and_passes_the_checks(group: str, choice: 
         "data=mnist5k": vision,
         "model=efficientnet_lite0": vision,
     }
+    needed |= {f"quantization={name}": ["task=plan"] for name in ("nf4", "fp4", "int8")}
     plus = "+" if group == "experiment" else ""
     check(config(f"{plus}{group}={choice}", *needed.get(f"{group}={choice}", [])))
 

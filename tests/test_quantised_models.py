@@ -228,7 +228,7 @@ def test_a_bfloat16_base_trains_under_autocast(even_llama: Path) -> None:
     adapted = adapt(load(even_llama, "nf4", CPU_BF16), settings("rank=4", "adapter=dora"))
     with CPU_BF16.compute():
         adapted.model(input_ids=batch(), labels=batch()).loss.backward()
-    assert adapted.check_gradients() == []
+    assert all(parameter.grad is not None for parameter in adapted.parameters)
 
 
 def test_preparing_twice_changes_nothing(even_llama: Path) -> None:

@@ -13,6 +13,7 @@ from .model import LoraModel
 from .quantized import LoRALinear4bit, LoRALinear8bit
 from .registry import adapts
 from .routing import BASE
+from .switch import use_reference
 from .transposed import LoRAConv1D
 
 __all__ = [
@@ -38,4 +39,5 @@ __all__ = [
     "MergeReport",
     "adapts",
     "scaling_factor",
+    "use_reference",
 ]

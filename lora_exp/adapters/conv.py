@@ -92,6 +92,9 @@ class _LoRAConv(LoRALayerBase):
         convolve = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[self._extents - 1]
         return convolve(z, mix, groups=self.groups)
 
+    def matrices(self, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        return None if self.groups > 1 else (self.dense_weight().flatten(1), lora_A.flatten(1).T, lora_B)
+
     def combine(self, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         """(C_out, C_in/g, k...)"""
         by_group_A = lora_A.reshape(self.groups, lora_A.shape[0] // self.groups, -1)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .lora import LoraAdapter
+from .norms import NormCache
+from .switch import fused_allowed
 
 if TYPE_CHECKING:
     from .layer import LoRALayerBase
@@ -33,17 +35,18 @@ class DoraAdapter(LoraAdapter):
     ) -> None:
         super().__init__(name, rank, alpha, dropout, use_rslora, layer_key)
         self.detach_norm = detach_norm
+        self._norms = NormCache()
 
     def prepare(self, layer: LoRALayerBase) -> None:
         super().prepare(layer)
         with torch.no_grad():
-            self.magnitude = nn.Parameter(self.weight_norm(layer).clone())
+            self.magnitude = nn.Parameter(self.constant_norm(layer).clone())
 
     def base_loaded(self, layer: LoRALayerBase) -> None:
         # An untrained adapter keeps meaning "no change" when other base weights come in.
         if not self.lora_A.is_meta and not (self.lora_A.any() and self.lora_B.any()):
             with torch.no_grad():
-                self.magnitude.copy_(self.weight_norm(layer))
+                self.magnitude.copy_(self.constant_norm(layer))
 
     def add_to(self, layer: LoRALayerBase, x: Tensor, base: Tensor) -> Tensor:
         ratio = self.ratio(layer)
@@ -65,9 +68,15 @@ class DoraAdapter(LoraAdapter):
         """(out,) m / ||W + delta||; the norm is a constant to the gradient (§4.3) unless asked otherwise."""
         if not self.detach_norm:
             return self.magnitude / self.weight_norm(layer)
+        return self.magnitude / self.constant_norm(layer)
+
+    def constant_norm(self, layer: LoRALayerBase) -> Tensor:
+        """(out,) the norm without a gradient, kept until an optimizer step changes a factor."""
+        can_factor = layer.matrices(self.lora_A, self.lora_B) is not None and not self.lora_A.is_meta
+        if can_factor and fused_allowed():
+            return self._norms.norm(layer, self)
         with torch.no_grad():
-            norm = self.weight_norm(layer)
-        return self.magnitude / norm
+            return self.weight_norm(layer)
 
     def weight_norm(self, layer: LoRALayerBase) -> Tensor:
         """(out,) ||W + delta||, in the factors' dtype (float32); never zero, as a dead row has m = 0."""

@@ -65,6 +65,9 @@ class LoRAEmbedding(LoRALayerBase, nn.Embedding):
         # Not the torch layer's own forward where it would renormalise W in place: the base never changes.
         return super().base_forward(x) if self.max_norm is None else self._look_up(x, self.weight)
 
+    def matrices(self, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.dense_weight().T, lora_A, lora_B
+
     def linear_forward(self, x: Tensor) -> Tensor:
         return self.base_forward(x)
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .fused import fused_output
 from .lora import LoraAdapter
 from .plain import merged_copy
 from .registry import base_class_of, forward_override, restore
@@ -26,6 +27,7 @@ class LoRALayerBase(nn.Module):
     layer_type: ClassVar[str]
     made_from: ClassVar[tuple[type[LoRALayerBase], type[nn.Module]] | None] = None
     out_axis: ClassVar[int] = 0  # the weight's dimension that counts output features
+    fuses: ClassVar[bool] = False  # a linear layer, for which `fused` knows the gradients
 
     weight: Any  # the torch layer's own parameters
     bias: Any
@@ -54,6 +56,10 @@ class LoRALayerBase(nn.Module):
     def combine(self, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         """AB in the weight's shape."""
         raise NotImplementedError
+
+    def matrices(self, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """W (out, K), A (K, r), B (r, out) with delta = (AB)ᵀ; None where the delta is no single product."""
+        return None
 
     def along_output(self, values: Tensor) -> Tensor:
         """(out,) -> a shape that broadcasts over the layer's output."""
@@ -100,6 +106,8 @@ class LoRALayerBase(nn.Module):
         plan = self.route.plan()
         if not plan.names or self.is_merged:
             return self.finish(self.base_forward(input))
+        if self.fuses and (fused := fused_output(self, input, plan)) is not None:
+            return self.finish(fused)
         if plan.sizes is not None:
             return self.finish(self._routed(input, plan))
         adapter = self._adapter(plan.names[0])

@@ -26,6 +26,7 @@ class LoRALinear(LoRALayerBase, nn.Linear):
     """
 
     layer_type = "linear"
+    fuses = True
 
     def __init__(
         self,
@@ -52,6 +53,9 @@ class LoRALinear(LoRALayerBase, nn.Linear):
 
     def low_rank(self, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         return x @ lora_A.to(x.dtype) @ lora_B.to(x.dtype)
+
+    def matrices(self, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.dense_weight(), lora_A, lora_B
 
     def linear_forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import check_factors, scaling_factor
+from .masks import dropout_noise
 
 if TYPE_CHECKING:
     from .layer import LoRALayerBase
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 class LoraAdapter(nn.Module):
     """Factors A and B, and how they change a layer's output and weight.
 
-    A variant of LoRA is a subclass in a file of its own that overrides `prepare`, `add_to` and `merged`.
+    A variant of LoRA is a subclass in a file of its own that overrides `prepare`, `add_to` and `merged`;
+    one that overrides how it runs is never fused.
     """
 
     lora_A: nn.Parameter
@@ -53,7 +55,7 @@ class LoraAdapter(nn.Module):
         """Called when other base weights were loaded into `layer`."""
 
     def output(self, layer: LoRALayerBase, x: Tensor) -> Tensor:
-        """The adapted layer's output for x; the one path that a fused kernel may replace."""
+        """The adapted layer's output for x: the plain path that `fused` is compared with."""
         return self.add_to(layer, x, layer.base_forward(x))
 
     def add_to(self, layer: LoRALayerBase, x: Tensor, base: Tensor) -> Tensor:
@@ -83,10 +85,3 @@ class LoraAdapter(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha}, scale={self.scale:.6g}, dropout={self.dropout}"
-
-
-@torch.compiler.disable
-def dropout_noise(x: Tensor, p: float, seed: int) -> Tensor:
-    """Bernoulli(1-p) / (1-p) in x's shape and dtype, from a generator of its own."""
-    generator = torch.Generator(device=x.device).manual_seed(seed)
-    return torch.empty_like(x).bernoulli_(1 - p, generator=generator).div_(1 - p)

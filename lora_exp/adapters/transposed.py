@@ -27,6 +27,7 @@ class LoRAConv1D(LoRALayerBase):
     """
 
     layer_type = "linear"
+    fuses = True
     out_axis = 1
 
     def __new__(cls, *args: Any, **kwargs: Any) -> LoRAConv1D:
@@ -59,6 +60,9 @@ class LoRAConv1D(LoRALayerBase):
 
     def low_rank(self, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         return x @ lora_A.to(x.dtype) @ lora_B.to(x.dtype)
+
+    def matrices(self, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.dense_weight().T, lora_A, lora_B
 
     def linear_forward(self, x: Tensor) -> Tensor:
         return x @ self.weight

@@ -15,11 +15,12 @@ from torch import nn
 
 from lora_exp.cache import cache_root, made_once
 from lora_exp.config import ModelConfig, QuantizationConfig
+from lora_exp.models.checkpointing import checkpoint_layers
 from lora_exp.models.source import Source, base_sha256
 from lora_exp.packaged import find_packaged
 from lora_exp.place import Place
 
-__all__ = ["Source", "base_sha256", "find_source", "load_base", "load_tokenizer", "unpacked"]
+__all__ = ["Source", "base_sha256", "checkpoint_layers", "find_source", "load_base", "load_tokenizer", "unpacked"]
 
 
 def find_source(section: ModelConfig) -> Source:

@@ -23,6 +23,7 @@ from lora_exp.place import Place
 log = logging.getLogger(__name__)
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
+logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own: each retry was said twice
 
 
 def load_tokenizer(source: Source, section: ModelConfig) -> Any:

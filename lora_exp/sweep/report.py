@@ -15,7 +15,7 @@ from rich.table import Table
 
 from lora_exp import tracking
 from lora_exp.config import KNOBS
-from lora_exp.job import RESULT_FILE, Outcome, Result, read_metrics, read_outcome
+from lora_exp.job import RESULT_FILE, Outcome, PlanResult, Result, read_metrics, read_outcome
 from lora_exp.plots import final_loss, loss_curves
 
 # Each with how a result shows it; a column that is empty for every job is left out.
@@ -27,6 +27,17 @@ RESULT_COLUMNS: dict[str, Callable[[Result], str]] = {
     "base MB": lambda result: "" if result.base_weight_bytes is None else f"{result.base_weight_bytes / 1e6:.1f}",
     "adapter MB": lambda result: f"{result.adapter_bytes / 1e6:.2f}",
     "wall s": lambda result: f"{result.wall_s:.0f}",
+}
+PLAN_COLUMNS: dict[str, Callable[[PlanResult], str]] = {
+    "trainable": lambda result: f"{result.trainable:,}",
+    "total GiB": lambda result: f"{result.total_gib:.2f}",
+    "base": lambda result: f"{result.base_gib:.2f}",
+    "trained": lambda result: f"{result.adapter_gib + result.gradients_gib + result.optimizer_gib:.2f}",
+    "activations": lambda result: f"{result.activations_gib:.2f}",
+    "logits": lambda result: f"{result.head_gib:.2f}",
+    "fits": lambda result: {True: "yes", False: "no", None: ""}[result.fits],
+    "max batch": lambda result: "" if result.largest_batch is None else str(result.largest_batch),
+    "max rank": lambda result: "" if result.largest_rank is None else str(result.largest_rank),
 }
 
 
@@ -63,10 +74,10 @@ def report_sweep(folder: Path, interrupted: bool) -> bool:
 
 
 def collect(folder: Path) -> list[JobReport]:
-    """Every job below ``folder`` that left an outcome, lowest validation loss first, unfinished ones last."""
+    """Every job below ``folder`` that left an outcome, lowest loss (or memory) first, unfinished ones last."""
     outcomes = [(file.parent, read_outcome(file.parent)) for file in sorted(folder.rglob(RESULT_FILE))]
     jobs = [JobReport(place, outcome) for place, outcome in outcomes if outcome]
-    return sorted(jobs, key=lambda job: (_loss(job), job.outcome.number))
+    return sorted(jobs, key=lambda job: (_objective(job), job.outcome.number))
 
 
 def differing(jobs: list[JobReport]) -> list[str]:
@@ -83,27 +94,27 @@ def differing(jobs: list[JobReport]) -> list[str]:
 
 def result_columns(jobs: list[JobReport]) -> list[str]:
     """The columns that some job's result fills; those of a language model's if none has a result."""
-    results = [job.outcome.result for job in jobs if job.outcome.result]
+    results = [_cells(job.outcome.result) for job in jobs if job.outcome.result]
     if not results:
         return [name for name in RESULT_COLUMNS if name != "accuracy"]
-    return [name for name, show in RESULT_COLUMNS.items() if any(show(result) for result in results)]
+    names = dict.fromkeys(name for cells in results for name in cells)
+    return [name for name in names if any(cells.get(name) for cells in results)]
 
 
 def draw(folder: Path, jobs: list[JobReport], varying: list[str]) -> list[Path]:
     """Loss curves, and final loss against rank and against trainable parameters. Returns the files."""
-    finished = [job for job in jobs if job.outcome.result]
+    finished = [(job, job.outcome.result) for job in jobs if isinstance(job.outcome.result, Result)]
     if not finished:
         return []
-    curves = {_title(job, varying): _curve(job) for job in finished}
+    curves = {_title(job, varying): _curve(job) for job, _ in finished}
     loss_curves(curves, folder / "loss_curves.png")
     by_rank: dict[str, list[tuple[float, float]]] = defaultdict(list)
     by_size: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for job in finished:
-        assert job.outcome.result
+    for job, result in finished:
         group = _title(job, [name for name in varying if name not in ("rank", "seed", "alpha")])
-        by_size[group].append((job.outcome.result.trainable, job.outcome.result.eval_loss))
+        by_size[group].append((result.trainable, result.eval_loss))
         if "rank" in job.outcome.values:
-            by_rank[group].append((job.outcome.values["rank"], job.outcome.result.eval_loss))
+            by_rank[group].append((job.outcome.values["rank"], result.eval_loss))
     final_loss(by_size, "trainable parameters", folder / "loss_against_parameters.png")
     if by_rank:
         final_loss(by_rank, "rank", folder / "loss_against_rank.png")
@@ -117,7 +128,13 @@ def _row(job: JobReport, varying: list[str], columns: list[str]) -> list[str]:
         reason = (outcome.error or "").strip().splitlines()
         short = " ".join(line.strip() for line in reason)[:160]
         return [*settings, *[""] * len(columns), f"{outcome.status}: {short}"]
-    return [*settings, *(RESULT_COLUMNS[name](result) for name in columns), outcome.status]
+    return [*settings, *(_cells(result).get(name, "") for name in columns), outcome.status]
+
+
+def _cells(result: Result | PlanResult) -> dict[str, str]:
+    if isinstance(result, PlanResult):
+        return {name: show(result) for name, show in PLAN_COLUMNS.items()}
+    return {name: show(result) for name, show in RESULT_COLUMNS.items()}
 
 
 def _print(header: list[str], rows: list[list[str]]) -> None:
@@ -156,5 +173,5 @@ def _curve(job: JobReport) -> list[tuple[float, float]]:
     return [(record["step"], record["eval/loss"]) for record in read_metrics(job.folder) if "eval/loss" in record]
 
 
-def _loss(job: JobReport) -> float:
-    return job.outcome.result.eval_loss if job.outcome.result else math.inf
+def _objective(job: JobReport) -> float:
+    return job.outcome.result.objective if job.outcome.result else math.inf

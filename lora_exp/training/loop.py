@@ -112,8 +112,14 @@ def _accumulate(forward: Forward, lanes: list[Lane], micro_steps: int) -> tuple[
         with forward.compute(), forward.route(rows):
             totals = forward.losses(forward.model, batch).total.split(list(rows.values()))
         means = [total.sum() / count for total, count in zip(totals, counts, strict=True)]
-        torch.stack(means).sum().backward()
-        losses = [loss + mean.detach() for loss, mean in zip(losses, means, strict=True)]
+        loss = torch.stack(means).sum()
+        if not loss.requires_grad:
+            raise ValueError(
+                "The loss depends on no trained parameter: the model reads the targeted weights without calling their "
+                "layers, or gradients are cut off on the way. Choose targets that the model calls"
+            )
+        loss.backward()
+        losses = [so_far + mean.detach() for so_far, mean in zip(losses, means, strict=True)]
     return losses, sum(_tokens(batch) for micro in drawn for batch in micro)
 
 

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_exp.training.loss_head import row_losses
+
 Batch = Mapping[str, Tensor]
 IGNORED = -100
 
@@ -78,7 +80,19 @@ def accuracy(sums: Sums) -> float:
 
 
 def causal_lm_losses(model: nn.Module, batch: Batch) -> RowLosses:
-    """Next-token cross-entropy of ``input_ids`` (B, T) against ``labels`` (B, T), in float32."""
+    """Next-token cross-entropy of ``input_ids`` (B, T) against ``labels`` (B, T), in float32.
+
+    Without ever holding all logits where the model's head allows it.
+    """
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    total = row_losses(model, inputs, batch["labels"], IGNORED)
+    if total is not None:
+        return RowLosses(total, count_predictions(batch))
+    return losses_from_logits(model, batch)
+
+
+def losses_from_logits(model: nn.Module, batch: Batch) -> RowLosses:
+    """The same from the model's own logits, all (B, T, V) of them."""
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     logits = model(**inputs).logits[:, :-1]  # (B, T-1, V)
     labels = batch["labels"][:, 1:]

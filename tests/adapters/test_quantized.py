@@ -12,7 +12,7 @@ from torch import nn
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says so where it lacks an optional kernel
 bnb = pytest.importorskip("bitsandbytes")
 
-from lora_exp.adapters import LoraConfig, LoRALinear, LoRALinear4bit, LoRALinear8bit, LoraModel, lora  # noqa: E402
+from lora_exp.adapters import LoraConfig, LoRALinear, LoRALinear4bit, LoRALinear8bit, LoraModel, lora, shares  # noqa: E402
 
 KINDS = ["nf4", "fp4", "nf4-double", "int8"]
 FOUR_BIT = KINDS[:3]
@@ -70,10 +70,12 @@ def same_masks(monkeypatch):
     """Every library drops what a generator seeded by the shape alone says."""
 
     def noise(x, p):
-        generator = torch.Generator().manual_seed(sum(x.shape))
+        generator = torch.Generator().manual_seed(x.numel() + x.shape[-1])  # also with leading dimensions in one
         return torch.empty(x.shape).bernoulli_(1 - p, generator=generator).to(x.dtype) / (1 - p)
 
     monkeypatch.setattr(lora, "dropout_noise", lambda x, p, seed: noise(x, p))
+    monkeypatch.setattr(shares, "dropout_mask", lambda x, p, seed: (noise(x, p) > 0).to(x.dtype))
+    monkeypatch.setattr(shares, "keep_share", lambda p: 1 - p)
     monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: x * noise(x, self.p) if self.training else x)
 
 

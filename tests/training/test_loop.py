@@ -211,3 +211,10 @@ def test_nothing_is_read_from_the_device_between_logged_steps(
         monkeypatch.setattr(torch.Tensor, "item", counted)
         assert next(run)["step"] == 6
     assert reads == 2  # the loss and the gradient norm of the logged step
+
+
+def test_a_loss_that_nothing_trained_reaches_is_an_error(tiny_llama: Path) -> None:
+    model = base(tiny_llama).requires_grad_(False)
+    idle = torch.nn.Parameter(torch.zeros(1))
+    with pytest.raises(ValueError, match="The loss depends on no trained parameter"):
+        list(train(forward(model), [lane("default", [idle], micro_batches(0, 2), section())], section()))

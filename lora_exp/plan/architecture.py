@@ -1,0 +1,102 @@
+"""A model on the meta device, which has shapes and no memory, from architecture facts alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lora_exp.config import ModelConfig, QuantizationConfig
+
+transformers.utils.logging.set_verbosity_error()
+
+
+def facts_of(section: ModelConfig) -> Any:
+    """The transformers config: of ``model.path`` if set, else the YAML's architecture, else the hub's config.json.
+
+    Raises ValueError for a path without one, for facts that describe no known model, and for a hub out of reach.
+    """
+    if section.path:
+        return _from_file(section)
+    if section.architecture:
+        return _from_facts(dict(section.architecture), f"model={section.label}")
+    options = {"revision": section.revision or "main", "trust_remote_code": section.trust_remote_code}
+    try:
+        return AutoConfig.from_pretrained(section.name or "", **options)
+    except (OSError, ValueError) as error:
+        reason = re.sub(r"\s+", " ", str(error))[:300]
+        raise ValueError(
+            f"The config.json of {section.name} cannot be had ({reason}): name a local one by "
+            "model.path=FILE_OR_FOLDER, or plan a model whose architecture is shipped (--help lists them)"
+        ) from error
+
+
+def meta_model(facts: Any, section: ModelConfig, dtype: torch.dtype) -> nn.Module:
+    """The causal language model in ``dtype`` on the meta device. Raises ValueError if transformers has none such."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                facts,
+                dtype=dtype,
+                attn_implementation=section.attention,
+                trust_remote_code=section.trust_remote_code,
+            )
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"{section.label} cannot be planned ({error}): name a causal language model") from error
+    model.config.use_cache = False
+    return model
+
+
+def quantised_names(model: Any, section: QuantizationConfig) -> set[str]:
+    """The weights, by parameter name, that are stored quantised: those of linear layers that are not skipped."""
+    if section.name == "none":
+        return set()
+    head = model.get_output_embeddings()
+    chosen = set()
+    for name, module in model.named_modules():
+        if not isinstance(module, (nn.Linear, transformers.pytorch_utils.Conv1D)):
+            continue
+        if module is not head and not _ends_with(name, section.skip_modules or []):
+            chosen.add(f"{name}.weight")
+    return chosen
+
+
+def prepare_for_kbit(model: Any, quantised: set[str]) -> None:
+    """What is not quantised of a base (norms, embeddings, head) is float32, as in models/quantised.py."""
+    for name, parameter in model.named_parameters():
+        if name not in quantised:
+            parameter.data = parameter.data.float()
+
+
+def _from_file(section: ModelConfig) -> Any:
+    path = Path(section.path or "").expanduser()
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"model.path={section.path} has no config.json: name such a file or a folder in hub layout")
+    if section.trust_remote_code:
+        return AutoConfig.from_pretrained(str(file.parent), trust_remote_code=True)
+    try:
+        facts = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not valid JSON ({error}): copy it anew") from error
+    return _from_facts(facts, str(file))
+
+
+def _from_facts(facts: dict[str, Any], where: str) -> Any:
+    facts.pop("quantization_config", None)  # the run's own quantisation counts
+    kind = str(facts.pop("model_type", ""))
+    try:
+        return AutoConfig.for_model(kind, **facts)
+    except (ValueError, TypeError) as error:
+        reason = re.sub(r"\s+", " ", str(error))[:300]
+        raise ValueError(f"{where}: transformers cannot read this architecture ({reason})") from error
+
+
+def _ends_with(name: str, suffixes: list[str]) -> bool:
+    return any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes)

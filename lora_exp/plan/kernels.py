@@ -1,0 +1,73 @@
+"""What a real device would do where the meta device does otherwise: fused attention, mixed dtypes, autocast."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_PRODUCTS = {F.linear, F.conv2d, torch.matmul, torch.bmm, torch.addmm, Tensor.matmul, Tensor.__matmul__}
+
+
+class Kernels(TorchFunctionMode):
+    """Calls reach the meta device as they would reach ``device_type``.
+
+    The meta device knows attention only as explicit scores (B, H, T, T). Every device's fused kernel keeps q, k, v,
+    the output and a log-sum-exp instead; the CPU's is taken for all of them, as its shapes are theirs.
+    """
+
+    def __init__(self, device_type: str, autocast: torch.dtype | None = None) -> None:
+        super().__init__()
+        self._device_type = device_type
+        self._autocast = autocast
+        self._copies: dict[int, Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return self._attention(*args, **kwargs)
+        if self._autocast is not None and func in _PRODUCTS:
+            args = [self._cast(value) for value in args]
+            kwargs = {name: self._cast(value) for name, value in kwargs.items()}
+        elif func is F.linear and args[0].dtype != args[1].dtype:
+            return self._mixed_linear(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        query, key, value = self._cast(query), self._cast(key), self._cast(value)
+        if dropout_p > 0 and self._device_type == "cpu":  # its fused kernel has no dropout
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+        if attn_mask is not None and attn_mask.dtype != torch.bool:
+            attn_mask = attn_mask.to(query.dtype)
+        elif attn_mask is not None:  # a bool mask is made additive
+            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(attn_mask, 0)
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return fused(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+    def _mixed_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """A quantised layer computes in its own dtype and answers in its input's."""
+        return F.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)).to(x.dtype)
+
+    def _cast(self, value: Any) -> Any:
+        if self._autocast is None or not isinstance(value, Tensor) or value.dtype != torch.float32:
+            return value
+        if not (value.is_leaf and value.requires_grad):
+            return value.to(self._autocast)
+        if id(value) not in self._copies:  # autocast keeps its copies of weights for the whole pass
+            self._copies[id(value)] = value.to(self._autocast)
+        return self._copies[id(value)]

@@ -1,0 +1,55 @@
+"""Before training: will it fit into the device it is about to use?"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+from lora_exp.config import Config
+from lora_exp.place import Place
+from lora_exp.plan.estimate import GIB, Planner
+from lora_exp.plan.show import remedies
+
+log = logging.getLogger(__name__)
+_CGROUP = Path("/sys/fs/cgroup/memory.max")
+
+
+def check_fits(config: Config, place: Place) -> None:
+    """Warn when the plan of ``config`` exceeds the memory of ``place``; with ``plan.strict`` raise ValueError.
+
+    Language models only. A model that cannot be planned is left to the training, which says better what is wrong
+    with it, unless ``plan.strict`` asks for certainty.
+    """
+    section = config.plan
+    if not (section.check or section.strict) or config.model.kind != "causal_lm":
+        return
+    available = section.gpu_gib or memory_gib(place.device)
+    try:
+        plan = Planner(config, place).plan()
+    except Exception as error:
+        if section.strict:
+            raise ValueError(f"{config.model.label} cannot be planned ({error}): set plan.strict=false") from error
+        log.debug("not planned: %s", error)
+        return
+    needed = plan.total_bytes / GIB + section.reserve_gib
+    if needed <= available:
+        return
+    message = (
+        f"This needs about {needed:.1f} GiB ({section.reserve_gib:g} of them in reserve), and {place.device} has "
+        f"{available:.1f}. What helps: {', '.join(remedies(config, 0))}; python -m lora_exp task=plan shows the parts"
+    )
+    if section.strict:
+        raise ValueError(f"{message}. plan.strict=false trains all the same")
+    log.warning(message)
+
+
+def memory_gib(device: torch.device) -> float:
+    """The GPU's memory; else what this process may use of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / GIB
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = _CGROUP.read_text().strip() if _CGROUP.is_file() else "max"
+    return min(memory, int(limit) if limit.isdigit() else memory) / GIB
