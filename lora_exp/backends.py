@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,10 @@ LAYER_TYPES = {"linear": ("linear",), "embedding": ("embedding",), "conv2d": ("c
 
 @dataclass(frozen=True)
 class Adapted:
-    """A model with its trainable parameters. ``save(folder)`` writes them as safetensors there."""
+    """A model with its trainable parameters. ``save(folder)`` writes them as safetensors there.
+
+    ``base_weight_bytes``: what the base's own weights take, quantisation constants included.
+    """
 
     model: nn.Module
     parameters: list[nn.Parameter]
@@ -26,6 +29,7 @@ class Adapted:
     total: int
     save: Callable[[Path], None]
     check_gradients: Callable[[], object] = lambda: None
+    base_weight_bytes: int = 0
 
 
 def adapt(base: nn.Module, config: Config) -> Adapted:
@@ -34,11 +38,10 @@ def adapt(base: nn.Module, config: Config) -> Adapted:
     Raises ValueError when a target matches nothing, is of another layer type or beyond the backend, or when
     the rank does not fit.
     """
-    if config.adapter.name == "full":
-        return _weights(base, _chosen_weights(base, config))
-    if config.adapter.name == "head":
-        return _weights(base, _inside(base, config.model.modules_to_save))
-    return _peft(base, config) if config.backend == "peft" else _native(base, config)
+    from lora_exp.adapters.counts import stored_bytes
+
+    stored = stored_bytes(base)  # before anything is added to it
+    return replace(_adapted(base, config), base_weight_bytes=stored)
 
 
 def target_modules(config: Config) -> list[str] | str | None:
@@ -46,6 +49,14 @@ def target_modules(config: Config) -> list[str] | str | None:
     if config.targets is not None:
         return config.targets
     return default_targets(config) or None
+
+
+def _adapted(base: nn.Module, config: Config) -> Adapted:
+    if config.adapter.name == "full":
+        return _weights(base, _chosen_weights(base, config))
+    if config.adapter.name == "head":
+        return _weights(base, _inside(base, config.model.modules_to_save))
+    return _peft(base, config) if config.backend == "peft" else _native(base, config)
 
 
 def _native(base: nn.Module, config: Config) -> Adapted:
@@ -71,7 +82,7 @@ def _peft(base: nn.Module, config: Config) -> Adapted:
 
     wanted = _lora_config(config)
     layers = _targeted(base, config, wanted)
-    _check_peft_can(layers)
+    _check_peft_can(layers, wanted)
     named = wanted.target_modules if wanted.target_modules not in (None, "all-linear") else sorted(layers)
     model = peft.get_peft_model(
         base,
@@ -129,9 +140,15 @@ def _targeted(base: nn.Module, config: Config, wanted: Any) -> dict[str, nn.Modu
     return layers
 
 
-def _check_peft_can(layers: dict[str, nn.Module]) -> None:
+def _check_peft_can(layers: dict[str, nn.Module], wanted: Any) -> None:
     """PEFT 0.21 trains these convolutions on another geometry than the base's, or cannot merge them."""
     for name, module in layers.items():
+        weight: Any = module.weight
+        if wanted.use_dora and weight.device.type == "cpu" and type(weight).__name__ == "Int8Params":
+            raise ValueError(
+                f"backend=peft cannot train {name}: PEFT's DoRA loses int8 constants on a CPU after the first pass: "
+                "use backend=native, adapter=lora or quantization=nf4"
+            )
         problems = {
             "groups": getattr(module, "groups", 1) != 1,
             "dilation": any(extent != 1 for extent in getattr(module, "dilation", ())),
@@ -149,8 +166,9 @@ def _weights(base: nn.Module, chosen: dict[str, nn.Parameter]) -> Adapted:
     """Train ``chosen`` weights of the base themselves."""
     for name, parameter in base.named_parameters():
         parameter.requires_grad_(name in chosen)
-    trainable = sum(parameter.numel() for parameter in chosen.values())
-    total = sum(parameter.numel() for parameter in base.parameters())
+    from lora_exp.adapters.counts import count_parameters
+
+    trainable, total = count_parameters(chosen.values(), base.parameters())
 
     def save(folder: Path) -> None:
         _save_weights(base, chosen, folder)

@@ -6,6 +6,7 @@ Imports nothing heavy, so that ``--help``, ``--cfg job`` and a config error answ
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import math
 import re
 from dataclasses import asdict, dataclass, field
@@ -19,6 +20,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 TASKS = ("train", "plan")
 QUANTIZATIONS = ("none", "nf4", "fp4", "int8")
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes'
+OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
 BACKENDS = ("native", "peft")
 LAYERS = ("linear", "embedding", "conv2d", "all")
 ADAPTERS = ("lora", "dora", "head", "full")
@@ -57,7 +59,7 @@ class QuantizationConfig:
     """How the frozen base weights are stored.
 
     A block of ``block_size`` weights shares a constant; ``double_quant`` quantises those constants too (4 bit
-    only). ``skip_modules``: dotted suffixes of layers that stay as they are; null is the output head.
+    only). ``skip_modules``: dotted suffixes of layers that stay as they are, beside the output head.
     """
 
     name: str = MISSING
@@ -158,7 +160,7 @@ class PlanConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW (arXiv:1711.05101)."""
+    """AdamW (arXiv:1711.05101); its states in 8 bits with ``adamw_8bit`` and ``paged_adamw_8bit``."""
 
     name: str = MISSING
     lr: float = 1e-3
@@ -360,12 +362,12 @@ def _target_problems(config: Config) -> list[str]:
 def _place_problems(config: Config) -> list[str]:
     problems = _not_among("task", config.task, TASKS)
     problems += _not_among("model.dtype", config.model.dtype, DTYPES)
-    problems += _quantization_problems(config)
     if config.task == "plan" and config.model.kind != "causal_lm":
         problems.append(f"task=plan knows causal language models, not model.kind={config.model.kind}: use task=train")
     if not (config.model.name or config.model.path or config.model.packaged):
         problems.append("no model is named: add model.name=ORG/NAME (hub) or model.path=FOLDER (hub layout)")
     problems += _kind_problems(config)
+    problems += _quantization_problems(config)
     if not (config.data.path or config.data.packaged):
         problems.append(f"data={config.data.label} names no files: add data.path=FILE_OR_FOLDER")
     if config.tracking.uri and urlsplit(config.tracking.uri).password:
@@ -373,20 +375,6 @@ def _place_problems(config: Config) -> list[str]:
             "tracking.uri holds a password, which would be written to disk: put the address in MLFLOW_TRACKING_URI, "
             "or the login in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         )
-    return problems
-
-
-def _quantization_problems(config: Config) -> list[str]:
-    section = config.quantization
-    problems = _not_among("quantization", section.name, QUANTIZATIONS)
-    problems += _not_among("quantization.compute_dtype", section.compute_dtype, DTYPES)
-    if section.block_size not in BLOCK_SIZES:
-        listed = ", ".join(map(str, BLOCK_SIZES))
-        problems.append(f"quantization.block_size={section.block_size} is not a block size: use one of {listed}")
-    if section.name != "none" and config.task == "train":
-        problems.append(f"quantization={section.name} cannot be trained yet: use task=plan, or quantization=none")
-    if section.name != "none" and config.adapter.name == "full":
-        problems.append(f"quantization={section.name} freezes what adapter=full would train: use adapter=lora")
     return problems
 
 
@@ -399,6 +387,34 @@ def _kind_problems(config: Config) -> list[str]:
             f"choose a model of kind {' or '.join(DATA_KINDS[data.kind])}, or other data"
         )
     return problems
+
+
+def _quantization_problems(config: Config) -> list[str]:
+    section = config.quantization
+    problems = _not_among("quantization", section.name, QUANTIZATIONS)
+    problems += _not_among("quantization.compute_dtype", section.compute_dtype, DTYPES)
+    if section.block_size not in BLOCK_SIZES:
+        listed = ", ".join(map(str, BLOCK_SIZES))
+        problems.append(f"quantization.block_size={section.block_size} is not a block size: use one of {listed}")
+    if section.name == "int8" and (section.double_quant or section.block_size != QuantizationConfig.block_size):
+        problems.append("quantization=int8 has one constant a row: leave double_quant and block_size to nf4 and fp4")
+    if section.name != "none" and config.model.kind != "causal_lm":
+        problems.append(f"quantization={section.name} is for language models: use quantization=none")
+    if section.name != "none" and config.adapter.name == "full":
+        problems.append(f"quantization={section.name} freezes what adapter=full would train: use adapter=lora")
+    return problems + _not_among("optimizer", config.optimizer.name, OPTIMIZERS) + _missing_library(config)
+
+
+def _missing_library(config: Config) -> list[str]:
+    """bitsandbytes, and what transformers quantises with, are an extra; looking is not importing."""
+    wishes = {f"quantization={config.quantization.name}": config.quantization.name != "none"}
+    wishes[f"optimizer={config.optimizer.name}"] = config.optimizer.name != "adamw"
+    needing = [wish for wish, is_wished in wishes.items() if is_wished and config.task == "train"]
+    absent = [name for name in ("bitsandbytes", "accelerate") if importlib.util.find_spec(name) is None]
+    if not needing or not absent:
+        return []
+    needed = f"{' and '.join(needing)}: {' and '.join(absent)} not installed"
+    return [f"{needed}: pip install 'lora_exp[qlora]', or use quantization=none optimizer=adamw"]
 
 
 def _number_problems(config: Config) -> list[str]:

@@ -45,6 +45,7 @@ class Result:
     adapter: str
     run_id: str | None
     eval_accuracy: float | None = None
+    base_weight_bytes: int | None = None
 
     @property
     def objective(self) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,7 +13,7 @@ import torch
 class Place:
     """``dtype`` is the frozen base's; adapters are float32 wherever they are.
 
-    ``autocast`` is the dtype matrix products run in when the base is trained itself and hence kept in float32.
+    ``autocast`` is the dtype matrix products run in when the base, or what is not quantised of it, is float32.
     """
 
     device: torch.device
@@ -27,14 +27,18 @@ class Place:
         return torch.autocast(self.device.type, dtype=self.autocast)
 
 
-def resolve_place(device: str, dtype: str, trains_base: bool) -> Place:
+def resolve_place(device: str, dtype: str, trains_base: bool, quantised: bool = False) -> Place:
     """Turn ``device=auto`` and ``model.dtype=auto`` into what this machine has.
 
+    A ``quantised`` base keeps the rest in float32, so that what lies between its products is autocast as well.
     Raises ValueError for a device or dtype it has not.
     """
     chosen = resolve_device(device)
+    if quantised:
+        plain = resolve_place(device, dtype, trains_base=False)
+        return replace(plain, autocast=torch.bfloat16 if plain.dtype == torch.bfloat16 else None)
     if dtype != "auto":
-        return Place(chosen, _supported(chosen, getattr(torch, dtype)))
+        return Place(chosen, supported_dtype(chosen, dtype))
     native = torch.bfloat16 if computes_bfloat16(chosen) else torch.float32
     if trains_base:  # an AdamW update is lost in bfloat16's 8 bits of mantissa
         return Place(chosen, torch.float32, native if native != torch.float32 else None)
@@ -78,9 +82,11 @@ def prepare_backends(place: Place) -> None:
         torch.set_float32_matmul_precision("high")
 
 
-def _supported(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    if device.type == "cpu" and dtype == torch.float16:
-        raise ValueError("model.dtype=float16 trains on a GPU only: use bfloat16 or float32 on the CPU")
-    if device.type == "cuda" and dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported():
-        raise ValueError("model.dtype=bfloat16 is not on this GPU: use float16 or float32")
-    return dtype
+def supported_dtype(device: torch.device, dtype: str, key: str = "model.dtype") -> torch.dtype:
+    """The dtype of this name. Raises ValueError, naming the config's ``key``, where ``device`` has it not."""
+    if device.type == "cpu" and dtype == "float16":
+        raise ValueError(f"{key}=float16 trains on a GPU only: use bfloat16 or float32 on the CPU")
+    if device.type == "cuda" and dtype == "bfloat16" and not torch.cuda.is_bf16_supported():
+        raise ValueError(f"{key}=bfloat16 is not on this GPU: use float16 or float32")
+    chosen: torch.dtype = getattr(torch, dtype)
+    return chosen

@@ -39,7 +39,8 @@ def run(config: Config, job: Job) -> Result:
     Raises ValueError for what the user can mend, with the next move in its message.
     """
     started = time.monotonic()
-    place = resolve_place(config.device, config.model.dtype, trains_base=not uses_factors(config))
+    is_quantised = config.quantization.name != "none"
+    place = resolve_place(config.device, config.model.dtype, not uses_factors(config), is_quantised)
     prepare_backends(place)
     reset_peak(place.device)
     set_seed(config.seed)
@@ -59,18 +60,20 @@ def _prepare(tracked: tracking.Run, config: Config, place: Place) -> tuple[Adapt
     data = load_data(config.data, lambda: models.load_tokenizer(source, config.model))
     train, validation = len(data.train), len(data.validation)  # type: ignore[arg-type]
     log.info(f"data   {config.data.label}: {train:,} training and {validation:,} validation {data.rows}")
-    base = models.load_base(source, config.model, place, data.shape)
+    base = models.load_base(source, config.model, place, data.shape, config.quantization)
     digest = models.base_sha256(base, source)
     tracked.log_tags({"base_sha256": digest})
     dtype = str(place.dtype).removeprefix("torch.")
-    log.info(f"model  {config.model.label} in {dtype} on {place.device}, SHA-256 {digest[:12]}")
+    stored = dtype if config.quantization.name == "none" else f"{config.quantization.name} and {dtype}"
+    log.info(f"model  {config.model.label} in {stored} on {place.device}, SHA-256 {digest[:12]}")
     if config.train.gradient_checkpointing:
         models.checkpoint_layers(base)
     set_seed(config.seed)  # again: loading may have drawn numbers, and the adapter's first values must not depend on it
     adapted = adapt(base, config)
     share = 100 * adapted.trainable / adapted.total
     counts = {"trainable": adapted.trainable, "total": adapted.total, "trainable_percent": share}
-    tracked.log_metrics({f"params/{name}": value for name, value in counts.items()}, step=0)
+    figures = {f"params/{name}": value for name, value in counts.items()}
+    tracked.log_metrics({**figures, "base_weight_bytes": adapted.base_weight_bytes}, step=0)
     initial = adapted.total - (adapted.trainable if uses_factors(config) else 0)
     log.info(
         f"Initial Parameters : {initial:,} || LoRA Parameters : {adapted.trainable:,} || "
@@ -168,6 +171,7 @@ def _summarise(
         adapter=str(job.folder / "adapter"),
         run_id=tracked.run_id,
         eval_accuracy=evaluated[-1].get("eval/accuracy"),
+        base_weight_bytes=adapted.base_weight_bytes,
     )
     sizes = {name: getattr(result, name) for name in ("adapter_bytes", "peak_memory_gib", "wall_s")}
     tracked.log_metrics(sizes, step=int(evaluated[-1]["step"]))

@@ -10,6 +10,7 @@ from .linear import LoRALinear
 from .lora import LoraAdapter
 from .merging import MergeReport
 from .model import LoraModel
+from .quantized import LoRALinear4bit, LoRALinear8bit
 from .registry import adapts
 from .routing import BASE
 from .switch import use_reference
@@ -30,6 +31,8 @@ __all__ = [
     "LoRAEmbedding",
     "LoRALayerBase",
     "LoRALinear",
+    "LoRALinear4bit",
+    "LoRALinear8bit",
     "LoraAdapter",
     "LoraConfig",
     "LoraModel",

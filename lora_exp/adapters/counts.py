@@ -1,11 +1,13 @@
-"""How many parameters there are, as the user thinks of them."""
+"""How many parameters there are, as the user thinks of them, and what they take."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from .quantized import constants
 
 
 def count_parameters(trained: Iterable[nn.Parameter], everything: Iterable[nn.Parameter]) -> tuple[int, int]:
@@ -21,6 +23,15 @@ def logical_numel(parameter: Any) -> int:
     if state is not None:
         return int(state.shape.numel())
     return int(parameter.numel() * 2 * parameter.element_size()) if parameter.shape[-1] == 1 else parameter.numel()
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters as they are stored, quantisation constants included, shared ones once."""
+    found: dict[int, Tensor] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            found.update((id(tensor), tensor) for tensor in (parameter, *constants(module, parameter)))
+    return sum(tensor.numel() * tensor.element_size() for tensor in found.values())
 
 
 def _total(parameters: Iterable[nn.Parameter]) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .biases import CHILD, TrainedBiases
 from .layer import LoRALayerBase
+from .quantized import constants
 from .walk import base_modules
 
 
@@ -25,6 +26,8 @@ def base_sha256(model: nn.Module) -> str | None:
                 return None
             digest.update(f"{module_name}.{key}:{parameter.dtype}:{tuple(parameter.shape)}".encode())
             digest.update(_bytes(parameter))
+            for constant in constants(module, parameter):
+                digest.update(_bytes(constant))
     return digest.hexdigest()
 
 

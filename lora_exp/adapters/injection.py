@@ -17,6 +17,7 @@ from .config import LoraConfig
 from .dora import DoraAdapter
 from .layer import LoRALayerBase
 from .lora import LoraAdapter
+from .quantized import keep_trainable
 from .registry import adapted_class, layer_class_for
 from .routing import Route
 from .saved import add_copies
@@ -33,6 +34,7 @@ def inject(model: nn.Module, config: LoraConfig, name: str, route: Route) -> Tar
     _check_ranks(targets.layers, config)
     saved = saved_names(modules, config)
     owners = trained_owners(_outside(modules, saved), set(targets.layers), config)
+    keep_trainable(model)
     for layer_name, module in targets.layers.items():
         layer = adopted(module, route)
         _call_instead_of_fuse(modules.get(layer_name.rpartition(".")[0]))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .fused import fused_output
 from .lora import LoraAdapter
 from .plain import merged_copy
-from .registry import forward_override, restore
+from .registry import base_class_of, forward_override, restore
 from .routing import BASE, Plan, Route
 
 DEFAULT = "default"
@@ -77,6 +77,19 @@ class LoRALayerBase(nn.Module):
     def dense_weight(self) -> Tensor:
         """The base weight in floating point, in its own shape, whatever is merged into it now."""
         return self.kept.get("weight", self.weight)
+
+    @property
+    def merged_dtype(self) -> torch.dtype:
+        """What merged weights are stored in; at least 16 bits."""
+        return self.dense_weight().dtype
+
+    def requantised(self, dense: Tensor, like: Any) -> nn.Parameter:
+        """`dense` stored as the quantised weight `like` is."""
+        raise ValueError("the base is not quantised, so there is nothing to requantise; merge without it")
+
+    def plain_class(self) -> type[nn.Module]:
+        """The class that the layer goes back to."""
+        return base_class_of(self)
 
     def finish(self, out: Tensor) -> Tensor:
         """What the base layer does after its weight was applied (an embedding's max_norm)."""

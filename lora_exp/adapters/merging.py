@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .biases import CHILD, remove_biases
 from .layer import LoRALayerBase
 from .plain import strip
+from .quantized import as_plain, dense_of, is_quantised
 from .walk import base_modules, biased_modules, lora_layers, saved_modules
 
 
@@ -20,26 +21,31 @@ class MergeReport:
     """What storing W + delta in the weights' own dtype cost.
 
     max_error: the largest absolute rounding error of a weight; relative_error: ||error|| / ||delta|| over
-    all layers, the share of the update that rounding lost. Both are 0 for float32 weights.
+    all layers, the share of the update that rounding lost. Both are 0 for float32 weights. survived: the share of
+    delta that is in the stored weights, along delta itself; near 0 where 4 bits rounded a small update away
+    (peft#2321), which relative_error alone does not tell from noise.
     """
 
     layers: int = 0
     max_error: float = 0.0
     relative_error: float = 0.0
+    survived: float = 1.0
 
 
-def merge(model: nn.Module, name: str, safe: bool) -> MergeReport:
+def merge(model: nn.Module, name: str, safe: bool, requantise: bool = False) -> MergeReport:
     """Fold adapter `name` into the weights of `model` in place; the base's own parameters are kept."""
-    report, lost, wanted = MergeReport(), 0.0, 0.0
+    report, lost, wanted, found = MergeReport(), 0.0, 0.0, 0.0
     try:
         for layer_name, layer in lora_layers(model):
             if name in layer.adapters:
-                exact, rounded = _fold(layer, layer_name, name, safe)
+                exact, rounded = _fold(layer, layer_name, name, safe, requantise)
                 error = exact - rounded.to(exact.dtype)
+                delta = exact - layer.dense_weight().to(exact.dtype)
                 report.layers += 1
                 report.max_error = max(report.max_error, error.abs().max().item())
                 lost += error.square().sum().item()
-                wanted += (exact - layer.dense_weight().to(exact.dtype)).square().sum().item()
+                wanted += delta.square().sum().item()
+                found += ((delta - error) * delta).sum().item()
     except ValueError:
         unmerge(model)
         raise
@@ -49,6 +55,7 @@ def merge(model: nn.Module, name: str, safe: bool) -> MergeReport:
             trained.kept["bias"] = base
             owner.bias = nn.Parameter(trained.values[name].detach().to(base.dtype), requires_grad=False)
     report.relative_error = (lost / wanted) ** 0.5 if wanted else 0.0
+    report.survived = found / wanted if wanted else 1.0
     return report
 
 
@@ -59,7 +66,7 @@ def unmerge(model: nn.Module) -> None:
     for module, parameters in kept:
         for key, parameter in parameters.items():
             now: Any = getattr(module, key)
-            if parameter.dtype != now.dtype:
+            if parameter.dtype != now.dtype and not is_quantised(parameter):
                 raise ValueError(
                     f"the model was cast from {parameter.dtype} to {now.dtype} with an adapter merged in, so "
                     "the base cannot be restored bit for bit; cast it back first, or load the base anew"
@@ -81,9 +88,26 @@ def unload(model: nn.Module, name: str | None) -> nn.Module:
         parent._modules[module_name.rpartition(".")[2]] = _plain_copy(switch, name)
     for _, owner, _ in list(biased_modules(model)):
         remove_biases(owner)
-    for _, layer in list(lora_layers(model)):
+    layers = [layer for _, layer in lora_layers(model)]
+    was_dequantised = any(is_quantised(layer.kept.get("weight")) and not is_quantised(layer.weight) for layer in layers)
+    for layer in layers:
         strip(layer)
+    if was_dequantised:
+        dequantise(model)
     return model
+
+
+def dequantise(model: Any) -> None:
+    """Turn what is left of a quantised base into plain layers, in the dtype that the model was loaded in."""
+    dtype = getattr(getattr(model, "config", None), "dtype", None)
+    for layer in [m for m in model.modules() if is_quantised(getattr(m, "weight", None))]:
+        as_plain(layer, dtype)
+    for parameter in model.parameters() if dtype is not None else ():
+        parameter.data = parameter.data.to(dtype)  # norms and head may have been raised to float32 for training
+    for key in ("quantization_config", "_pre_quantization_dtype"):
+        getattr(getattr(model, "config", None), "__dict__", {}).pop(key, None)
+    for key in ("hf_quantizer", "is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "quantization_method"):
+        model.__dict__.pop(key, None)
 
 
 def merged_state(model: nn.Module, name: str) -> dict[str, Tensor]:
@@ -96,7 +120,10 @@ def merged_state(model: nn.Module, name: str) -> dict[str, Tensor]:
             if name in module.adapters:
                 adapter: Any = module.adapters[name]
                 merged = adapter.merged(module).detach()
-                replaced[f"{prefix}.weight".lstrip(".")] = merged.to(module.dense_weight().dtype)
+                replaced[f"{prefix}.weight".lstrip(".")] = merged.to(module.merged_dtype)
+        if is_quantised(weight := getattr(module, "weight", None)):
+            dropped += [f"{prefix}.{key}".lstrip(".") for key in ("weight.", "SCB", "weight_format")]
+            replaced.setdefault(f"{prefix}.weight".lstrip("."), dense_of(module, weight))
         if CHILD in module._modules:
             trained: Any = module._modules[CHILD]
             dropped.append(f"{prefix}.{CHILD}.".lstrip("."))
@@ -133,11 +160,11 @@ def _base_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 @torch.no_grad()
-def _fold(layer: LoRALayerBase, layer_name: str, name: str, safe: bool) -> tuple[Tensor, Tensor]:
+def _fold(layer: LoRALayerBase, layer_name: str, name: str, safe: bool, requantise: bool) -> tuple[Tensor, Tensor]:
     """(W + delta in float32, what is stored of it)"""
     adapter: Any = layer.adapters[name]
     exact = adapter.merged(layer)
-    rounded = exact.to(layer.dense_weight().dtype)
+    rounded = exact.to(layer.merged_dtype)
     if safe and not torch.isfinite(rounded).all():
         raise ValueError(
             f"merging {name!r} makes weights of {layer_name} that are not finite; nothing was merged. "
@@ -145,6 +172,9 @@ def _fold(layer: LoRALayerBase, layer_name: str, name: str, safe: bool) -> tuple
         )
     # A new parameter: one that is tied elsewhere (embedding = lm_head) must not change there.
     layer.kept["weight"] = layer.weight
+    if requantise:
+        layer.weight = layer.requantised(rounded, layer.weight)
+        return exact, dense_of(layer, layer.weight)
     layer.weight = nn.Parameter(rounded, requires_grad=False)
     return exact, rounded
 

@@ -208,15 +208,17 @@ class LoraModel(nn.Module):
 
     # Merging
 
-    def merge(self, name: str | None = None, safe: bool = True) -> MergeReport:
+    def merge(self, name: str | None = None, safe: bool = True, requantise: bool = False) -> MergeReport:
         """Fold an adapter into the base weights in place, accumulating in float32.
 
         The base's own weights are kept (twice the memory of adapted layers) for unmerge(). `safe` refuses
-        results that are not finite. Returns what rounding to the weights' dtype cost.
+        results that are not finite. Returns what rounding to the weights' dtype cost. Quantised weights become
+        dense ones of 16 bits or more; `requantise` stores the sum in their 4 or 8 bits again, which can round most
+        of an update away: see `MergeReport.survived`.
         """
         self._check_unmerged("merge another adapter")
         chosen = self._chosen(name)
-        report = merging.merge(self.wrapped, chosen, safe)
+        report = merging.merge(self.wrapped, chosen, safe, requantise)
         self.route_state.live = Plan((chosen,))
         return report
 
@@ -226,16 +228,17 @@ class LoraModel(nn.Module):
             raise ValueError("nothing is merged; call merge() first")
         merging.unmerge(self.wrapped)
 
-    def merge_and_unload(self, name: str | None = None, safe: bool = True) -> nn.Module:
+    def merge_and_unload(self, name: str | None = None, safe: bool = True, requantise: bool = False) -> nn.Module:
         """The original model, of its original classes, with an adapter merged in; this wrapper is done for.
 
         Where embedding and head were tied and only one side or both were adapted, they are two weights
-        from now on, and a transformers config says so.
+        from now on, and a transformers config says so. A quantised base becomes a plain one of 16 bits or more,
+        layers without an adapter included, unless `requantise` is asked for (see `merge`).
         """
         chosen = self.merged_adapter or self._chosen(name)
         ties = merging.weight_ties(self.wrapped) if self.merged_adapter is None else []
         if self.merged_adapter is None:
-            merging.merge(self.wrapped, chosen, safe)
+            merging.merge(self.wrapped, chosen, safe, requantise)
         plain = merging.unload(self.wrapped, chosen)
         merging.declare_untied(plain, ties)
         return plain

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from .biases import CHILD, remove_biases
-from .registry import base_class_of
 
 if TYPE_CHECKING:
     from .layer import LoRALayerBase
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 def strip(layer: LoRALayerBase) -> nn.Module:
     """The layer itself, back in the class it had before it was adapted."""
     plain: nn.Module = layer
-    original = base_class_of(layer)
+    original = layer.plain_class()
     del layer.adapters
     for key in ("route", "kept"):
         del layer.__dict__[key]
@@ -31,12 +30,12 @@ def merged_copy(layer: LoRALayerBase) -> Any:
     """A plain layer of the original class with the active adapter merged in; `layer` stays as it is."""
     twin = copy.copy(layer)
     twin.__dict__ = {key: dict(value) if isinstance(value, dict) else value for key, value in vars(layer).items()}
-    weight = layer.adapter.merged(layer).detach().to(layer.dense_weight().dtype)
+    weight = layer.adapter.merged(layer).detach().to(layer.merged_dtype)
     trained: Any = twin._modules.get(CHILD)
     if trained is not None:
         remove_biases(twin)
+    twin.weight = nn.Parameter(weight)  # first: a quantised layer goes back to another class with a dense weight
     strip(twin)
-    twin.weight = nn.Parameter(weight)
     if isinstance(bias := getattr(twin, "bias", None), nn.Parameter):
         name = layer.adapter.name
         own = trained.values[name] if trained is not None and name in trained.values else bias

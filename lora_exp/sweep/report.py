@@ -24,6 +24,7 @@ RESULT_COLUMNS: dict[str, Callable[[Result], str]] = {
     "perplexity": lambda result: "" if result.eval_perplexity is None else f"{result.eval_perplexity:.2f}",
     "accuracy": lambda result: "" if result.eval_accuracy is None else f"{result.eval_accuracy:.4f}",
     "trainable": lambda result: f"{result.trainable:,}",
+    "base MB": lambda result: "" if result.base_weight_bytes is None else f"{result.base_weight_bytes / 1e6:.1f}",
     "adapter MB": lambda result: f"{result.adapter_bytes / 1e6:.2f}",
     "wall s": lambda result: f"{result.wall_s:.0f}",
 }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,11 +13,28 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lora_exp.config import OptimizerConfig, TrainConfig
 
+log = logging.getLogger(__name__)
+
 
 def build_optimizer(parameters: Iterable[nn.Parameter], section: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW over one lane's parameters."""
+    """AdamW over one lane's parameters; by bitsandbytes with states in 8 bits (tensors below 4096 values: in 32)."""
+    parameters, build = list(parameters), torch.optim.AdamW
+    if section.name != "adamw":
+        build = _eight_bit(section.name, parameters[0].device)
     betas = (section.betas[0], section.betas[1])
-    return torch.optim.AdamW(parameters, lr=section.lr, betas=betas, eps=section.eps, weight_decay=section.weight_decay)
+    return build(parameters, lr=section.lr, betas=betas, eps=section.eps, weight_decay=section.weight_decay)
+
+
+def _eight_bit(name: str, device: torch.device) -> Any:
+    from bitsandbytes import optim
+
+    if device.type not in ("cuda", "cpu"):
+        raise ValueError(f"optimizer={name} is not on device={device.type}: use optimizer=adamw")
+    if name == "paged_adamw_8bit" and device.type == "cuda":
+        return optim.PagedAdamW8bit
+    if name == "paged_adamw_8bit":
+        log.info(f"optimizer=paged_adamw_8bit: device={device.type} has no memory to page out of, so as adamw_8bit")
+    return optim.AdamW8bit
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, section: TrainConfig) -> LambdaLR:

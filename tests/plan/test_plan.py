@@ -236,14 +236,6 @@ def test_gradients_are_equal_with_and_without_checkpointing() -> None:
     assert all(torch.equal(plain, again) for plain, again in zip(*gradients, strict=True))
 
 
-def test_a_quantised_base_is_planned_but_not_trained_yet() -> None:
-    made = config("quantization=nf4")
-    check(made)
-    made.task = "train"
-    with pytest.raises(ValueError, match=r"quantization=nf4 cannot be trained yet: use task=plan"):
-        check(made)
-
-
 def nbytes(tensors: list[Any]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
