@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from lora_exp.adapters import LoraConfig, LoraModel
 from lora_exp.backends import adapt
-from lora_exp.config import Config, QuantizationConfig, check, conf_folder, register, to_config
+from lora_exp.config import Config, QuantizationConfig, conf_folder, register, to_config
 from lora_exp.models import checkpoint_layers
 from lora_exp.plan.architecture import facts_of, meta_model, quantised_names
 from lora_exp.plan.estimate import Plan, Planner
