@@ -167,5 +167,7 @@ def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
         query, products = args[_ATTENTION[packet][0]], _ATTENTION[packet][1]
         key = args[_ATTENTION[packet][0] + 1]
         return 2 * products * query.numel() * key.shape[-2]
+    if packet is torch.ops.aten.addmm_:
+        packet = torch.ops.aten.addmm  # the registry knows products by their functional form
     formula = flop_registry.get(packet)
     return int(formula(*args, **kwargs, out_val=out)) if formula else 0

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from lora_exp.adapters import LoraConfig, LoraModel
 from lora_exp.backends import adapt
-from lora_exp.config import Config, QuantizationConfig, check, conf_folder, register, to_config
+from lora_exp.config import Config, QuantizationConfig, conf_folder, register, to_config
 from lora_exp.models import checkpoint_layers
 from lora_exp.plan.architecture import facts_of, meta_model, quantised_names
 from lora_exp.plan.estimate import Plan, Planner
@@ -234,13 +234,6 @@ def test_gradients_are_equal_with_and_without_checkpointing() -> None:
         causal_lm_losses(adapted.model, data).total.sum().backward()
         gradients.append([parameter.grad for parameter in adapted.parameters])
     assert all(torch.equal(plain, again) for plain, again in zip(*gradients, strict=True))
-
-
-def test_a_quantised_base_is_planned_and_trained() -> None:
-    made = config("quantization=nf4")
-    check(made)
-    made.task = "train"
-    check(made)
 
 
 def nbytes(tensors: list[Any]) -> int:
