@@ -10,15 +10,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
-from transformers import set_seed
-
 from lora_exp import models, tracking
 from lora_exp.backends import Adapted, adapt
 from lora_exp.cache import file_sha256
 from lora_exp.config import Config, flat_values
 from lora_exp.data.text import Blocks, load_blocks
 from lora_exp.job import METRICS_FILE, Job, Result
-from lora_exp.place import Place, prepare_backends, resolve_place
+from lora_exp.place import Place, prepare_backends, resolve_place, set_seed
 from lora_exp.plots import loss_curve
 from lora_exp.progress import TrainingProgress
 from lora_exp.provenance import provenance_tags, redacted

@@ -39,3 +39,9 @@ def test_retained_share_of_pefts(memory, case, limit):
 
 def test_an_input_is_retained_once(memory):
     assert all(row["ours_of_x"] < (2.02 if "DoRA" in case else 1.02) for case, row in memory.items())
+
+
+def test_the_native_path_does_not_import_peft():
+    code = "import sys, lora_exp.run; print([m for m in ('peft', 'bitsandbytes') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
