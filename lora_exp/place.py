@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import random
 from dataclasses import dataclass, replace
 
+import numpy
 import torch
 
 
@@ -74,6 +76,13 @@ def computes_bfloat16(device: torch.device) -> bool:
     if platform.machine() in ("arm64", "aarch64"):
         return platform.system() == "Linux" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return torch.cpu._is_amx_tile_supported()
+
+
+def set_seed(seed: int) -> None:
+    """Seed Python, NumPy and torch on every device. (transformers' own would import PEFT, which takes seconds.)"""
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def prepare_backends(place: Place) -> None:

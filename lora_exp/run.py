@@ -10,15 +10,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
-from transformers import set_seed
-
 from lora_exp import models, tracking
 from lora_exp.backends import Adapted, adapt
 from lora_exp.cache import file_sha256
 from lora_exp.config import Config, uses_factors
 from lora_exp.data import Data, load_data
 from lora_exp.job import METRICS_FILE, Job, Result
-from lora_exp.place import Place, prepare_backends, resolve_place
+from lora_exp.place import Place, prepare_backends, resolve_place, set_seed
 from lora_exp.plan.precheck import check_fits
 from lora_exp.plots import loss_curve
 from lora_exp.progress import TrainingProgress

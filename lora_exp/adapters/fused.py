@@ -22,7 +22,7 @@ from .dora import DoraAdapter
 from .lora import LoraAdapter
 from .once import first_derivative_only
 from .products import wide_product
-from .shares import Share, add_share, share_gradients
+from .shares import Share, add_share, as_dtype, share_gradients
 from .switch import autocast_dtype, fused_allowed, is_plain, without_autocast
 
 if TYPE_CHECKING:
@@ -34,23 +34,31 @@ def fused_output(layer: LoRALayerBase, x: Tensor, plan: Plan) -> Tensor | None:
     """The adapted layer's output for x (..., K), or None where only the plain path will do."""
     if not (fused_allowed() and is_plain(x)) or _trains_base(layer):
         return None
-    spans = [(plan.names[0], 0, 1)] if plan.sizes is None else _spans(plan, x)
-    adapters = [(layer._adapter(name), start, stop) for name, start, stop in spans]
-    served = [(adapter, start, stop) for adapter, start, stop in adapters if adapter is not None]
-    if not served or not all(_is_known(adapter) for adapter, _, _ in served):
+    served = _served(layer, x, plan)
+    if not served or not all(_is_known(adapter) for adapter, _ in served):
         return None
-    length = 1 if plan.sizes is None else x.shape[0]
-    rows = x.numel() // x.shape[-1] // length if x.numel() else 0
-    parts = tuple(_part(layer, adapter, slice(start * rows, stop * rows)) for adapter, start, stop in served)
-    factors = [getattr(adapter, key, None) for adapter, _, _ in served for key in ("lora_A", "lora_B", "magnitude")]
+    parts = [_part(layer, adapter, rows) for adapter, rows in served]
+    factors = [adapter._parameters.get(key) for adapter, _ in served for key in ("lora_A", "lora_B", "magnitude")]
     return _Adapted.apply(layer, parts, _autocast(x), *factors)
+
+
+def _served(layer: LoRALayerBase, x: Tensor, plan: Plan) -> list[tuple[LoraAdapter, slice]]:
+    """The adapters of this layer that serve x, each with its rows; none if one input is meant for all samples."""
+    if plan.sizes is None:
+        adapter = layer._adapter(plan.names[0])
+        return [] if adapter is None else [(adapter, slice(0, x.numel() // x.shape[-1] if x.numel() else 0))]
+    if x.shape[0] == 1 < sum(plan.sizes):
+        return []
+    each = x[0].numel() // x.shape[-1] if x.numel() else 0  # rows of one index of the leading dimension
+    spans = [(layer._adapter(name), slice(start * each, stop * each)) for name, start, stop in plan.split(x.shape[0])]
+    return [(adapter, rows) for adapter, rows in spans if adapter is not None]
 
 
 class _Adapted(torch.autograd.Function):
     """(layer, parts, x (..., K), A (K, r), B (r, N), magnitude (N,) or None, A, B, ...) -> (..., N)"""
 
     @staticmethod
-    def forward(ctx: Any, layer: Any, parts: tuple[Share, ...], x: Tensor, *factors: Any) -> Tensor:
+    def forward(ctx: Any, layer: Any, parts: list[Share], x: Tensor, *factors: Any) -> Tensor:
         bare = any(part.scales_base for part in parts)
         base = (layer.linear_forward(x) if bare else layer.base_forward(x)).contiguous()
         out = _with_bias(layer, base, parts) if bare else base
@@ -81,7 +89,7 @@ def _with_bias(layer: Any, base: Tensor, parts: Sequence[Share]) -> Tensor:
     """An output for `base`, which has no bias: filled except where a part will write its rows whole."""
     out = torch.empty_like(base)
     if not all(part.scales_base for part in parts) or sum(p.rows.stop - p.rows.start for p in parts) < len(_flat(base)):
-        out.copy_(base if layer.bias is None else base + layer.bias.to(base.dtype))
+        out.copy_(base if layer.bias is None else base + as_dtype(layer.bias, base.dtype))
     return out
 
 
@@ -98,7 +106,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         rows = None if x is None else _flat(x)[part.rows]
         to = None if dx is None or weight is None else (dx[part.rows], weight)
         found += share_gradients(part, flat[part.rows], rows, needs, factors[3 * i : 3 * i + 3], kept[2 * i :], to)
-    return None, None, None if dx is None else dx.to(dtype).view(shape), *found
+    return None, None, None if dx is None else as_dtype(dx, dtype).view(shape), *found
 
 
 def _scaled(grad: Tensor, parts: Sequence[Share], factors: Sequence[Tensor]) -> Tensor:
@@ -114,7 +122,7 @@ def _scaled(grad: Tensor, parts: Sequence[Share], factors: Sequence[Tensor]) -> 
 
 def _matrix(layer: Any, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
     """(N, K) W in `dtype`."""
-    dense = (layer.dense_weight() if weight is None else weight).to(dtype)
+    dense = as_dtype(layer.dense_weight() if weight is None else weight, dtype)
     return dense if layer.out_axis == 0 else dense.T
 
 
@@ -122,12 +130,6 @@ def _part(layer: LoRALayerBase, adapter: LoraAdapter, rows: slice) -> Share:
     seed = layer.route.mask_seed(adapter.name, adapter.layer_key) if adapter.drops else 0
     norm = adapter.constant_norm(layer) if isinstance(adapter, DoraAdapter) else None
     return Share(rows, adapter.scale, adapter.dropout if adapter.drops else 0.0, seed, norm)
-
-
-def _spans(plan: Plan, x: Tensor) -> list[tuple[str, int, int]]:
-    """None of them if one row is meant for all samples."""
-    assert plan.sizes is not None
-    return [] if x.shape[0] == 1 < sum(plan.sizes) else plan.split(x.shape[0])
 
 
 def _is_known(adapter: LoraAdapter) -> bool:
@@ -142,8 +144,8 @@ def _runs_as_we_know(kind: type) -> bool:
     return all(getattr(kind, key) is getattr(ours, key) for key in ("output", "add_to", "low_rank", "dropped"))
 
 
-def _trains_base(layer: Any) -> bool:
-    return layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad)
+def _trains_base(layer: LoRALayerBase) -> bool:
+    return any(p is not None and p.requires_grad for p in layer._parameters.values())
 
 
 def _autocast(x: Tensor) -> Tensor:
@@ -153,4 +155,4 @@ def _autocast(x: Tensor) -> Tensor:
 
 
 def _flat(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])

@@ -13,7 +13,6 @@ def keep_share(p: float) -> float:
     return max(1, round((1 - p) * _LEVELS)) / _LEVELS
 
 
-@torch.compiler.disable
 def dropout_mask(x: Tensor, p: float, seed: int) -> Tensor:
     """Bernoulli(keep_share(p)) as 0 and 1 in x's shape and dtype, from a generator of its own; contiguous."""
     mask = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -28,6 +27,7 @@ def dropout_mask(x: Tensor, p: float, seed: int) -> Tensor:
     return torch.ge(drawn, _LEVELS // 2 - round(keep_share(p) * _LEVELS), out=mask)
 
 
+@torch.compiler.disable
 def dropout_noise(x: Tensor, p: float, seed: int) -> Tensor:
     """`dropout_mask` over its expectation: what x is multiplied with."""
     return dropout_mask(x, p, seed).div_(keep_share(p))

@@ -20,10 +20,10 @@ def first_derivative_only(instead: str) -> Callable[[Backward], Backward]:
     def decorate(backward: Backward) -> Backward:
         @functools.wraps(backward)
         def run(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+            if not torch.is_grad_enabled():  # no create_graph
+                return backward(ctx, *grads)
             with torch.no_grad():
                 found = backward(ctx, *grads)
-            if not torch.is_grad_enabled():  # no create_graph
-                return found
             message = f"this gradient is written by hand and cannot be differentiated again; {instead}"
             refuse: Any = torch._C._functions.DelayedError(message.encode(), len(found))
             return refuse(*[None if value is None else value.detach().requires_grad_() for value in found])

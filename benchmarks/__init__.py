@@ -1,0 +1,1 @@
+"""Ours against PEFT in one process: `python -m benchmarks --help`."""

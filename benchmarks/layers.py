@@ -1,0 +1,78 @@
+"""Forward and backward of one adapted layer."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .pairs import DTYPES, Holder, Setup, three, touch
+from .timing import geometric_mean, median_ms, race, ratio
+
+TOKENS = 512
+
+
+def run(quick: bool) -> dict[str, Any]:
+    rounds = 5 if quick else 15
+    rows = []
+    for setup, shape in cells(quick):
+        base = Holder(nn.Linear(*shape, bias=False)).to(DTYPES[setup.dtype])
+        x = torch.randn(1, TOKENS, shape[0], dtype=DTYPES[setup.dtype], requires_grad=True)
+        rows.append(measure(base, setup, x, rounds, f"{shape[0]}→{shape[1]}"))
+    rows += list(_others(rounds))
+    return {"rows": rows, "means": means(rows)}
+
+
+def cells(quick: bool) -> Iterator[tuple[Setup, tuple[int, int]]]:
+    sizes = [(576, 1536)] if quick else [(576, 576), (576, 1536), (2048, 2048)]
+    ranks = [8] if quick else [8, 64]
+    for dora, dtype, dropout, rank, size in itertools.product((False, True), DTYPES, (0.0, 0.05), ranks, sizes):
+        yield Setup(rank, dropout, dora, dtype), size
+
+
+def measure(base: nn.Module, setup: Setup, x: Tensor, rounds: int, size: str) -> dict[str, Any]:
+    models = three(base, setup, ["layer"])
+    grad = torch.randn_like(models["floor"](x))
+    if not setup.dropout:
+        _check_agreement(models, x)
+    sides = {name: _step(model, x, grad) for name, model in models.items()}
+    if not (x.requires_grad or any(p.requires_grad for p in models["floor"].parameters())):
+        sides.pop("floor")  # nothing to differentiate
+    times = race(sides, rounds, {name: lambda m=models[name]: touch(m) for name in sides})
+    row = {"case": setup.label, "size": size, **median_ms(times), **ratio(times, "peft", "ours")}
+    row["group"] = row["case"].rpartition(" r=")[0]
+    return {**row, "tuned_ratio": ratio(times, "tuned", "ours")["ratio"]}
+
+
+def means(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    groups = dict.fromkeys(row["group"] for row in rows)
+    found = {group: [row["ratio"] for row in rows if row["group"] == group] for group in groups}
+    return {group: {"mean": geometric_mean(values), "lowest": min(values)} for group, values in found.items()}
+
+
+def _others(rounds: int) -> Iterator[dict[str, Any]]:
+    """Embedding and Conv2d."""
+    table, tokens = Holder(nn.Embedding(49152, 576)), torch.randint(0, 49152, (1, TOKENS))
+    yield {**measure(table, Setup(), tokens, rounds, "49152×576"), "group": "Embedding"}
+    for dropout in (0.0, 0.05):
+        conv = Holder(nn.Conv2d(64, 64, 3, padding=1, bias=False))
+        x = torch.randn(4, 64, 28, 28, requires_grad=True)
+        yield {**measure(conv, Setup(dropout=dropout), x, rounds, "64×64×3×3"), "group": f"Conv2d dropout {dropout:g}"}
+
+
+def _step(model: nn.Module, x: Tensor, grad: Tensor) -> Any:
+    def step() -> None:
+        x.grad = None
+        model(x).backward(grad)
+
+    return step
+
+
+def _check_agreement(models: dict[str, nn.Module], x: Tensor) -> None:
+    ours, theirs = models["ours"](x).float(), models["peft"](x).float()
+    error = ((ours - theirs).norm() / theirs.norm()).item()
+    limit = 1e-5 if x.dtype != torch.bfloat16 else 1e-2
+    assert error < limit, f"the two sides do not compute the same: relative difference {error:.2g}"

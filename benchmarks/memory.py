@@ -1,0 +1,67 @@
+"""What a layer retains for backward (counted, so the same in every run), and the peak of a whole process."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from .pairs import DTYPES, Holder, Setup, three
+
+WIDTH, TOKENS = 1024, 512
+
+
+def run(quick: bool) -> dict[str, Any]:
+    rows = [_retained(Setup(8, dropout, dora, dtype)) for dora, dtype, dropout in _cases()]
+    result: dict[str, Any] = {"rows": rows}
+    if not quick:
+        result["peaks"] = [_peaks(what, dtype) for what in ("LoRA", "DoRA", "loss") for dtype in DTYPES]
+    return result
+
+
+def retained_bytes(model: nn.Module, x: torch.Tensor) -> int:
+    """Bytes of the storages that autograd holds after forward, the model's own parameters aside."""
+    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    held: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            held[storage.data_ptr()] = storage.nbytes(), tensor  # the tensor too: no address may be used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = model(x)
+    del out
+    return sum(size for size, _ in held.values())
+
+
+def _cases() -> itertools.product[Any]:
+    return itertools.product((False, True), DTYPES, (0.0, 0.05))
+
+
+def _retained(setup: Setup) -> dict[str, Any]:
+    base = Holder(nn.Linear(WIDTH, WIDTH, bias=False)).to(DTYPES[setup.dtype])
+    x = torch.randn(TOKENS, WIDTH, dtype=DTYPES[setup.dtype], requires_grad=True)
+    models = three(base, setup, ["layer"])
+    found = {name: retained_bytes(models[name], x) for name in ("ours", "peft", "tuned")}
+    shares = {f"{name}_of_x": round(size / x.nbytes, 3) for name, size in found.items()}
+    return {"case": setup.label, **found, **shares, "share": round(found["ours"] / found["peft"], 3)}
+
+
+def _peaks(what: str, dtype: str) -> dict[str, Any]:
+    """MiB above what is loaded, each side in a process of its own."""
+    other, found = "full" if what == "loss" else "peft", {}
+    for side in ("ours", other):
+        command = [sys.executable, "-m", "benchmarks.peak", what, side, dtype]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found[side] = json.loads(done.stdout.splitlines()[-1])
+    step = f"small Llama {what} r=8, training step of 2×512 tokens"
+    case = "loss head, T=1024 V=49152, half ignored" if what == "loss" else step
+    share = round(found["ours"] / found[other], 3)
+    return {"case": f"{case}, {dtype}", "ours_mib": found["ours"], "other_mib": found[other], "share": share}

@@ -1,0 +1,109 @@
+"""The same layer or model, adapted by us and by PEFT with the same weights and factors."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor, nn
+
+from lora_exp.adapters import LoraConfig, LoraModel
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What both sides are asked for; rsLoRA scaling with alpha 16 throughout."""
+
+    rank: int = 8
+    dropout: float = 0.0
+    dora: bool = False
+    dtype: str = "fp32"
+
+    @property
+    def label(self) -> str:
+        return f"{'DoRA' if self.dora else 'LoRA'} {self.dtype} dropout {self.dropout:g} r={self.rank}"
+
+
+class Holder(nn.Module):
+    """A model of one layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def three(base: nn.Module, setup: Setup, targets: list[str]) -> dict[str, nn.Module]:
+    """floor (the frozen base), ours, peft (as it comes) and tuned (PEFT without float32 casts of activations)."""
+    theirs = {
+        name: _peft(copy.deepcopy(base), setup, targets, cast) for name, cast in (("peft", True), ("tuned", False))
+    }
+    options = {"rank": setup.rank, "lora_alpha": 16, "lora_dropout": setup.dropout, "use_dora": setup.dora}
+    kinds = ("linear", "embedding", "conv2d")
+    wanted = LoraConfig(target_modules=targets, layer_types=kinds, **options)  # type: ignore[arg-type]
+    ours = LoraModel(copy.deepcopy(base), wanted, verbose=False)
+    shake(theirs["peft"])
+    _copy_factors(theirs["peft"], theirs["tuned"])
+    _take_factors(theirs["peft"], ours)
+    floor = base.requires_grad_(False)
+    return {"floor": floor, "ours": ours.train(), **{name: model.train() for name, model in theirs.items()}}
+
+
+def touch(model: nn.Module) -> None:
+    """Stands for an optimizer step: gradients are dropped and every trained parameter is written to."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = None
+                parameter.mul_(1.0)
+
+
+@torch.no_grad()
+def shake(model: nn.Module) -> None:
+    """Factors as after some training: no longer zero."""
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "embedding_A" in name:
+            parameter.normal_(std=0.02)
+
+
+def _peft(base: nn.Module, setup: Setup, targets: list[str], cast: bool) -> nn.Module:
+    options: Any = {"r": setup.rank, "lora_alpha": 16, "lora_dropout": setup.dropout, "use_dora": setup.dora}
+    config = peft.LoraConfig(target_modules=targets, use_rslora=True, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.get_peft_model(base, config, autocast_adapter_dtype=cast)
+
+
+@torch.no_grad()
+def _copy_factors(source: nn.Module, target: nn.Module) -> None:
+    values = dict(source.named_parameters())
+    for name, parameter in target.named_parameters():
+        if parameter.requires_grad:
+            parameter.copy_(values[name])
+
+
+@torch.no_grad()
+def _take_factors(source: Any, ours: LoraModel) -> None:
+    """PEFT's factors in our layout."""
+    modules = dict(source.base_model.model.named_modules())
+    for key, parameter in ours.adapter_parameters().items():
+        name, _, what = key.rpartition(".")
+        layer = modules[name]
+        if what == "magnitude":
+            parameter.copy_(layer.lora_magnitude_vector["default"].weight.reshape(parameter.shape))
+        elif len(layer.lora_embedding_A):
+            parameter.copy_(getattr(layer, what.replace("lora_", "lora_embedding_"))["default"].T)
+        else:
+            value = getattr(layer, what)["default"].weight
+            is_kernel = what == "lora_A" and value.dim() > 2
+            parameter.copy_(value if is_kernel else value.reshape(value.shape[:2]).T)

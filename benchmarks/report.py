@@ -1,0 +1,119 @@
+"""Results as Markdown, with what they were measured on."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Row = dict[str, Any]
+_HEADINGS = {
+    "layers": "Layers: forward and backward, 512 tokens",
+    "models": "Models: a whole training step, 1×256 tokens, all seven projections adapted",
+    "memory": "Memory",
+    "startup": "Start-up",
+    "scale": "Growth",
+}
+_NOTES = {
+    "layers": "`ratio` is PEFT's median over ours with its 95 % bootstrap interval (`low`, `high`); `tuned_ratio` is "
+    "the same for PEFT with `autocast_adapter_dtype=False`; `floor` is the frozen layer. In bfloat16 ours may beat "
+    "the floor: where the processor multiplies float32 faster, our backward pass does.",
+    "models": "`captured` is the share of the gap between PEFT and the frozen model (`floor`) that our adapters "
+    "close with the same loss; `captured_with_loss` has our loss head as well. `matmul_floor` is 4 FLOP a weight "
+    "and token at the rate of a large product.",
+    "memory": "Bytes retained for backward, parameters aside, also in multiples of the input. `share`: ours/PEFT.",
+    "startup": "Seconds of fresh processes, median.",
+    "scale": "Exponents b of y ~ x^b.",
+}
+
+
+def circumstances(threads: int, quick: bool) -> Row:
+    """Machine, date, versions and command."""
+    versions = {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
+    now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    machine = f"{_processor()}, {os.cpu_count()} processors"
+    command = f"python -m benchmarks{' --quick' if quick else ''}"
+    about = {
+        "date": now,
+        "machine": machine,
+        "threads": threads,
+        "python": platform.python_version(),
+        "command": command,
+    }
+    return about | versions | {"capability": torch.backends.cpu.get_cpu_capability(), "GPU": "not measured"}
+
+
+def load() -> list[float]:
+    """The machine's load average over 1, 5 and 15 minutes."""
+    return [round(value, 2) for value in os.getloadavg()]
+
+
+def table(rows: list[Row]) -> str:
+    keys = list(dict.fromkeys(key for row in rows for key in row if key != "group"))
+    lines = [" | ".join(keys), " | ".join("---" for _ in keys)]
+    lines += [" | ".join(_shown(row.get(key, "")) for key in keys) for row in rows]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def write(results: dict[str, Any], folder: Path) -> None:
+    """RESULTS.md and a plot beside it."""
+    parts = ["# Benchmark results", "Made by `python -m benchmarks`; JSON with the same numbers lies beside it."]
+    for name, heading in _HEADINGS.items():
+        if name in results:
+            parts += [f"## {heading}", _about(results[name]["about"]), _NOTES[name], *_tables(results[name])]
+    if "layers" in results:
+        _plot(results["layers"]["means"], folder / "layers.png")
+        parts.append("![PEFT's time over ours](layers.png)")
+    (folder / "RESULTS.md").write_text("\n\n".join(parts) + "\n")
+
+
+def _tables(found: dict[str, Any]) -> list[str]:
+    tables = []
+    if "means" in found:
+        tables.append(
+            table(
+                [
+                    {"geometric mean of": group, **values, "GPU": "not measured"}
+                    for group, values in found["means"].items()
+                ]
+            )
+        )
+    return [*tables, *(table(found[key]) for key in ("rows", "loss_head", "peaks") if found.get(key))]
+
+
+def _about(about: Row) -> str:
+    return "; ".join(f"{key.replace('_', ' ')} {value}" for key, value in about.items())
+
+
+def _shown(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = [dict(line.split(":", 1) for line in lines if ":" in line)]
+    named = {key.strip(): value.strip() for key, value in fields[0].items()}
+    return f"{named.get('model name', platform.machine())} (model {named.get('model', '?')})"
+
+
+def _plot(means: dict[str, dict[str, float]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 0.4 * len(means) + 1), layout="constrained")
+    axes.barh(list(means), [values["mean"] for values in means.values()])
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_xlabel("PEFT's time over ours (geometric mean)")
+    axes.invert_yaxis()
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)

@@ -1,0 +1,47 @@
+"""The one benchmark that is no matter of time: what is retained for backward, ours and PEFT's."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def memory(tmp_path_factory):
+    out = tmp_path_factory.mktemp("benchmarks")
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--threads", "1", "--out", str(out), "memory"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "not measured" in (out / "RESULTS.md").read_text()
+    return {row["case"]: row for row in json.loads((out / "results.json").read_text())["memory"]["rows"]}
+
+
+@pytest.mark.parametrize(
+    ("case", "limit"),
+    [
+        ("LoRA bf16 dropout 0 r=8", 0.5),
+        ("LoRA bf16 dropout 0.05 r=8", 0.4),
+        ("LoRA fp32 dropout 0.05 r=8", 0.6),
+        ("DoRA bf16 dropout 0 r=8", 0.3),
+        ("DoRA bf16 dropout 0.05 r=8", 0.3),
+        ("DoRA fp32 dropout 0 r=8", 0.4),
+        ("DoRA fp32 dropout 0.05 r=8", 0.34),
+    ],
+)
+def test_retained_share_of_pefts(memory, case, limit):
+    assert memory[case]["share"] <= limit
+
+
+def test_an_input_is_retained_once(memory):
+    assert all(row["ours_of_x"] < (2.02 if "DoRA" in case else 1.02) for case, row in memory.items())
+
+
+def test_the_native_path_does_not_import_peft():
+    code = "import sys, lora_exp.run; print([m for m in ('peft', 'bitsandbytes') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
