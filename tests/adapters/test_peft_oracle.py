@@ -1,12 +1,14 @@
 """Outputs and all gradients equal PEFT's, with the same factors and the same dropout mask."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
 
-from lora_exp.adapters import LoraConfig, LoraModel, lora, shares
+from lora_exp.adapters import LoraConfig, LoraModel, lora, shares, use_reference
 
-CLOSE = {"atol": 3e-6, "rtol": 1e-5}
+CLOSE = {"atol": 1e-6, "rtol": 1e-5}
 ALL = {
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "gpt2": ["c_attn", "c_proj", "c_fc"],
@@ -65,10 +67,16 @@ def test_transformers(kind, rslora, dora, make_transformer, inputs_for, oracle, 
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
-def test_dropout(kind, dora, make_transformer, inputs_for, oracle, randomised, same_masks):
+@pytest.mark.parametrize(
+    ("kind", "path"),
+    # T5 scales nothing down: its logits sum more terms, and the fused order of additions moves one of them by
+    # 1.6e-6. test_fused holds the fused path to the reference path in float64.
+    [("llama", "fused"), ("llama", "reference"), ("gpt2", "fused"), ("gpt2", "reference"), ("t5", "reference")],
+)
+def test_dropout(kind, path, dora, make_transformer, inputs_for, oracle, randomised, same_masks):
     model, twin = pair(make_transformer(kind), oracle, randomised, ALL[kind], dora=dora, dropout=0.3)
-    assert_equal(model, twin, oracle, inputs_for(kind))
+    with use_reference() if path == "reference" else contextlib.nullcontext():
+        assert_equal(model, twin, oracle, inputs_for(kind))
     assert not torch.equal(output_of(model(**inputs_for(kind))), output_of(model.eval()(**inputs_for(kind))))
 
 
