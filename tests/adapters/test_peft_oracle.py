@@ -66,13 +66,15 @@ def test_transformers(kind, rslora, dora, make_transformer, inputs_for, oracle, 
     assert_equal(model, twin, oracle, inputs_for(kind))
 
 
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-@pytest.mark.parametrize(
-    ("kind", "path"),
-    # T5 scales nothing down: its logits sum more terms, and the fused order of additions moves one of them by
-    # 1.6e-6. test_fused holds the fused path to the reference path in float64.
-    [("llama", "fused"), ("llama", "reference"), ("gpt2", "fused"), ("gpt2", "reference"), ("t5", "reference")],
-)
+DROPOUT = [
+    (kind, path, dora) for kind in ("llama", "gpt2", "t5") for path in ("fused", "reference") for dora in (False, True)
+]
+# T5 scales nothing down: its logits sum more terms, and the fused order of LoRA's additions moves one of them by
+# 1.6e-6. test_fused holds the fused path to the reference path in float64.
+DROPOUT.remove(("t5", "fused", False))
+
+
+@pytest.mark.parametrize(("kind", "path", "dora"), DROPOUT)
 def test_dropout(kind, path, dora, make_transformer, inputs_for, oracle, randomised, same_masks):
     model, twin = pair(make_transformer(kind), oracle, randomised, ALL[kind], dora=dora, dropout=0.3)
     with use_reference() if path == "reference" else contextlib.nullcontext():
