@@ -19,7 +19,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lora_exp.config import Config, check, conf_folder, flat_values, register, to_config
+from lora_exp.checks import check
+from lora_exp.config import Config, conf_folder, flat_values, register, to_config
 from lora_exp.job import Job, Outcome, PlanResult, Result, write_outcome
 from lora_exp.provenance import redacted
 from lora_exp.sweep.callback import begun

@@ -10,10 +10,10 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig
 
+from lora_exp.checks import check
 from lora_exp.config import (
     Config,
     ConfigError,
-    check,
     conf_folder,
     flat_values,
     register,

@@ -21,7 +21,8 @@ from lora_exp.adapters import LoraConfig, LoraModel  # noqa: E402
 from lora_exp.adapters.counts import stored_bytes  # noqa: E402
 from lora_exp.adapters.packed import is_quantised  # noqa: E402
 from lora_exp.backends import adapt  # noqa: E402
-from lora_exp.config import Config, ConfigError, ModelConfig, OptimizerConfig, QuantizationConfig, check  # noqa: E402
+from lora_exp.checks import check  # noqa: E402
+from lora_exp.config import Config, ConfigError, ModelConfig, OptimizerConfig, QuantizationConfig  # noqa: E402
 from lora_exp.models import Source, load_base  # noqa: E402
 from lora_exp.models.quantised import CannotQuantiseError, compute_dtype, prepare  # noqa: E402
 from lora_exp.place import Place, resolve_place  # noqa: E402

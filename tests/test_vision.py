@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 
-from lora_exp.config import Config, ConfigError, check, conf_folder, flat_values, register, to_config
+from lora_exp.checks import check
+from lora_exp.config import Config, ConfigError, conf_folder, flat_values, register, to_config
 
 pytest.importorskip("efficientnet_lite_pytorch")
 
