@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import shutil
@@ -18,7 +19,6 @@ from lora_exp.data import Data, load_data
 from lora_exp.job import METRICS_FILE, Job, Result
 from lora_exp.place import Place, prepare_backends, resolve_place, set_seed
 from lora_exp.plan.precheck import check_fits
-from lora_exp.plots import loss_curve
 from lora_exp.progress import TrainingProgress
 from lora_exp.recording import log_setup, run_name
 from lora_exp.training.batches import evaluation_batches, training_batches
@@ -58,6 +58,7 @@ def _prepare(tracked: tracking.Run, config: Config, place: Place) -> tuple[Adapt
     data = load_data(config.data, lambda: models.load_tokenizer(source, config.model))
     train, validation = len(data.train), len(data.validation)  # type: ignore[arg-type]
     log.info(f"data   {config.data.label}: {train:,} training and {validation:,} validation {data.rows}")
+    gc.enable()  # what had to be imported is there
     base = models.load_base(source, config.model, place, data.shape, config.quantization)
     digest = models.base_sha256(base, source)
     tracked.log_tags({"base_sha256": digest})
@@ -145,6 +146,8 @@ def _save(write: Any, folder: Path) -> None:
 def _log_files(tracked: tracking.Run, job: Job, records: list[Record]) -> None:
     if not records:
         return
+    from lora_exp.plots import loss_curve  # imports matplotlib, which the first step need not wait for
+
     picture = job.folder / "loss_curve.png"
     loss_curve(_points(records, "train/loss"), _points(records, "eval/loss"), picture)
     for path, folder in ((job.folder / METRICS_FILE, None), (picture, None), (job.folder / "adapter", "adapter")):
