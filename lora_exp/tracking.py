@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import os
-import socket
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from urllib.parse import urlsplit
 from filelock import FileLock
 
 from lora_exp.config import TrackingConfig
+from lora_exp.network import refusal
 from lora_exp.provenance import redacted
 
 if TYPE_CHECKING:
@@ -183,12 +183,8 @@ def _client(section: TrackingConfig) -> MlflowClient:
 
 def _check_reachable(uri: str) -> None:
     parts = urlsplit(uri)
-    if parts.scheme not in ("http", "https"):
-        return
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    try:
-        socket.create_connection((parts.hostname or "", port), timeout=5).close()
-    except OSError as error:
+    if (error := refusal(uri)) is not None:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
         raise TrackingError(
             f"The tracking server {parts.scheme}://{parts.hostname}:{port} cannot be reached ({error}): start it, "
             "mend tracking.uri, or run without it by tracking=none"

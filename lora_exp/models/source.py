@@ -12,6 +12,7 @@ from torch import nn
 
 from lora_exp.cache import remembered_sha256
 from lora_exp.config import ModelConfig
+from lora_exp.network import hub_answers
 from lora_exp.packaged import install_line
 
 
@@ -25,7 +26,10 @@ class Source:
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
+        """Where the hub does not answer, what it has given before is all there is."""
+        options = {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
+        is_here = Path(self.name).is_dir()
+        return options if is_here or hub_answers() else {**options, "local_files_only": True}
 
 
 def base_sha256(model: nn.Module, source: Source) -> str:
