@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -84,19 +85,19 @@ def _peft(base: nn.Module, config: Config) -> Adapted:
     layers = _targeted(base, config, wanted)
     _check_peft_can(layers, wanted)
     named = wanted.target_modules if wanted.target_modules not in (None, "all-linear") else sorted(layers)
-    model = peft.get_peft_model(
-        base,
-        peft.LoraConfig(
-            r=wanted.rank,
-            target_modules=named,
-            lora_alpha=wanted.lora_alpha,
-            lora_dropout=wanted.lora_dropout,
-            bias=wanted.bias,
-            use_rslora=wanted.use_rslora,
-            use_dora=wanted.use_dora,
-            modules_to_save=wanted.modules_to_save,
-        ),
+    asked = peft.LoraConfig(
+        r=wanted.rank,
+        target_modules=named,
+        lora_alpha=wanted.lora_alpha,
+        lora_dropout=wanted.lora_dropout,
+        bias=wanted.bias,
+        use_rslora=wanted.use_rslora,
+        use_dora=wanted.use_dora,
+        modules_to_save=wanted.modules_to_save,
     )
+    with warnings.catch_warnings():  # PEFT 0.21 asks under a name that transformers 5.23 has changed
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        model = peft.get_peft_model(base, asked)
     trainable, total = model.get_nb_trainable_parameters()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 

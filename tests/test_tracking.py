@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -23,20 +24,17 @@ def client(workplace: Path) -> MlflowClient:
     return MlflowClient(f"sqlite:///{workplace}/outputs/mlflow.db")
 
 
-def test_status_follows_the_way_the_block_ends(workplace: Path) -> None:
-    ends = {"FINISHED": None, "FAILED": RuntimeError("broke"), "KILLED": KeyboardInterrupt()}
-    seen = {}
-    for status, error in ends.items():
-        try:
-            with open_run(SECTION, status) as run:
-                seen[status] = run.run_id
-                if error:
-                    raise error
-        except (RuntimeError, KeyboardInterrupt):
-            pass
-    found = {status: client(workplace).get_run(run_id) for status, run_id in seen.items()}
-    assert {status: run.info.status for status, run in found.items()} == {status: status for status in ends}
-    assert found["FAILED"].data.tags["error"] == "broke"
+@pytest.mark.parametrize(
+    ("status", "error"), [("FINISHED", None), ("FAILED", RuntimeError("broke")), ("KILLED", KeyboardInterrupt())]
+)
+def test_status_follows_the_way_the_block_ends(status: str, error: BaseException | None, workplace: Path) -> None:
+    ends = contextlib.nullcontext() if error is None else pytest.raises(type(error))
+    with ends, open_run(SECTION, status) as run:
+        if error:
+            raise error
+    found = client(workplace).get_run(run.run_id)
+    assert found.info.status == status
+    assert found.data.tags.get("error") == (None if error is None else str(error) or type(error).__name__)
 
 
 def test_metrics_sent_in_the_background_are_all_there_at_the_end(workplace: Path) -> None:
