@@ -1,0 +1,68 @@
+"""One convolution and its two gradients, for kernels of any number of output channels.
+
+Letters: N batch, C_in / C_out channels, g groups, s... / t... the signal's extents before / after.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_backward = torch.ops.aten.convolution_backward.default
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Geometry:
+    """How a layer's kernels pass over a signal; zeros around it, as many before as after."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    @classmethod
+    def of(cls, layer: Any) -> Geometry | None:
+        """None for a padding that a convolution alone cannot do."""
+        around = layer._reversed_padding_repeated_twice  # (last before, last after, ..., first before, first after)
+        if layer.padding_mode != "zeros" or around[::2] != around[1::2]:
+            return None
+        return cls(layer.kernel_size, layer.stride, tuple(around[::-2]), layer.dilation, layer.groups)
+
+    def positions(self, x: torch.Size) -> int:
+        """N * t... for x of shape (N, C_in, s...)"""
+        axes = zip(x[2:], self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        return x[0] * math.prod((s + 2 * p - d * (k - 1) - 1) // stride + 1 for s, k, stride, p, d in axes)
+
+    def output(self, x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(N, C_in, s...), (C_out, C_in/g, k...) -> (N, C_out, t...)"""
+        none = [0] * len(self.kernel)
+        return torch.convolution(x, kernel, bias, self.stride, self.padding, self.dilation, False, none, self.groups)
+
+    def to_signal(self, grad: Tensor, x: Tensor, kernel: Tensor) -> Tensor:
+        """dx (N, C_in, s...) for ∂loss/∂output = grad (N, C_out, t...); of x only the shape counts."""
+        if self._is_product(grad, x):
+            return torch.bmm(kernel.flatten(1).T.expand(len(x), -1, -1), grad.flatten(2)).view(x.shape)
+        return self._gradient(grad, x, kernel, 0)
+
+    def to_kernel(self, grad: Tensor, x: Tensor, kernel: Tensor) -> Tensor:
+        """dkernel (C_out, C_in/g, k...) for grad (N, C_out, t...); of `kernel` only the shape counts."""
+        if self._is_product(grad, x):
+            flat = kernel.flatten(1)
+            return torch.addbmm(flat, grad.flatten(2), x.flatten(2).mT, beta=0).view(kernel.shape)
+        return self._gradient(grad, x, kernel, 1)
+
+    def _is_product(self, grad: Tensor, x: Tensor) -> bool:
+        """A pointwise convolution is a product of matrices, whose gradients oneDNN's convolutions find more slowly."""
+        pointwise = self.groups == 1 and {*self.kernel, *self.stride} == {1} and not any(self.padding)
+        return pointwise and x.device.type == "cpu" and grad.is_contiguous() and x.is_contiguous()
+
+    def _gradient(self, grad: Tensor, x: Tensor, kernel: Tensor, which: int) -> Tensor:
+        none = [0] * len(self.kernel)
+        place = self.stride, self.padding, self.dilation, False, none, self.groups
+        found: Tensor = _backward(grad, x, kernel, None, *place, [which == 0, which == 1, False])[which]
+        return found
