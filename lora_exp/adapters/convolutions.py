@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_backward = torch.ops.aten.convolution_backward.default
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Geometry:
@@ -43,26 +41,29 @@ class Geometry:
         none = [0] * len(self.kernel)
         return torch.convolution(x, kernel, bias, self.stride, self.padding, self.dilation, False, none, self.groups)
 
-    def to_signal(self, grad: Tensor, x: Tensor, kernel: Tensor) -> Tensor:
-        """dx (N, C_in, s...) for ∂loss/∂output = grad (N, C_out, t...); of x only the shape counts."""
-        if self._is_product(grad, x):
-            return torch.bmm(kernel.flatten(1).T.expand(len(x), -1, -1), grad.flatten(2)).view(x.shape)
-        return self._gradient(grad, x, kernel, 0)
-
-    def to_kernel(self, grad: Tensor, x: Tensor, kernel: Tensor) -> Tensor:
-        """dkernel (C_out, C_in/g, k...) for grad (N, C_out, t...); of `kernel` only the shape counts."""
-        if self._is_product(grad, x):
-            flat = kernel.flatten(1)
-            return torch.addbmm(flat, grad.flatten(2), x.flatten(2).mT, beta=0).view(kernel.shape)
-        return self._gradient(grad, x, kernel, 1)
-
-    def _is_product(self, grad: Tensor, x: Tensor) -> bool:
-        """A pointwise convolution is a product of matrices, whose gradients oneDNN's convolutions find more slowly."""
-        pointwise = self.groups == 1 and {*self.kernel, *self.stride} == {1} and not any(self.padding)
-        return pointwise and x.device.type == "cpu" and grad.is_contiguous() and x.is_contiguous()
-
-    def _gradient(self, grad: Tensor, x: Tensor, kernel: Tensor, which: int) -> Tensor:
+    def gradients(
+        self, grad: Tensor, x: Tensor, kernel: Tensor, to_x: bool, to_kernel: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """dx (N, C_in, s...) and dkernel (C_out, C_in/g, k...), as asked, for ∂loss/∂output = grad (N, C_out, t...)."""
+        if self._is_pointwise and x.device.type == "cpu" and grad.is_contiguous() and x.is_contiguous():
+            return _product_gradients(grad, x, kernel, to_x, to_kernel)
         none = [0] * len(self.kernel)
         place = self.stride, self.padding, self.dilation, False, none, self.groups
-        found: Tensor = _backward(grad, x, kernel, None, *place, [which == 0, which == 1, False])[which]
-        return found
+        dx, dkernel, _ = torch.ops.aten.convolution_backward(grad, x, kernel, None, *place, [to_x, to_kernel, False])
+        return dx, dkernel
+
+    @property
+    def _is_pointwise(self) -> bool:
+        return self.groups == 1 and {*self.kernel, *self.stride} == {1} and not any(self.padding)
+
+
+def _product_gradients(
+    grad: Tensor, x: Tensor, kernel: Tensor, to_x: bool, to_kernel: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """A pointwise convolution is a product of matrices, up to a third faster backwards than as a convolution."""
+    flat, ours, dx, dkernel = grad.flatten(2), kernel.flatten(1), None, None
+    if to_x:
+        dx = torch.bmm(ours.T.expand(len(x), -1, -1), flat).view(x.shape)
+    if to_kernel:
+        dkernel = torch.addbmm(ours, flat, x.flatten(2).mT, beta=0).view(kernel.shape)
+    return dx, dkernel
