@@ -39,7 +39,7 @@ def shortest(
     return may_merge and not drops and K <= P, may_merge and C_out <= P, False
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class Way:
     """Whether V is formed for the output (if dense or without dropout), and for the gradient of x (so, or for DoRA);
     whether the factors' gradients are found densely."""

@@ -152,7 +152,9 @@ def _narrow(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The output, z (N, r, t...) and, for DoRA, what ratio multiplies (N, C_out, t...)."""
     share, convolve = way.share, way.geometry.output
-    d = _dropped(x, share.mask(x))
+    mask = share.mask(x)
+    # Over the mask where that keeps x's memory format: a tensor less.
+    d = mask.mul_(x) if mask is not None and x.is_contiguous() else _dropped(x, mask)
     z = convolve(d, as_dtype(A, x.dtype))
     kernel = way.merged(weight, A, B) if way.merges else weight
     if magnitude is None:

@@ -34,7 +34,7 @@ def fused_allowed() -> bool:
 
 def without_autocast(kind: str) -> AbstractContextManager[object]:
     """No autocast on devices of this kind; the meta device, which plans run on, has none to switch off."""
-    return nullcontext() if autocast_dtype(kind) is None else torch.autocast(kind, enabled=False)
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def autocast_dtype(kind: str) -> torch.dtype | None:
