@@ -29,7 +29,8 @@ class Geometry:
         around = layer._reversed_padding_repeated_twice  # (last before, last after, ..., first before, first after)
         if layer.padding_mode != "zeros" or around[::2] != around[1::2]:
             return None
-        return cls(layer.kernel_size, layer.stride, tuple(around[::-2]), layer.dilation, layer.groups)
+        stride, padding, dilation = map(tuple, (layer.stride, around[::-2], layer.dilation))  # some layers hold lists
+        return cls(tuple(layer.kernel_size), stride, padding, dilation, layer.groups)
 
     def positions(self, x: torch.Size) -> int:
         """N * t... for x of shape (N, C_in, s...)"""

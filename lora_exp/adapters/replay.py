@@ -52,6 +52,6 @@ def draw_number() -> int:
 
 
 def _write_seed(seed: int) -> None:
-    state = torch.get_rng_state()
+    state = torch.default_generator.get_state()
     state[:8].view(torch.int64).fill_(seed - (seed >> 63 << 64))  # the same bits as a signed number
-    torch.set_rng_state(state)
+    torch.default_generator.set_state(state)

@@ -256,6 +256,16 @@ def test_second_derivatives_are_refused_or_right(kind):
     assert layer.lora_A.grad is not None
 
 
+@pytest.mark.parametrize(("kind", "dropout", "way"), CASES)
+def test_the_output_may_be_overwritten(kind, dropout, way, take):
+    take(way)
+    layer, x = trained(KINDS[kind](3, 4, 1, rank=2, lora_dropout=dropout)), torch.randn(2, 3, 6, 6, requires_grad=True)
+    nn.ReLU(inplace=True)(layer(x)).sum().backward()
+    assert layer.lora_A.grad.any()
+    with torch.inference_mode():
+        layer(x)
+
+
 def test_copies_and_compilers():
     layer, x = trained(LoRAConv2d(3, 4, 3, rank=2)), torch.randn(2, 3, 6, 6)
     expected = layer(x)
