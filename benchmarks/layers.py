@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import convolutions
 from .pairs import DTYPES, Holder, Setup, three, touch
 from .timing import geometric_mean, median_ms, race, ratio
 
@@ -22,7 +23,8 @@ def run(quick: bool) -> dict[str, Any]:
         base = Holder(nn.Linear(*shape, bias=False)).to(DTYPES[setup.dtype])
         x = torch.randn(1, TOKENS, shape[0], dtype=DTYPES[setup.dtype], requires_grad=True)
         rows.append(measure(base, setup, x, rounds, f"{shape[0]}→{shape[1]}"))
-    rows += list(_others(rounds))
+    for group, size, setup, base, x in convolutions.cells(quick):
+        rows.append({**measure(base, setup, x, rounds, size), "group": group})
     return {"rows": rows, "means": means(rows)}
 
 
@@ -51,16 +53,6 @@ def means(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     groups = dict.fromkeys(row["group"] for row in rows)
     found = {group: [row["ratio"] for row in rows if row["group"] == group] for group in groups}
     return {group: {"mean": geometric_mean(values), "lowest": min(values)} for group, values in found.items()}
-
-
-def _others(rounds: int) -> Iterator[dict[str, Any]]:
-    """Embedding and Conv2d."""
-    table, tokens = Holder(nn.Embedding(49152, 576)), torch.randint(0, 49152, (1, TOKENS))
-    yield {**measure(table, Setup(), tokens, rounds, "49152×576"), "group": "Embedding"}
-    for dropout in (0.0, 0.05):
-        conv = Holder(nn.Conv2d(64, 64, 3, padding=1, bias=False))
-        x = torch.randn(4, 64, 28, 28, requires_grad=True)
-        yield {**measure(conv, Setup(dropout=dropout), x, rounds, "64×64×3×3"), "group": f"Conv2d dropout {dropout:g}"}
 
 
 def _step(model: nn.Module, x: Tensor, grad: Tensor) -> Any:

@@ -6,11 +6,13 @@ import itertools
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from . import convolutions
 from .pairs import DTYPES, Holder, Setup, three
 
 WIDTH, TOKENS = 1024, 512
@@ -19,6 +21,7 @@ WIDTH, TOKENS = 1024, 512
 def run(quick: bool) -> dict[str, Any]:
     rows = [_retained(Setup(8, dropout, dora, dtype)) for dora, dtype, dropout in _cases()]
     result: dict[str, Any] = {"rows": rows}
+    result["other_layers"] = list(_retained_elsewhere(quick))
     if not quick:
         result["peaks"] = [_peaks(what, dtype) for what in ("LoRA", "DoRA", "loss") for dtype in DTYPES]
     return result
@@ -65,3 +68,12 @@ def _peaks(what: str, dtype: str) -> dict[str, Any]:
     case = "loss head, T=1024 V=49152, half ignored" if what == "loss" else step
     share = round(found["ours"] / found[other], 3)
     return {"case": f"{case}, {dtype}", "ours_mib": found["ours"], "other_mib": found[other], "share": share}
+
+
+def _retained_elsewhere(quick: bool) -> Iterator[dict[str, Any]]:
+    """Convolutions and embeddings."""
+    for _, size, setup, base, x in convolutions.cells(quick):
+        models = three(base, setup, ["layer"])
+        found = {name: retained_bytes(model, x) for name, model in models.items() if name != "tuned"}
+        kind = "Conv2d" if x.is_floating_point() else "Embedding"
+        yield {"case": f"{kind} {size}, {setup.label}", **found, "share": round(found["ours"] / found["peft"], 3)}

@@ -5,12 +5,15 @@ Letters: C_in / C_out channels, g groups, k... the kernel's extents, r rank, s..
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .convolutions import Geometry
+from .fused_conv import fused_convolution
 from .layer import DEFAULT, LoRALayerBase
 from .lora import LoraAdapter
 from .registry import adapts
@@ -25,6 +28,8 @@ class _LoRAConv(LoRALayerBase):
     pointwise. So the delta has W's shape, and merging is exact for grouped convolutions too.
     """
 
+    fuses = True
+    fused_path = staticmethod(fused_convolution)
     groups: int
     in_channels: int
     out_channels: int
@@ -103,6 +108,10 @@ class _LoRAConv(LoRALayerBase):
 
     def along_output(self, values: Tensor) -> Tensor:
         return values.view(-1, *[1] * self._extents)
+
+    @functools.cached_property
+    def geometry(self) -> Geometry | None:
+        return Geometry.of(self)
 
     @property
     def _extents(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -27,7 +28,8 @@ class LoRALayerBase(nn.Module):
     layer_type: ClassVar[str]
     made_from: ClassVar[tuple[type[LoRALayerBase], type[nn.Module]] | None] = None
     out_axis: ClassVar[int] = 0  # the weight's dimension that counts output features
-    fuses: ClassVar[bool] = False  # a linear layer, for which `fused` knows the gradients
+    fuses: ClassVar[bool] = False  # whether its gradients are written by hand, in `fused_path`
+    fused_path: ClassVar[Callable[..., Tensor | None]] = staticmethod(fused_output)  # a linear layer's
 
     weight: Any  # the torch layer's own parameters
     bias: Any
@@ -106,7 +108,7 @@ class LoRALayerBase(nn.Module):
         plan = self.route.plan()
         if not plan.names or self.is_merged:
             return self.finish(self.base_forward(input))
-        if self.fuses and (fused := fused_output(self, input, plan)) is not None:
+        if self.fuses and (fused := self.fused_path(self, input, plan)) is not None:
             return self.finish(fused)
         if plan.sizes is not None:
             return self.finish(self._routed(input, plan))

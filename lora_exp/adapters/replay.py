@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import sys
 from collections.abc import Iterator
 
 import torch
@@ -53,6 +52,6 @@ def draw_number() -> int:
 
 
 def _write_seed(seed: int) -> None:
-    state = torch.get_rng_state()
-    state[:8] = torch.tensor(list(seed.to_bytes(8, sys.byteorder)), dtype=torch.uint8)
-    torch.set_rng_state(state)
+    state = torch.default_generator.get_state()
+    state[:8].view(torch.int64).fill_(seed - (seed >> 63 << 64))  # the same bits as a signed number
+    torch.default_generator.set_state(state)
