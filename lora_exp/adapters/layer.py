@@ -29,6 +29,7 @@ class LoRALayerBase(nn.Module):
     out_axis: ClassVar[int] = 0  # the weight's dimension that counts output features
     fuses: ClassVar[bool] = False  # a linear layer, for which `fused` knows the gradients
 
+    compute_dtype: torch.dtype | None = None  # of the base's product; x's own if None
     weight: Any  # the torch layer's own parameters
     bias: Any
     adapters: nn.ModuleDict

@@ -37,7 +37,6 @@ class _Quantised(LoRALinear):
     """
 
     base_name = ""
-    compute_dtype: torch.dtype | None = None
     _shared: Callable[[], Tensor] | None = None  # dq(W) of the forward pass that is running
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
