@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +29,8 @@ from .switch import autocast_dtype, fused_allowed, is_plain, without_autocast
 if TYPE_CHECKING:
     from .layer import LoRALayerBase
     from .routing import Plan
+
+_AS_IT_IS = nullcontext()
 
 
 def fused_output(layer: LoRALayerBase, x: Tensor, plan: Plan) -> Tensor | None:
@@ -86,23 +88,21 @@ class _Call:
         weight = self.layer.dense_weight() if known is None else known
         return weight if self.layer.out_axis == 0 else weight.T
 
-    def without_autocast(self, kind: str) -> AbstractContextManager[object]:
-        return without_autocast(kind) if self.wide else nullcontext()
-
 
 class _Adapted(torch.autograd.Function):
     """(call, x (..., K), A (K, r), B (r, N), magnitude (N,) or None, A, B, ...) -> (..., N)"""
 
     @staticmethod
     def forward(ctx: Any, call: _Call, x: Tensor, *factors: Any) -> Tensor:
-        with call.without_autocast(x.device.type):
+        with without_autocast(x.device.type) if call.wide else _AS_IT_IS:
             out, kept = _output(call, call.inside(x), factors)
-        needs = ctx.needs_input_grad[2:]
-        for i in range(len(call.parts)):
-            kept[2 * i] = kept[2 * i] if needs[3 * i + 1] else None  # z serves dB alone
-            kept[2 * i + 1] = _rounded(kept[2 * i + 1], x.dtype) if needs[3 * i + 2] else None
+        needs, weight = ctx.needs_input_grad[2:], call.layer.weight
+        for i in range(0, len(kept), 2):
+            if not needs[3 * i // 2 + 1]:
+                kept[i] = None  # z serves dB alone
+            if (product := kept[i + 1]) is not None:
+                kept[i + 1] = as_dtype(product, x.dtype) if needs[3 * i // 2 + 2] else None
         # A quantised base is dequantised again in backward instead of being retained.
-        weight = call.layer.weight
         ctx.call, ctx.like = call, (x.shape, x.dtype)
         ctx.save_for_backward(
             x if any(needs[::3]) else None, weight if weight.is_floating_point() else None, *factors, *kept
@@ -201,7 +201,10 @@ def _runs_as_we_know(kind: type) -> bool:
 
 
 def _trains_base(layer: LoRALayerBase) -> bool:
-    return any(p is not None and p.requires_grad for p in layer._parameters.values())
+    for parameter in layer._parameters.values():
+        if parameter is not None and parameter.requires_grad:
+            return True
+    return False
 
 
 def _autocast(x: Tensor) -> Tensor:
@@ -212,17 +215,13 @@ def _autocast(x: Tensor) -> Tensor:
 
 def _is_wide(layer: LoRALayerBase, x: Tensor) -> bool:
     """Whether the call is computed in float32, be it x or the base's own products that would have 16 bits."""
+    dtype = x.dtype if x.dtype.itemsize == 2 else layer.compute_dtype or x.dtype
+    if dtype.itemsize != 2 or x.dtype is torch.float64:
+        return False
     weight, kind = layer.weight, x.device.type
     if weight.dtype is not x.dtype and weight.is_floating_point() and autocast_dtype(kind) is None:
         return False  # the layer itself will say that they do not fit
-    rows = x.numel() // max(1, x.shape[-1])
-    return x.dtype is not torch.float64 and any(
-        runs_wide(dtype, kind, rows) for dtype in (x.dtype, layer.compute_dtype or x.dtype)
-    )
-
-
-def _rounded(product: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if product is None else as_dtype(product, dtype)
+    return runs_wide(dtype, kind, x.numel() // max(1, x.shape[-1]))
 
 
 def _flat(x: Tensor) -> Tensor:

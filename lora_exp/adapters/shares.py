@@ -62,7 +62,7 @@ def add_share(
     """
     mask = share.mask(x)
     d = x if mask is None else mask.mul_(x)
-    z = d @ as_dtype(A, x.dtype)
+    z = torch.mm(d, as_dtype(A, x.dtype))
     low = as_dtype(z, out.dtype), as_dtype(B, out.dtype)
     if magnitude is None:
         out.addmm_(*low, alpha=share.factor)
@@ -90,41 +90,41 @@ def share_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
     """dA, dB and dmagnitude for G = `grad` (m, N), and what W is still to take back to dx: G, or g∘G (m, N).
 
-    Writes the rest of dx (m, K) if `to` holds it and W (N, K).
+    Writes the rest of dx (m, K) if `to` holds it and W (N, K): mask ∘ (dz Aᵀ), for DoRA with dropout
+    mask ∘ (((g-1)/keep ∘ G) W + dz Aᵀ).
     """
     A, B, magnitude = factors
     z, seen = kept[:2]
-    g = None if magnitude is None else share.ratio(magnitude, grad.dtype)
+    dtype = grad.dtype
+    g = None if magnitude is None else share.ratio(magnitude, dtype)
+    b = as_dtype(B, dtype)
     dA = dB = dm = None
     weighted = grad
     if needs[1]:
-        dB = as_dtype(as_dtype(z, grad.dtype).T @ grad, B.dtype)
-        dB.mul_(share.factor if g is None else share.ratio(magnitude, B.dtype).mul_(share.factor))
+        dB = as_dtype(_scaled_product(b, as_dtype(z, dtype).T, grad, share.factor), B.dtype)
+        dB = dB if g is None else dB.mul_(share.ratio(magnitude, B.dtype))
     if g is not None and (needs[2] or to is not None):
-        buffer = grad * as_dtype(seen, grad.dtype) if needs[2] else torch.empty_like(grad)
+        buffer = grad * as_dtype(seen, dtype) if needs[2] else torch.empty_like(grad)
         if needs[2]:
             dm = buffer.sum(0, dtype=magnitude.dtype).mul_(share.boost / share.norm)
         weighted = torch.mul(grad, (g - 1).mul_(share.boost) if share.p else g, out=buffer)
     if needs[0] or to is not None:
-        b = as_dtype(B, grad.dtype)
-        dz = (grad @ (b if g is None else b * g).T).mul_(share.factor)
-        mask = share.mask(x if to is None else to[0])
+        dz = torch.mm(grad, (b if g is None else b * g).T)  # without its factor c
+        a, mask = as_dtype(A, dtype).T, share.mask(x if to is None else to[0])
         if to is not None:
-            _write_input(mask, as_dtype(dz, to[0].dtype), A, None if g is None else weighted, *to)
+            dx, weight = to
+            dx.addmm_(dz, a, beta=0, alpha=share.factor)
+            if mask is not None:
+                dx = dx if g is None else add_product(dx, weighted, weight)
+                dx.mul_(mask)
         if needs[0]:
             assert x is not None
-            d = as_dtype(x, dz.dtype) if mask is None else mask.mul_(x)
+            d = as_dtype(x, dtype) if mask is None else mask.mul_(x)
             # As (r, K) first: twice as fast as dᵀ dz for a narrow dz.
-            dA = (dz.T @ d).T.to(A.dtype, memory_format=torch.contiguous_format)
+            dA = _scaled_product(a, dz.T, d, share.factor).T.to(A.dtype, memory_format=torch.contiguous_format)
     return dA, dB, dm, grad if share.p else weighted
 
 
-def _write_input(
-    mask: Tensor | None, dz: Tensor, A: Tensor, weighted: Tensor | None, dx: Tensor, weight: Tensor
-) -> None:
-    """dx = mask ∘ (dz Aᵀ), for DoRA with dropout mask ∘ (((g-1)/keep ∘ G) W + dz Aᵀ)."""
-    torch.mm(dz, as_dtype(A, dx.dtype).T, out=dx)
-    if mask is not None:
-        if weighted is not None:
-            add_product(dx, weighted, weight)
-        dx.mul_(mask)
+def _scaled_product(like: Tensor, left: Tensor, right: Tensor, factor: float) -> Tensor:
+    """factor * left right, in one step; `like` has the result's shape, its values are not read."""
+    return torch.addmm(like, left, right, beta=0, alpha=factor)
