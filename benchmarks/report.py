@@ -26,7 +26,8 @@ _NOTES = {
     "models": "`captured` is the share of the gap between PEFT and the frozen model (`floor`) that our adapters "
     "close with the same loss; `captured_with_loss` has our loss head as well. `matmul_floor` is 4 FLOP a weight "
     "and token at the rate of a large product.",
-    "memory": "Bytes retained for backward, parameters aside, also in multiples of the input. `share`: ours/PEFT.",
+    "memory": "Bytes retained for backward, parameters aside, also in multiples of the input. `share`: ours/PEFT. "
+    "In a model neighbours share what they keep: q, k and v one input, gate and up another, and `floor` the rest.",
     "startup": "Seconds of fresh processes, median.",
     "scale": "Exponents b of y ~ x^b.",
 }
@@ -83,7 +84,7 @@ def _tables(found: dict[str, Any]) -> list[str]:
                 ]
             )
         )
-    return [*tables, *(table(found[key]) for key in ("rows", "loss_head", "peaks") if found.get(key))]
+    return [*tables, *(table(found[key]) for key in ("rows", "by_model", "loss_head", "peaks") if found.get(key))]
 
 
 def _about(about: Row) -> str:

@@ -98,15 +98,14 @@ class _Adapted(torch.autograd.Function):
             out, kept = _output(call, call.inside(x), factors)
         needs, weight = ctx.needs_input_grad[2:], call.layer.weight
         for i in range(0, len(kept), 2):
-            if not needs[3 * i // 2 + 1]:
-                kept[i] = None  # z serves dB alone
+            if call.wide or not needs[3 * i // 2 + 1]:
+                kept[i] = None  # z serves dB alone; in float32 it would be kept in twice the bytes, so not at all
             if (product := kept[i + 1]) is not None:
                 kept[i + 1] = as_dtype(product, x.dtype) if needs[3 * i // 2 + 2] else None
         # A quantised base is dequantised again in backward instead of being retained.
         ctx.call, ctx.like = call, (x.shape, x.dtype)
-        ctx.save_for_backward(
-            x if any(needs[::3]) else None, weight if weight.is_floating_point() else None, *factors, *kept
-        )
+        kept_x = x if any(needs[::3]) or (call.wide and any(needs[1::3])) else None
+        ctx.save_for_backward(kept_x, weight if weight.is_floating_point() else None, *factors, *kept)
         out = as_dtype(out, x.dtype)
         # Detached, so that it is no view to autograd, which forbids to write to views that a Function returns.
         return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1]).detach()
@@ -201,10 +200,7 @@ def _runs_as_we_know(kind: type) -> bool:
 
 
 def _trains_base(layer: LoRALayerBase) -> bool:
-    for parameter in layer._parameters.values():
-        if parameter is not None and parameter.requires_grad:
-            return True
-    return False
+    return any(parameter is not None and parameter.requires_grad for parameter in layer._parameters.values())
 
 
 def _autocast(x: Tensor) -> Tensor:

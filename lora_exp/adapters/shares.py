@@ -90,39 +90,57 @@ def share_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
     """dA, dB and dmagnitude for G = `grad` (m, N), and what W is still to take back to dx: G, or g∘G (m, N).
 
-    Writes the rest of dx (m, K) if `to` holds it and W (N, K): mask ∘ (dz Aᵀ), for DoRA with dropout
-    mask ∘ (((g-1)/keep ∘ G) W + dz Aᵀ).
+    Writes the rest of dx (m, K) if `to` holds it and W (N, K). Without a kept z it is computed again.
     """
     A, B, magnitude = factors
     z, seen = kept[:2]
-    dtype = grad.dtype
-    g = None if magnitude is None else share.ratio(magnitude, dtype)
-    b = as_dtype(B, dtype)
-    dA = dB = dm = None
-    weighted = grad
-    if needs[1]:
-        dB = as_dtype(_scaled_product(b, as_dtype(z, dtype).T, grad, share.factor), B.dtype)
-        dB = dB if g is None else dB.mul_(share.ratio(magnitude, B.dtype))
+    g = None if magnitude is None else share.ratio(magnitude, grad.dtype)
+    a, b = as_dtype(A, grad.dtype), as_dtype(B, grad.dtype)
+    dA = dB = dm = dz = None
+    weighted, mask = grad, share.mask(x if to is None else to[0])
     if g is not None and (needs[2] or to is not None):
-        buffer = grad * as_dtype(seen, dtype) if needs[2] else torch.empty_like(grad)
-        if needs[2]:
-            dm = buffer.sum(0, dtype=magnitude.dtype).mul_(share.boost / share.norm)
-        weighted = torch.mul(grad, (g - 1).mul_(share.boost) if share.p else g, out=buffer)
+        weighted, dm = _weighted(share, grad, g, seen if needs[2] else None, magnitude.dtype)
     if needs[0] or to is not None:
         dz = torch.mm(grad, (b if g is None else b * g).T)  # without its factor c
-        a, mask = as_dtype(A, dtype).T, share.mask(x if to is None else to[0])
-        if to is not None:
-            dx, weight = to
-            dx.addmm_(dz, a, beta=0, alpha=share.factor)
-            if mask is not None:
-                dx = dx if g is None else add_product(dx, weighted, weight)
-                dx.mul_(mask)
-        if needs[0]:
-            assert x is not None
-            d = as_dtype(x, dtype) if mask is None else mask.mul_(x)
-            # As (r, K) first: twice as fast as dᵀ dz for a narrow dz.
-            dA = _scaled_product(a, dz.T, d, share.factor).T.to(A.dtype, memory_format=torch.contiguous_format)
+    if to is not None and dz is not None:
+        _write_input(share, mask, dz, a, None if g is None else weighted, *to)
+    d = None if x is None else as_dtype(x, grad.dtype) if mask is None else mask.mul_(x)
+    if needs[1]:
+        dB = _scaled_product(b, (torch.mm(d, a) if z is None else as_dtype(z, grad.dtype)).T, grad, share.factor)
+        dB = as_dtype(dB, B.dtype) if g is None else as_dtype(dB, B.dtype).mul_(share.ratio(magnitude, B.dtype))
+    if needs[0] and dz is not None and d is not None:
+        # As (r, K) first: twice as fast as dᵀ dz for a narrow dz.
+        dA = _scaled_product(a.T, dz.T, d, share.factor).T.to(A.dtype, memory_format=torch.contiguous_format)
     return dA, dB, dm, grad if share.p else weighted
+
+
+def _weighted(
+    share: Share, grad: Tensor, g: Tensor, seen: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """g∘G, with dropout (g-1)/keep ∘ G (m, N), and dmagnitude if `seen`, what g multiplied, is given."""
+    weight = (g - 1).mul_(share.boost) if share.p else g
+    if seen is None:
+        return grad * weight, None
+    buffer = grad * as_dtype(seen, grad.dtype)
+    dm = buffer.sum(0, dtype=dtype).mul_(share.boost / share.norm)
+    return torch.mul(grad, weight, out=buffer), dm
+
+
+def _write_input(
+    share: Share,
+    mask: Tensor | None,
+    dz: Tensor,
+    A: Tensor,
+    weighted: Tensor | None,
+    dx: Tensor,
+    weight: Tensor,
+) -> None:
+    """dx = mask ∘ (c dz Aᵀ), for DoRA with dropout mask ∘ (((g-1)/keep ∘ G) W + c dz Aᵀ)."""
+    dx.addmm_(dz, A.T, beta=0, alpha=share.factor)
+    if mask is not None:
+        if weighted is not None:
+            add_product(dx, weighted, weight)
+        dx.mul_(mask)
 
 
 def _scaled_product(like: Tensor, left: Tensor, right: Tensor, factor: float) -> Tensor:
