@@ -97,6 +97,7 @@ def share_gradients(
     g = None if magnitude is None else share.ratio(magnitude, grad.dtype)
     a, b = as_dtype(A, grad.dtype), as_dtype(B, grad.dtype)
     dA = dB = dm = dz = None
+    x = None if x is None else as_dtype(x, grad.dtype)
     weighted, mask = grad, share.mask(x if to is None else to[0])
     if g is not None and (needs[2] or to is not None):
         weighted, dm = _weighted(share, grad, g, seen if needs[2] else None, magnitude.dtype)
@@ -104,7 +105,7 @@ def share_gradients(
         dz = torch.mm(grad, (b if g is None else b * g).T)  # without its factor c
     if to is not None and dz is not None:
         _write_input(share, mask, dz, a, None if g is None else weighted, *to)
-    d = None if x is None else as_dtype(x, grad.dtype) if mask is None else mask.mul_(x)
+    d = x if x is None or mask is None else mask.mul_(x)
     if needs[1]:
         dB = _scaled_product(b, (torch.mm(d, a) if z is None else as_dtype(z, grad.dtype)).T, grad, share.factor)
         dB = as_dtype(dB, B.dtype) if g is None else as_dtype(dB, B.dtype).mul_(share.ratio(magnitude, B.dtype))

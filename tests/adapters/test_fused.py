@@ -103,8 +103,12 @@ def test_factors_may_be_frozen(frozen):
         torch.testing.assert_close(mine, expected)
 
 
-def test_routes_of_every_kind_in_one_step(calls, randomised):
-    base = nn.Sequential(nn.Linear(6, 7), nn.Linear(7, 4, bias=False))
+@pytest.mark.parametrize("wide", [False, True])
+def test_routes_of_every_kind_in_one_step(wide, calls, randomised, monkeypatch):
+    """wide: bfloat16 base and activations, float32 inside; the plain path rounds at every step."""
+    monkeypatch.setattr(products, "_is_fast_in_half", lambda: not wide)
+    monkeypatch.setattr(products, "_FEW_ROWS", 1)
+    base = nn.Sequential(nn.Linear(6, 7), nn.Linear(7, 4, bias=False)).to(torch.bfloat16 if wide else torch.float32)
     options = {
         "a": {},
         "b": {"use_dora": True},
@@ -116,7 +120,7 @@ def test_routes_of_every_kind_in_one_step(calls, randomised):
         model.add_adapter(name, LoraConfig(rank=i, target_modules="all-linear", **options[name]))
     for name in options:
         randomised(model, name)
-    x = torch.randn(9, 3, 6)
+    x = torch.randn(9, 3, 6).to(base[0].weight.dtype)
     state = {name: model.dropout_state(name) for name in options}
 
     def run():
@@ -131,7 +135,8 @@ def test_routes_of_every_kind_in_one_step(calls, randomised):
     ours, plain = both_ways(run)
     assert len(calls) == 2
     for mine, expected in zip(ours, plain, strict=True):
-        torch.testing.assert_close(mine, expected, atol=1e-4, rtol=1e-4)
+        error = (mine - expected).norm() / expected.norm()
+        assert error < (0.04 if wide else 1e-5)
 
 
 @pytest.mark.parametrize(("kind", "dropout"), list(itertools.product(KINDS, (0.0, 0.3))))
