@@ -28,20 +28,6 @@ _NOTES = {
     "backward), as the frozen path sees all of x: three quarters of our time at 576→1536 in fp32, so the gain is in "
     "what is around them. LoRA in fp32 is the frozen layer's time and some percent on both sides. In small layers a "
     "part of both sides is the first touch of fresh memory, 0.3 to 0.6 ms a tensor of 512×576 on a busy machine.",
-    "models": "Models: a whole training step, 1×256 tokens, all seven projections adapted",
-    "memory": "Memory",
-    "startup": "Start-up",
-    "scale": "Growth",
-}
-_NOTES = {
-    "layers": "`ratio` is PEFT's median over ours with its 95 % bootstrap interval (`low`, `high`); `tuned_ratio` is "
-    "the same for PEFT with `autocast_adapter_dtype=False`; `floor` is the frozen layer. In bfloat16 ours may beat "
-    "the floor: where the processor multiplies float32 faster, an adapted layer runs in float32 inside. nf4 is "
-    "bitsandbytes' layer on both sides, its products in the activations' dtype.\n\nWhat bounds the gain: DoRA with "
-    "dropout takes four products with the base weight on both sides, x and the dropped x forward and two gradients backward "
-    "(three quarters of our time at 576→1536, fp32), because the frozen path sees all of x; the gain is in what is "
-    "around them. LoRA in fp32 is the frozen layer's time and some percent on both sides: even at the floor's own "
-    "time the ratio would be below 1.5.",
     "models": "`captured` is the share of the gap between PEFT and the frozen model (`floor`) that our adapters "
     "close with the same loss; `captured_with_loss` has our loss head as well. `matmul_floor` is 4 FLOP a weight "
     "and token at the rate of a large product.",
