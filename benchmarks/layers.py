@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import convolutions
-from .pairs import DTYPES, Holder, Setup, three, touch
+from .pairs import DTYPES, Setup, has_nf4, linear, three, touch
 from .timing import geometric_mean, median_ms, race, ratio
 
 TOKENS = 512
@@ -20,7 +20,7 @@ def run(quick: bool) -> dict[str, Any]:
     rounds = 5 if quick else 15
     rows = []
     for setup, shape in cells(quick):
-        base = Holder(nn.Linear(*shape, bias=False)).to(DTYPES[setup.dtype])
+        base = linear(*shape, setup)
         x = torch.randn(1, TOKENS, shape[0], dtype=DTYPES[setup.dtype], requires_grad=True)
         rows.append(measure(base, setup, x, rounds, f"{shape[0]}→{shape[1]}"))
     for group, size, setup, base, x in convolutions.cells(quick):
@@ -31,8 +31,10 @@ def run(quick: bool) -> dict[str, Any]:
 def cells(quick: bool) -> Iterator[tuple[Setup, tuple[int, int]]]:
     sizes = [(576, 1536)] if quick else [(576, 576), (576, 1536), (2048, 2048)]
     ranks = [8] if quick else [8, 64]
-    for dora, dtype, dropout, rank, size in itertools.product((False, True), DTYPES, (0.0, 0.05), ranks, sizes):
-        yield Setup(rank, dropout, dora, dtype), size
+    kinds = [(False, ranks), (True, [8])] if has_nf4() else [(False, ranks)]
+    for nf4, these in kinds:
+        for dora, dtype, dropout, rank, size in itertools.product((False, True), DTYPES, (0.0, 0.05), these, sizes):
+            yield Setup(rank, dropout, dora, dtype, nf4), size
 
 
 def measure(base: nn.Module, setup: Setup, x: Tensor, rounds: int, size: str) -> dict[str, Any]:

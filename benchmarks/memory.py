@@ -13,15 +13,16 @@ import torch
 from torch import nn
 
 from . import convolutions
-from .pairs import DTYPES, Holder, Setup, three
+from .models import SHAPES, llama
+from .pairs import DTYPES, PROJECTIONS, Setup, has_nf4, linear, three
 
 WIDTH, TOKENS = 1024, 512
 
 
 def run(quick: bool) -> dict[str, Any]:
-    rows = [_retained(Setup(8, dropout, dora, dtype)) for dora, dtype, dropout in _cases()]
-    result: dict[str, Any] = {"rows": rows}
-    result["other_layers"] = list(_retained_elsewhere(quick))
+    rows = [_retained(Setup(8, dropout, dora, dtype, nf4)) for nf4, dora, dtype, dropout in _cases()]
+    by_model = [_retained_by_model(Setup(8, 0.0, dora, dtype)) for dora in (False, True) for dtype in DTYPES]
+    result: dict[str, Any] = {"rows": rows, "other_layers": list(_retained_elsewhere(quick)), "by_model": by_model}
     if not quick:
         result["peaks"] = [_peaks(what, dtype) for what in ("LoRA", "DoRA", "loss") for dtype in DTYPES]
     return result
@@ -45,16 +46,29 @@ def retained_bytes(model: nn.Module, x: torch.Tensor) -> int:
 
 
 def _cases() -> itertools.product[Any]:
-    return itertools.product((False, True), DTYPES, (0.0, 0.05))
+    return itertools.product((False, True)[: 1 + has_nf4()], (False, True), DTYPES, (0.0, 0.05))
 
 
 def _retained(setup: Setup) -> dict[str, Any]:
-    base = Holder(nn.Linear(WIDTH, WIDTH, bias=False)).to(DTYPES[setup.dtype])
     x = torch.randn(TOKENS, WIDTH, dtype=DTYPES[setup.dtype], requires_grad=True)
-    models = three(base, setup, ["layer"])
+    models = three(linear(WIDTH, WIDTH, setup), setup, ["layer"])
     found = {name: retained_bytes(models[name], x) for name in ("ours", "peft", "tuned")}
     shares = {f"{name}_of_x": round(size / x.nbytes, 3) for name, size in found.items()}
     return {"case": setup.label, **found, **shares, "share": round(found["ours"] / found["peft"], 3)}
+
+
+def _retained_by_model(setup: Setup) -> dict[str, Any]:
+    """The backbone of the small Llama, where neighbours share what they keep: q, k and v, or gate and up, one input."""
+    tokens = torch.randint(0, SHAPES["small"]["vocab_size"], (1, TOKENS))
+    models = three(llama("small", setup.dtype), setup, PROJECTIONS)
+    for model in models.values():
+        model.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_())
+    found = {name: retained_bytes(model, tokens) for name, model in models.items()}
+    return {
+        "case": f"small Llama, {setup.label}, 1×{TOKENS} tokens",
+        **found,
+        "share": round(found["ours"] / found["peft"], 3),
+    }
 
 
 def _peaks(what: str, dtype: str) -> dict[str, Any]:

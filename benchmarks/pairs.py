@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -19,16 +20,18 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 @dataclass(frozen=True)
 class Setup:
-    """What both sides are asked for; rsLoRA scaling with alpha 16 throughout."""
+    """What both sides are asked for; rsLoRA scaling with alpha 16 throughout. nf4: the base is bitsandbytes' own."""
 
     rank: int = 8
     dropout: float = 0.0
     dora: bool = False
     dtype: str = "fp32"
+    nf4: bool = False
 
     @property
     def label(self) -> str:
-        return f"{'DoRA' if self.dora else 'LoRA'} {self.dtype} dropout {self.dropout:g} r={self.rank}"
+        base = " nf4" if self.nf4 else ""
+        return f"{'DoRA' if self.dora else 'LoRA'}{base} {self.dtype} dropout {self.dropout:g} r={self.rank}"
 
 
 class Holder(nn.Module):
@@ -40,6 +43,24 @@ class Holder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x)
+
+
+def linear(inputs: int, outputs: int, setup: Setup) -> Holder:
+    """A model of one frozen linear layer without bias; in nf4 its products are in the activations' dtype."""
+    plain = nn.Linear(inputs, outputs, bias=False).to(DTYPES[setup.dtype])
+    if not setup.nf4:
+        return Holder(plain)
+    import bitsandbytes
+
+    layer = bitsandbytes.nn.Linear4bit(inputs, outputs, bias=False, compute_dtype=DTYPES[setup.dtype], quant_type="nf4")
+    layer.load_state_dict(plain.state_dict())
+    made = Holder(layer.to(DTYPES[setup.dtype]).to("cpu"))
+    made.is_loaded_in_4bit = True  # type: ignore[assignment]  # what PEFT asks for
+    return made
+
+
+def has_nf4() -> bool:
+    return importlib.util.find_spec("bitsandbytes") is not None
 
 
 def three(base: nn.Module, setup: Setup, targets: list[str]) -> dict[str, nn.Module]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,13 +22,15 @@ from torch import Tensor
 from .dora import DoraAdapter
 from .lora import LoraAdapter
 from .once import first_derivative_only
-from .products import wide_product
+from .products import add_product, runs_wide, times_transposed
 from .shares import Share, add_share, as_dtype, share_gradients
 from .switch import autocast_dtype, fused_allowed, is_plain, without_autocast
 
 if TYPE_CHECKING:
     from .layer import LoRALayerBase
     from .routing import Plan
+
+_AS_IT_IS = nullcontext()
 
 
 def fused_output(layer: LoRALayerBase, x: Tensor, plan: Plan) -> Tensor | None:
@@ -39,7 +42,8 @@ def fused_output(layer: LoRALayerBase, x: Tensor, plan: Plan) -> Tensor | None:
         return None
     parts = [_part(layer, adapter, rows) for adapter, rows in served]
     factors = [adapter._parameters.get(key) for adapter, _ in served for key in ("lora_A", "lora_B", "magnitude")]
-    return _Adapted.apply(layer, parts, _autocast(x), *factors)
+    x = _autocast(x)
+    return _Adapted.apply(_Call(layer, parts, _is_wide(layer, x)), x, *factors)
 
 
 def _served(layer: LoRALayerBase, x: Tensor, plan: Plan) -> list[tuple[LoraAdapter, slice]]:
@@ -54,28 +58,57 @@ def _served(layer: LoRALayerBase, x: Tensor, plan: Plan) -> list[tuple[LoraAdapt
     return [(adapter, rows) for adapter, rows in spans if adapter is not None]
 
 
+class _Call:
+    """One call of a layer: which adapters serve which rows, and whether 16-bit values are float32 inside."""
+
+    __slots__ = ("layer", "parts", "wide")
+
+    def __init__(self, layer: Any, parts: Sequence[Share], wide: bool) -> None:
+        self.layer, self.parts, self.wide = layer, parts, wide
+
+    def inside(self, x: Tensor) -> Tensor:
+        """(M, K) x or (M, N) G in what is computed in."""
+        return as_dtype(_flat(x), torch.float32) if self.wide else _flat(x)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x Wᵀ (M, N), a tensor to write to."""
+        if self.wide:
+            return times_transposed(x, self.matrix())
+        return self.layer.linear_forward(x).contiguous()
+
+    def base(self, x: Tensor) -> Tensor:
+        """x Wᵀ + b (M, N), likewise."""
+        if not self.wide:
+            return self.layer.base_forward(x).contiguous()
+        product, bias = self.product(x), self.layer.bias
+        return product if bias is None else product.add_(bias)
+
+    def matrix(self, known: Tensor | None = None) -> Tensor:
+        """(N, K) W"""
+        weight = self.layer.dense_weight() if known is None else known
+        return weight if self.layer.out_axis == 0 else weight.T
+
+
 class _Adapted(torch.autograd.Function):
-    """(layer, parts, x (..., K), A (K, r), B (r, N), magnitude (N,) or None, A, B, ...) -> (..., N)"""
+    """(call, x (..., K), A (K, r), B (r, N), magnitude (N,) or None, A, B, ...) -> (..., N)"""
 
     @staticmethod
-    def forward(ctx: Any, layer: Any, parts: list[Share], x: Tensor, *factors: Any) -> Tensor:
-        bare = any(part.scales_base for part in parts)
-        base = (layer.linear_forward(x) if bare else layer.base_forward(x)).contiguous()
-        out = _with_bias(layer, base, parts) if bare else base
-        flat_x, flat_base, flat_out = (_flat(t) for t in (x, base, out))
-        kept: list[Tensor | None] = []
-        for i, part in enumerate(parts):
-            views = flat_x[part.rows], flat_base[part.rows], flat_out[part.rows]
-            kept += add_share(part, layer, *views, *factors[3 * i : 3 * i + 3])
-        needs = ctx.needs_input_grad[3:]
-        for i in range(len(parts)):
-            kept[2 * i] = kept[2 * i] if needs[3 * i + 1] else None  # z serves dB alone
-            kept[2 * i + 1] = kept[2 * i + 1] if needs[3 * i + 2] else None
+    def forward(ctx: Any, call: _Call, x: Tensor, *factors: Any) -> Tensor:
+        with without_autocast(x.device.type) if call.wide else _AS_IT_IS:
+            out, kept = _output(call, call.inside(x), factors)
+        needs, weight = ctx.needs_input_grad[2:], call.layer.weight
+        for i in range(0, len(kept), 2):
+            if call.wide or not needs[3 * i // 2 + 1]:
+                kept[i] = None  # z serves dB alone; in float32 it would be kept in twice the bytes, so not at all
+            if (product := kept[i + 1]) is not None:
+                kept[i + 1] = as_dtype(product, x.dtype) if needs[3 * i // 2 + 2] else None
         # A quantised base is dequantised again in backward instead of being retained.
-        weight = layer.weight if layer.weight.is_floating_point() else None
-        ctx.layer, ctx.parts, ctx.like = layer, parts, (x.shape, x.dtype)
-        ctx.save_for_backward(x if any(needs[::3]) else None, weight, *factors, *kept)
-        return out
+        ctx.call, ctx.like = call, (x.shape, x.dtype)
+        kept_x = x if any(needs[::3]) or (call.wide and any(needs[1::3])) else None
+        ctx.save_for_backward(kept_x, weight if weight.is_floating_point() else None, *factors, *kept)
+        out = as_dtype(out, x.dtype)
+        # Detached, so that it is no view to autograd, which forbids to write to views that a Function returns.
+        return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1]).detach()
 
     @staticmethod
     @first_derivative_only("run forward inside lora_exp.adapters.use_reference()")
@@ -85,45 +118,67 @@ class _Adapted(torch.autograd.Function):
             return _gradients(ctx, grad)
 
 
+def _output(call: _Call, x: Tensor, factors: Sequence[Any]) -> tuple[Tensor, list[Tensor | None]]:
+    """The output (M, N) for x (M, K), and z and the product of each part."""
+    parts = call.parts
+    kept: list[Tensor | None] = []
+    bare = any(part.scales_base for part in parts)
+    base = call.product(x) if bare else call.base(x)
+    out = _with_bias(call.layer, base, parts) if bare else base
+    for i, part in enumerate(parts):
+        views = _rows(part, x), _rows(part, base), _rows(part, out)
+        kept += add_share(part, call.product, call.layer.bias, *views, *factors[3 * i : 3 * i + 3])
+    return out, kept
+
+
 def _with_bias(layer: Any, base: Tensor, parts: Sequence[Share]) -> Tensor:
     """An output for `base`, which has no bias: filled except where a part will write its rows whole."""
     out = torch.empty_like(base)
-    if not all(part.scales_base for part in parts) or sum(p.rows.stop - p.rows.start for p in parts) < len(_flat(base)):
+    if not all(part.scales_base for part in parts) or _leaves_rows(parts, base):
         out.copy_(base if layer.bias is None else base + as_dtype(layer.bias, base.dtype))
     return out
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, weight, *rest = ctx.saved_tensors
-    parts, (shape, dtype) = ctx.parts, ctx.like
+    call, (shape, dtype) = ctx.call, ctx.like
+    parts, G = call.parts, call.inside(grad)
     factors, kept = rest[: 3 * len(parts)], rest[3 * len(parts) :]
-    flat = grad.reshape(-1, grad.shape[-1])
-    weight = _matrix(ctx.layer, weight, flat.dtype) if ctx.needs_input_grad[2] else None
-    dx = None if weight is None else wide_product(_scaled(flat, parts, factors), weight)
-    found: list[Tensor | None] = []
+    dx, found, left = None, [], []
+    if ctx.needs_input_grad[1]:
+        weight = call.matrix(weight) if call.wide else as_dtype(call.matrix(weight), G.dtype)
+        dx = G.new_zeros(len(G), weight.shape[1]) if _leaves_rows(parts, G) else G.new_empty(len(G), weight.shape[1])
     for i, part in enumerate(parts):
-        needs = ctx.needs_input_grad[3 + 3 * i : 6 + 3 * i]
-        rows = None if x is None else _flat(x)[part.rows]
-        to = None if dx is None or weight is None else (dx[part.rows], weight)
-        found += share_gradients(part, flat[part.rows], rows, needs, factors[3 * i : 3 * i + 3], kept[2 * i :], to)
-    return None, None, None if dx is None else as_dtype(dx, dtype).view(shape), *found
+        needs = ctx.needs_input_grad[2 + 3 * i : 5 + 3 * i]
+        rows = None if x is None else _rows(part, _flat(x))
+        to = None if dx is None else (_rows(part, dx), weight)
+        given = factors[3 * i : 3 * i + 3], kept[2 * i :]
+        *gradients, seen = share_gradients(part, _rows(part, G), rows, needs, *given, to)
+        found += gradients
+        left.append(seen)
+    if dx is not None:
+        dx = as_dtype(add_product(dx, _joined(G, parts, left), weight), dtype).view(shape)
+    return None, dx, *found
 
 
-def _scaled(grad: Tensor, parts: Sequence[Share], factors: Sequence[Tensor]) -> Tensor:
-    """G with the rows of DoRA parts without dropout times g: what W takes back to dx."""
-    scaled = [(part, factors[3 * i + 2]) for i, part in enumerate(parts) if part.scales_base]
-    if len(parts) == 1 and scaled and parts[0].rows == slice(0, len(grad)):
-        return grad * parts[0].ratio(factors[2], grad.dtype)
-    out = grad.clone() if scaled else grad
-    for part, magnitude in scaled:
-        out[part.rows] *= part.ratio(magnitude, grad.dtype)
+def _joined(grad: Tensor, parts: Sequence[Share], left: Sequence[Tensor]) -> Tensor:
+    """G with the rows of each part as the part left them: g∘G for DoRA without dropout."""
+    if len(parts) == 1 and len(left[0]) == len(grad):
+        return left[0]
+    changed = [(part.rows, rows) for part, rows in zip(parts, left, strict=True) if part.scales_base]
+    out = grad.clone() if changed else grad
+    for rows, seen in changed:
+        out[rows] = seen
     return out
 
 
-def _matrix(layer: Any, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """(N, K) W in `dtype`."""
-    dense = as_dtype(layer.dense_weight() if weight is None else weight, dtype)
-    return dense if layer.out_axis == 0 else dense.T
+def _rows(part: Share, of: Tensor) -> Tensor:
+    """The part's rows; slicing costs as much as a small product, so not where it is all of them."""
+    return of if part.rows.stop - part.rows.start == len(of) else of[part.rows]
+
+
+def _leaves_rows(parts: Sequence[Share], of: Tensor) -> bool:
+    return sum(part.rows.stop - part.rows.start for part in parts) < len(of)
 
 
 def _part(layer: LoRALayerBase, adapter: LoraAdapter, rows: slice) -> Share:
@@ -145,13 +200,24 @@ def _runs_as_we_know(kind: type) -> bool:
 
 
 def _trains_base(layer: LoRALayerBase) -> bool:
-    return any(p is not None and p.requires_grad for p in layer._parameters.values())
+    return any(parameter is not None and parameter.requires_grad for parameter in layer._parameters.values())
 
 
 def _autocast(x: Tensor) -> Tensor:
     """x as autocast would hand it to a linear layer."""
     dtype = autocast_dtype(x.device.type)
     return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
+
+
+def _is_wide(layer: LoRALayerBase, x: Tensor) -> bool:
+    """Whether the call is computed in float32, be it x or the base's own products that would have 16 bits."""
+    dtype = x.dtype if x.dtype.itemsize == 2 else layer.compute_dtype or x.dtype
+    if dtype.itemsize != 2 or x.dtype is torch.float64:
+        return False
+    weight, kind = layer.weight, x.device.type
+    if weight.dtype is not x.dtype and weight.is_floating_point() and autocast_dtype(kind) is None:
+        return False  # the layer itself will say that they do not fit
+    return runs_wide(dtype, kind, x.numel() // max(1, x.shape[-1]))
 
 
 def _flat(x: Tensor) -> Tensor:

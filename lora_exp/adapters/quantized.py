@@ -31,13 +31,13 @@ class _Quantised(LoRALinear):
     """h = x dq(W)ᵀ + b + scale * (drop(x) A) B, x (..., in), h (..., out), W stored in 4 or 8 bits.
 
     W is dequantised once a forward pass for all that need it (the product, DoRA's norms, a dropped input's
-    product) and again in the backward pass, so that no dense copy is kept between the two. Products are in
-    `compute_dtype` where it is set, else in x's own dtype. Activations stay as they are: bitsandbytes' int8
-    kernel would round them, which training would see as noise.
+    product) and again in the backward pass, so that no dense copy is kept between the two. Each time into a
+    tensor of its own: bitsandbytes' CPU kernels take no buffer, and CUDA's allocator hands the last one out again.
+    Products are in `compute_dtype` where it is set, else in x's own dtype. Activations stay as they are:
+    bitsandbytes' int8 kernel would round them, which training would see as noise.
     """
 
     base_name = ""
-    compute_dtype: torch.dtype | None = None
     _shared: Callable[[], Tensor] | None = None  # dq(W) of the forward pass that is running
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:

@@ -1,18 +1,19 @@
 """One adapter's share of a fused linear layer: its rows of the output, and their gradients.
 
-Letters: m rows of the share, K inputs, N outputs, r rank; the formulas are those of `fused`.
+Letters: m rows of the share, K inputs, N outputs, r rank; the formulas are those of `fused`. Each (m, N) or (m, K)
+pass over memory costs a small layer a percent of its time, so they are few, and their buffers are used again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .masks import dropout_mask, keep_share
-from .products import wide_product
+from .products import add_product
 
 
 class Share:
@@ -45,27 +46,37 @@ def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def add_share(
-    share: Share, layer: Any, x: Tensor, base: Tensor, out: Tensor, A: Tensor, B: Tensor, magnitude: Tensor | None
+    share: Share,
+    product: Callable[[Tensor], Tensor],
+    bias: Tensor | None,
+    x: Tensor,
+    base: Tensor,
+    out: Tensor,
+    A: Tensor,
+    B: Tensor,
+    magnitude: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Write one adapter's rows of `out` in place. Returns z (m, r) and, for DoRA, what g multiplies (m, N)."""
+    """Write one adapter's rows of `out` in place; product(d) is d Wᵀ.
+
+    Returns z (m, r) and, for DoRA, what g multiplies (m, N).
+    """
     mask = share.mask(x)
     d = x if mask is None else mask.mul_(x)
-    z = d @ as_dtype(A, x.dtype)
+    z = torch.mm(d, as_dtype(A, x.dtype))
     low = as_dtype(z, out.dtype), as_dtype(B, out.dtype)
     if magnitude is None:
         out.addmm_(*low, alpha=share.factor)
         return z, None
     g = share.ratio(magnitude, out.dtype)
     if mask is None:
-        product = base.addmm_(*low, alpha=share.scale)
-        bias = None if layer.bias is None else as_dtype(layer.bias, out.dtype)
-        torch.mul(product, g, out=out) if bias is None else torch.addcmul(bias, product, g, out=out)
+        seen = base.addmm_(*low, alpha=share.scale)
+        torch.mul(seen, g, out=out) if bias is None else torch.addcmul(as_dtype(bias, out.dtype), seen, g, out=out)
     else:
-        product = layer.linear_forward(d)
-        out.sub_(product, alpha=share.boost)
-        product.addmm_(*low, alpha=share.scale)
-        out.addcmul_(product, g, value=share.boost)
-    return z, product
+        seen = product(d)
+        out.sub_(seen, alpha=share.boost)
+        seen.addmm_(*low, alpha=share.scale)
+        out.addcmul_(seen, g, value=share.boost)
+    return z, seen
 
 
 def share_gradients(
@@ -76,46 +87,63 @@ def share_gradients(
     factors: Sequence[Tensor],
     kept: Sequence[Tensor],
     to: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dA, dB and dmagnitude for G = `grad` (m, N); adds to dx (m, K) if `to` holds it and W (N, K)."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
+    """dA, dB and dmagnitude for G = `grad` (m, N), and what W is still to take back to dx: G, or g∘G (m, N).
+
+    Writes the rest of dx (m, K) if `to` holds it and W (N, K). Without a kept z it is computed again.
+    """
     A, B, magnitude = factors
-    z, product = kept[:2]
+    z, seen = kept[:2]
     g = None if magnitude is None else share.ratio(magnitude, grad.dtype)
-    dA = dB = dm = None
-    if needs[1]:
-        dB = as_dtype(as_dtype(z, grad.dtype).T @ grad, B.dtype)
-        dB.mul_(share.factor if g is None else share.ratio(magnitude, B.dtype) * share.factor)
-    if needs[2]:
-        dm = (grad * product).sum(0, dtype=magnitude.dtype).mul_(share.boost / share.norm)
+    a, b = as_dtype(A, grad.dtype), as_dtype(B, grad.dtype)
+    dA = dB = dm = dz = None
+    x = None if x is None else as_dtype(x, grad.dtype)
+    weighted, mask = grad, share.mask(x if to is None else to[0])
+    if g is not None and (needs[2] or to is not None):
+        weighted, dm = _weighted(share, grad, g, seen if needs[2] else None, magnitude.dtype)
     if needs[0] or to is not None:
-        b = as_dtype(B, grad.dtype)
-        dz = (grad @ (b if g is None else b * g).T).mul_(share.factor)
-        mask = share.mask(x if to is None else to[0])
-        if to is not None:
-            _add_to_input(share, grad, as_dtype(dz, to[0].dtype), as_dtype(A, to[0].dtype).T, g, mask, *to)
-        if needs[0]:
-            assert x is not None
-            d = x if mask is None else mask.mul_(x)
-            # As (r, K) first: twice as fast as dᵀ dz for a narrow dz.
-            dA = (as_dtype(dz, d.dtype).T @ d).T.to(A.dtype, memory_format=torch.contiguous_format)
-    return dA, dB, dm
+        dz = torch.mm(grad, (b if g is None else b * g).T)  # without its factor c
+    if to is not None and dz is not None:
+        _write_input(share, mask, dz, a, None if g is None else weighted, *to)
+    d = x if x is None or mask is None else mask.mul_(x)
+    if needs[1]:
+        dB = _scaled_product(b, (torch.mm(d, a) if z is None else as_dtype(z, grad.dtype)).T, grad, share.factor)
+        dB = as_dtype(dB, B.dtype) if g is None else as_dtype(dB, B.dtype).mul_(share.ratio(magnitude, B.dtype))
+    if needs[0] and dz is not None and d is not None:
+        # As (r, K) first: twice as fast as dᵀ dz for a narrow dz.
+        dA = _scaled_product(a.T, dz.T, d, share.factor).T.to(A.dtype, memory_format=torch.contiguous_format)
+    return dA, dB, dm, grad if share.p else weighted
 
 
-def _add_to_input(
+def _weighted(
+    share: Share, grad: Tensor, g: Tensor, seen: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """g∘G, with dropout (g-1)/keep ∘ G (m, N), and dmagnitude if `seen`, what g multiplied, is given."""
+    weight = (g - 1).mul_(share.boost) if share.p else g
+    if seen is None:
+        return grad * weight, None
+    buffer = grad * as_dtype(seen, grad.dtype)
+    dm = buffer.sum(0, dtype=dtype).mul_(share.boost / share.norm)
+    return torch.mul(grad, weight, out=buffer), dm
+
+
+def _write_input(
     share: Share,
-    grad: Tensor,
-    dz: Tensor,
-    At: Tensor,
-    g: Tensor | None,
     mask: Tensor | None,
+    dz: Tensor,
+    A: Tensor,
+    weighted: Tensor | None,
     dx: Tensor,
     weight: Tensor,
 ) -> None:
-    """dx += mask ∘ (dz Aᵀ), and for DoRA with dropout also mask ∘ (((g-1)/keep ∘ G) W)."""
-    if mask is None:
-        dx.addmm_(dz, At)
-        return
-    low = dz @ At if g is None else wide_product(grad * ((g - 1) * share.boost), weight)
-    if g is not None:
-        low.addmm_(dz, At)
-    dx.addcmul_(low, mask)
+    """dx = mask ∘ (c dz Aᵀ), for DoRA with dropout mask ∘ (((g-1)/keep ∘ G) W + c dz Aᵀ)."""
+    dx.addmm_(dz, A.T, beta=0, alpha=share.factor)
+    if mask is not None:
+        if weighted is not None:
+            add_product(dx, weighted, weight)
+        dx.mul_(mask)
+
+
+def _scaled_product(like: Tensor, left: Tensor, right: Tensor, factor: float) -> Tensor:
+    """factor * left right, in one step; `like` has the result's shape, its values are not read."""
+    return torch.addmm(like, left, right, beta=0, alpha=factor)

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
+_AS_IT_IS = nullcontext()
 _plain = os.environ.get("LORA_EXP_REFERENCE", "0") not in ("", "0")
 
 
@@ -33,13 +34,14 @@ def fused_allowed() -> bool:
 
 
 def without_autocast(kind: str) -> AbstractContextManager[object]:
-    """No autocast on devices of this kind; the meta device, which plans run on, has none to switch off."""
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    """No autocast on devices of this kind, at no cost where it is off."""
+    return _AS_IT_IS if autocast_dtype(kind) is None else torch.autocast(kind, enabled=False)
 
 
 def autocast_dtype(kind: str) -> torch.dtype | None:
     """What autocast computes in on devices of this kind; None where it is off."""
-    is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    # The meta device, which plans run on, has none to ask for.
+    is_on = kind != "meta" and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if is_on else None
 
 

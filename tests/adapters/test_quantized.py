@@ -12,7 +12,7 @@ from torch import nn
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says so where it lacks an optional kernel
 bnb = pytest.importorskip("bitsandbytes")
 
-from lora_exp.adapters import LoraConfig, LoRALinear, LoRALinear4bit, LoRALinear8bit, LoraModel, lora, shares  # noqa: E402
+from lora_exp.adapters import LoraConfig, LoRALinear, LoRALinear4bit, LoRALinear8bit, LoraModel, lora, products, shares  # noqa: E402
 
 KINDS = ["nf4", "fp4", "nf4-double", "int8"]
 FOUR_BIT = KINDS[:3]
@@ -132,9 +132,12 @@ def test_it_equals_pefts(kind, dora, dropout, oracle, randomised, same_masks):
     assert model.parameter_counts() == twin.get_nb_trainable_parameters()
 
 
+@pytest.mark.parametrize("wide", [False, True])
 @METHODS
 @BOTH
-def test_a_bfloat16_base_agrees_to_bfloat16s_rounding(kind, dora, randomised):
+def test_a_bfloat16_base_agrees_to_bfloat16s_rounding(kind, dora, wide, randomised, monkeypatch):
+    monkeypatch.setattr(products, "_is_fast_in_half", lambda: not wide)
+    monkeypatch.setattr(products, "_FEW_ROWS", 1)
     base = Net(kind, dtype=torch.bfloat16)
     twin, model = adapted(base.dense().float(), dora), adapted(base, dora)
     randomised(model, std=0.05)
@@ -143,6 +146,24 @@ def test_a_bfloat16_base_agrees_to_bfloat16s_rounding(kind, dora, randomised):
     ours, theirs = gradients(model, x.bfloat16()), gradients(twin, x)
     for mine, plain in zip(ours, theirs, strict=True):
         assert (mine.float() - plain).norm() < 0.02 * plain.norm()
+
+
+@METHODS
+@pytest.mark.parametrize("kind", FOUR_BIT)
+def test_a_float32_input_to_products_in_bfloat16(kind, dora, randomised, monkeypatch):
+    """bitsandbytes' compute_dtype asks for them; a processor that is slow in bfloat16 computes in float32."""
+    monkeypatch.setattr(products, "_FEW_ROWS", 1)
+    base = Net(kind)
+    base.up.compute_dtype = base.down.compute_dtype = torch.bfloat16
+    model = adapted(base, dora)
+    randomised(model, std=0.05)
+    x, found = torch.randn(3, 7, 64), {}
+    for wide in (False, True):
+        monkeypatch.setattr(products, "_is_fast_in_half", lambda wide=wide: not wide)
+        found[wide] = gradients(model, x)
+        assert found[wide][0].dtype == torch.float32
+    for rounded, exact in zip(found[False], found[True], strict=True):
+        assert (rounded - exact).norm() < 0.02 * exact.norm()
 
 
 @METHODS
