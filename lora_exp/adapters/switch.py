@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 _plain = os.environ.get("LORA_EXP_REFERENCE", "0") not in ("", "0")
+_on_meta: torch.dtype | None = None
 
 
 @contextmanager
@@ -32,13 +33,28 @@ def fused_allowed() -> bool:
     return not (_plain or torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_transformed())
 
 
+@contextmanager
+def autocast_on_meta(dtype: torch.dtype | None) -> Iterator[None]:
+    """Autocast for the meta device, which plans run on and which torch has none for; None is off."""
+    global _on_meta
+    outer, _on_meta = _on_meta, dtype
+    try:
+        yield
+    finally:
+        _on_meta = outer
+
+
 def without_autocast(kind: str) -> AbstractContextManager[object]:
-    """No autocast on devices of this kind; the meta device, which plans run on, has none to switch off."""
+    """No autocast on devices of this kind."""
+    if kind == "meta":
+        return autocast_on_meta(None)
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def autocast_dtype(kind: str) -> torch.dtype | None:
     """What autocast computes in on devices of this kind; None where it is off."""
+    if kind == "meta":
+        return _on_meta
     is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if is_on else None
 

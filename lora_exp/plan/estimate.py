@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from lora_exp.adapters.layer import LoRALayerBase
 from lora_exp.adapters.walk import lora_layers
 from lora_exp.backends import Adapted, adapt
-from lora_exp.config import Config, uses_factors
+from lora_exp.config import Config, DataConfig, uses_factors
 from lora_exp.place import Place, resolve_place
 from lora_exp.plan.architecture import facts_of, meta_model, prepare_for_kbit, quantised_names
 from lora_exp.plan.kernels import Kernels
-from lora_exp.plan.sizes import base_bytes, file_bytes, optimizer_bytes
-from lora_exp.plan.trace import Step, trace_step
+from lora_exp.plan.sizes import base_bytes, file_bytes, optimizer_bytes, unpacked_bytes
+from lora_exp.plan.trace import Step, Work, trace_step
+from lora_exp.training.objectives import OBJECTIVES
 
 GIB = 2**30
 _PEFT_NAME = "base_model.model.{}.weight"
@@ -157,14 +158,22 @@ def layer_kind(module: nn.Module) -> str:
 
 
 def _step(model: nn.Module, config: Config, place: Place, weights: Mapping[str, Tensor], quantised: set[str]) -> Step:
+    objective, section = OBJECTIVES[config.data.kind], config.train
+    with torch.device("meta"):
+        batch = objective.collate([_row(config.data)] * section.micro_batch_size)
     kernels = Kernels(place.device.type, place.autocast)
-    train = config.train
-    step = trace_step(model, train.micro_batch_size, config.data.block_size, kernels, train.gradient_checkpointing)
-    if config.quantization.name not in ("nf4", "fp4"):
-        return step
-    # A 4-bit weight is unpacked into a tensor of its own for every product, one at a time.
-    unpacked = max((weights[name].numel() * weights[name].element_size() for name in quantised), default=0)
+    step = trace_step(Work(model, objective.losses, batch), kernels, section.gradient_checkpointing)
+    # A quantised weight is unpacked into a tensor of its own for every product, one at a time.
+    unpacked = max((unpacked_bytes(weights[name], config.quantization) for name in quantised), default=0)
     return replace(step, peak_bytes=step.peak_bytes + unpacked)
+
+
+def _row(section: DataConfig) -> dict[str, Tensor]:
+    """A row of data as the objective's collate takes it."""
+    if section.kind == "images":
+        shape = (1, section.image_size, section.image_size)
+        return {"pixels": torch.zeros(shape, dtype=torch.uint8), "labels": torch.zeros((), dtype=torch.long)}
+    return {"input_ids": torch.zeros(section.block_size, dtype=torch.long)}
 
 
 def _module(name: str, layer: LoRALayerBase) -> Module:

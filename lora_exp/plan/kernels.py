@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lora_exp.adapters.switch import autocast_dtype, autocast_on_meta
+
 _PRODUCTS = {F.linear, F.conv2d, torch.matmul, torch.bmm, torch.addmm, Tensor.matmul, Tensor.__matmul__}
 
 
@@ -22,14 +24,24 @@ class Kernels(TorchFunctionMode):
     def __init__(self, device_type: str, autocast: torch.dtype | None = None) -> None:
         super().__init__()
         self._device_type = device_type
-        self._autocast = autocast
+        self._wanted = autocast
+        self._entered: list[Any] = []
         self._copies: dict[int, Tensor] = {}
+
+    def __enter__(self) -> Any:
+        self._entered.append(autocast_on_meta(self._wanted))
+        self._entered[-1].__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._entered.pop().__exit__(*error)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
-        if self._autocast is not None and func in _PRODUCTS:
+        if func in _PRODUCTS and autocast_dtype("meta") is not None:
             args = [self._cast(value) for value in args]
             kwargs = {name: self._cast(value) for name, value in kwargs.items()}
         elif func is F.linear and args[0].dtype != args[1].dtype:
@@ -64,10 +76,11 @@ class Kernels(TorchFunctionMode):
         return F.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)).to(x.dtype)
 
     def _cast(self, value: Any) -> Any:
-        if self._autocast is None or not isinstance(value, Tensor) or value.dtype != torch.float32:
+        dtype = autocast_dtype("meta")
+        if dtype is None or not isinstance(value, Tensor) or value.dtype != torch.float32:
             return value
         if not (value.is_leaf and value.requires_grad):
-            return value.to(self._autocast)
+            return value.to(dtype)
         if id(value) not in self._copies:  # autocast keeps its copies of weights for the whole pass
-            self._copies[id(value)] = value.to(self._autocast)
+            self._copies[id(value)] = value.to(dtype)
         return self._copies[id(value)]

@@ -41,6 +41,12 @@ def quantised_bytes(weight: Tensor, section: QuantizationConfig) -> tuple[int, i
     return stored, blocks + 4 * -(-blocks // _SECOND_BLOCK) + 4 + _TABLE  # 4: the constants' mean
 
 
+def unpacked_bytes(weight: Tensor, section: QuantizationConfig) -> int:
+    """The most that a quantised weight, ``weight`` in the dtype of its products, takes while it is unpacked."""
+    size = weight.element_size()
+    return weight.numel() * (8 if section.name == "int8" else size)  # 8: int8 is scaled in float32 twice
+
+
 def optimizer_bytes(trained: list[nn.Parameter], section: OptimizerConfig) -> int:
     """AdamW's two states a parameter: float32 each, or 8 bit in blocks with a float32 constant."""
     return sum(_state_bytes(parameter, section.name.endswith("8bit")) for parameter in trained)
