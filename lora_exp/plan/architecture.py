@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,26 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lora_exp.config import ModelConfig, QuantizationConfig
+from lora_exp.config import DataConfig, ModelConfig, QuantizationConfig
+from lora_exp.data import load_data
+from lora_exp.models import efficientnet_lite
 
 transformers.utils.logging.set_verbosity_error()
+
+Outline = Callable[[torch.dtype], nn.Module]
+
+
+def outline_of(section: ModelConfig, data: DataConfig) -> Outline:
+    """What makes a new model on the meta device, in a given dtype, as training would load it.
+
+    Raises ValueError for facts or a package that cannot be had. A model of images is made to fit the data, which is
+    read for its classes.
+    """
+    if section.kind == "efficientnet_lite":
+        shape = load_data(data, lambda: None).shape
+        return lambda dtype: efficientnet_lite.unloaded(section, dtype, shape)
+    facts = facts_of(section)
+    return lambda dtype: meta_model(copy.deepcopy(facts), section, dtype)
 
 
 def facts_of(section: ModelConfig) -> Any:

@@ -36,6 +36,16 @@ class Kernels(TorchFunctionMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self._entered.pop().__exit__(*error)
+        if not self._entered:
+            self._copies.clear()
+
+    def copied_bytes(self) -> int:
+        """What the copies of weights take that autocast keeps until it is left."""
+        return sum(copy.nbytes for copy in self._copies.values())
+
+    def keep(self, size: int) -> None:
+        """Keep as many bytes with these copies."""
+        self._copies[-1 - len(self._copies)] = torch.empty(size, dtype=torch.uint8, device="meta")
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

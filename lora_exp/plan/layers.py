@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lora_exp.plan.kernels import Kernels
 from lora_exp.plan.ledger import Ledger
 
 _NUMBERS = ("layer_idx", "layer_key")  # in which layers alike differ
@@ -23,9 +24,13 @@ _PLAIN = (bool, int, float, str, type(None))
 
 @dataclass
 class _Kind:
-    """Layers alike whose input carries a gradient, or none. ``retained`` is None until one was seen to its end."""
+    """Layers alike whose input carries a gradient, or none. ``retained`` is None until one was seen to its end.
+
+    ``copied``: what goes when autocast is left.
+    """
 
     retained: int | None = None
+    copied: int = 0
     stood_in: int = 0
     forward_flops: int = 0
     backward_flops: int = 0
@@ -35,8 +40,8 @@ class _Kind:
 class Layers:
     """A context in which the layers of ``model`` are run once a kind. Made for one pass."""
 
-    def __init__(self, model: nn.Module, ledger: Ledger) -> None:
-        self._ledger = ledger
+    def __init__(self, model: nn.Module, ledger: Ledger, kernels: Kernels) -> None:
+        self._ledger, self._kernels = ledger, kernels
         self._alike = {m: _signature(m) for m in model.modules() if isinstance(m, GradientCheckpointingLayer)}
         self._left = Counter(self._alike.values())
         self._kinds: dict[tuple[int, bool], _Kind] = {}
@@ -67,13 +72,14 @@ class Layers:
         kind = self._kinds.setdefault((alike, carries), _Kind())
         if kind.retained is not None and self._left[alike]:
             kind.stood_in += 1
+            self._kernels.keep(kind.copied)
             hidden = _StandIn.apply(args[0], kind.retained)
             return hidden if kind.rest is None else (hidden, *kind.rest)
         return self._run(kind, layer, args, kwargs)
 
     def _run(self, kind: _Kind, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         ledger, is_first = self._ledger, not self._spans
-        live, serial, flops = ledger.live, ledger.serial, ledger.flops
+        live, serial, flops, copied = ledger.live, ledger.serial, ledger.flops, self._kernels.copied_bytes()
         out = type(layer).forward(layer, *args, **kwargs)
         hidden, *rest = out if isinstance(out, tuple) else (out,)
         self._spans.append((serial, ledger.serial, hidden.untyped_storage().nbytes()))
@@ -81,6 +87,8 @@ class Layers:
         if not is_first and kind.retained is None and _is_regular(args, hidden, rest):
             kind.forward_flops = ledger.flops - flops
             kind.rest = tuple(rest) if isinstance(out, tuple) else None
+            if layer.gradient_checkpointing:  # else the backward pass keeps the copies
+                kind.copied = self._kernels.copied_bytes() - copied
             self._watch_backward(kind, args[0], hidden)
             self._open = (kind, live)
         return out
@@ -88,7 +96,7 @@ class Layers:
     def _close(self) -> None:
         if self._open is not None:
             kind, live = self._open
-            kind.retained = max(0, self._ledger.live - live)
+            kind.retained = max(0, self._ledger.live - live - kind.copied)
             self._open = None
 
     def _watch_backward(self, kind: _Kind, hidden: Tensor, out: Tensor) -> None:

@@ -57,45 +57,45 @@ def trace_step(work: Work, kernels: Kernels, checkpointing: bool) -> Step:
     work.model.train()
     layer_bytes = 0
     if checkpointing:
-        layer_bytes = _settled(work, lambda one: one.largest_layer(kernels))
+        layer_bytes = _settled(work, kernels, lambda one: one.largest_layer())
         # A layer is recomputed inside backward(), a call that takes ``kernels`` off until it ends.
         checkpoint_layers(work.model, context_fn=lambda: (contextlib.nullcontext(), kernels))
-    step = _settled(work, lambda one: one.run(kernels))
+    step = _settled(work, kernels, lambda one: one.run())
     return replace(step, activation_bytes=step.activation_bytes + layer_bytes, all_logits=refusal(work.model))
 
 
-def _settled(work: Work, found: Callable[[_Pass], _Found]) -> _Found:
+def _settled(work: Work, kernels: Kernels, found: Callable[[_Pass], _Found]) -> _Found:
     """What a pass finds. One that learns that the head must give all logits has run the model twice, as no other will."""
     known = refusal(work.model)
-    result = found(_Pass(work))
-    return result if refusal(work.model) == known else found(_Pass(work))
+    result = found(_Pass(work, kernels))
+    return result if refusal(work.model) == known else found(_Pass(work, kernels))
 
 
 class _Pass:
     """One forward and backward pass, with marks at the layers and at the head."""
 
-    def __init__(self, work: Work) -> None:
-        self._work = work
+    def __init__(self, work: Work, kernels: Kernels) -> None:
+        self._work, self._kernels = work, kernels
         for parameter in work.model.parameters():  # as from the second micro step on; adding to one is in place
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         self._ledger = Ledger(work.model)
-        self._layers = Layers(work.model, self._ledger)
+        self._layers = Layers(work.model, self._ledger, kernels)
         self._head_start: int | None = None
         self._trunk_peak = 0
         self._head_peak = 0
 
-    def largest_layer(self, kernels: Kernels) -> int:
+    def largest_layer(self) -> int:
         """The most bytes that one checkpointed layer keeps for its backward pass."""
-        with self._ledger, kernels, self._layers:
+        with self._ledger, self._kernels, self._layers:
             loss = self._loss()
             size = self._layers.largest()
             del loss
         return size
 
-    def run(self, kernels: Kernels) -> Step:
+    def run(self) -> Step:
         ledger = self._ledger
         with ledger, self._marked_head(), self._layers:
-            with kernels:
+            with self._kernels:
                 loss = self._loss()
             kept = ledger.between(0, ledger.serial if self._head_start is None else self._head_start)
             loss.backward()
