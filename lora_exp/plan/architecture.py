@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_exp.config import DataConfig, ModelConfig, QuantizationConfig
@@ -59,7 +60,7 @@ def facts_of(section: ModelConfig) -> Any:
 def meta_model(facts: Any, section: ModelConfig, dtype: torch.dtype) -> nn.Module:
     """The causal language model in ``dtype`` on the meta device. Raises ValueError if transformers has none such."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Unfilled():
             model = AutoModelForCausalLM.from_config(
                 facts,
                 dtype=dtype,
@@ -70,6 +71,15 @@ def meta_model(facts: Any, section: ModelConfig, dtype: torch.dtype) -> nn.Modul
         raise ValueError(f"{section.label} cannot be planned ({error}): name a causal language model") from error
     model.config.use_cache = False
     return model
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves out first values, which take half of the time that it takes to make a model and which meta has not."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def quantised_names(model: Any, section: QuantizationConfig) -> set[str]:

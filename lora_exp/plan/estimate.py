@@ -15,6 +15,7 @@ from lora_exp.backends import Adapted, adapt
 from lora_exp.config import Config, DataConfig, uses_factors
 from lora_exp.place import Place, resolve_place
 from lora_exp.plan.architecture import Outline, outline_of, prepare_for_kbit, quantised_names
+from lora_exp.plan.bound import upper_bound
 from lora_exp.plan.kernels import Kernels
 from lora_exp.plan.sizes import base_bytes, file_bytes, optimizer_bytes, unpacked_bytes
 from lora_exp.plan.trace import Step, Work, trace_step
@@ -87,6 +88,10 @@ class Planner:
         if rows is not None:
             config.train = replace(config.train, micro_batch_size=rows)
         return _plan(config, self._outline, self._place)
+
+    def upper_bound(self) -> float:
+        """Bytes that the config stays below; infinity for a model of unknown form. No step is traced for it."""
+        return upper_bound(self._outline(self._place.dtype), self._config)
 
 
 def planned_place(config: Config) -> Place:
@@ -167,11 +172,9 @@ def _step(model: nn.Module, config: Config, place: Place, weights: Mapping[str, 
     objective, section = OBJECTIVES[config.data.kind], config.train
     with torch.device("meta"):
         batch = objective.collate([_row(config.data)] * section.micro_batch_size)
-    kernels = Kernels(place.device.type, place.autocast)
-    step = trace_step(Work(model, objective.losses, batch), kernels, section.gradient_checkpointing)
-    # A quantised weight is unpacked into a tensor of its own for every product, one at a time.
     unpacked = max((unpacked_bytes(weights[name], config.quantization) for name in quantised), default=0)
-    return replace(step, peak_bytes=step.peak_bytes + unpacked)
+    work = Work(model, objective.losses, batch, unpacked)
+    return trace_step(work, Kernels(place.device.type, place.autocast), section.gradient_checkpointing)
 
 
 def _row(section: DataConfig) -> dict[str, Tensor]:

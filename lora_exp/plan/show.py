@@ -99,7 +99,7 @@ def _facts(plan: Plan, config: Config) -> list[str]:
     return [
         f"Adapter file {plan.adapter_file_bytes / 1e6:.2f} MB. A step of {config.train.grad_accum_steps} × "
         f"{config.train.micro_batch_size} {rows}: {plan.tokens_per_step:,} {plan.unit}, "
-        f"{plan.flops_per_step / 1e12:.3f} TFLOPs."
+        f"{plan.flops_per_step / 1e12:.4g} TFLOPs."
     ]
 
 

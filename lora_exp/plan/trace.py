@@ -28,11 +28,16 @@ _Found = TypeVar("_Found")
 
 @dataclass(frozen=True)
 class Work:
-    """What a step computes: the objective's ``losses`` of ``model`` for ``batch``, all on the meta device."""
+    """What a step computes: the objective's ``losses`` of ``model`` for ``batch``, all on the meta device.
+
+    ``unpacked_bytes``: what a quantised weight takes while it is unpacked for a product, one at a time, none
+    of them the head's.
+    """
 
     model: nn.Module
     losses: Callable[[nn.Module, Batch], RowLosses]
     batch: Batch
+    unpacked_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,7 @@ class _Pass:
             kept = ledger.between(0, ledger.serial if self._head_start is None else self._head_start)
             loss.backward()
         head = 0 if self._head_start is None else max(0, (self._head_peak or ledger.peak) - kept)
-        peak = max(self._trunk_peak, self._head_peak, ledger.peak)
+        peak = max(max(self._trunk_peak, ledger.peak) + self._work.unpacked_bytes, self._head_peak)
         return Step(kept, head, peak, ledger.flops + self._layers.flops())
 
     def _loss(self) -> Tensor:
