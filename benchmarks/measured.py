@@ -23,8 +23,6 @@ from lora_exp.place import Place, resolve_place, set_seed
 from lora_exp.training.objectives import OBJECTIVES, Batch
 from lora_exp.training.optimizers import build_optimizer
 
-_SEEDED = 8000  # tokens are drawn below it
-
 
 @dataclass
 class Measured:
@@ -73,7 +71,9 @@ def measure(config: Config, place: Place | None = None) -> Measured:
     set_seed(config.seed)
     adapted = adapt(base, config)
     adapted.model.train()
-    step = _Step(adapted, config, place, _batch(config))
+    step = _Step(adapted, config, place, _batch(base, config))
+    with torch.no_grad():  # the first pass of a model tells whether its loss needs all logits
+        step.loss()
     retained = step.activations(config.train.gradient_checkpointing)
     found = Measured(adapted.trainable, adapted.total, weights, _bytes(adapted.parameters), retained)
     if config.train.gradient_checkpointing:
@@ -168,13 +168,13 @@ def _stored(model: nn.Module) -> list[Tensor]:
     return list({tensor.untyped_storage().data_ptr(): tensor for tensor in found}.values())
 
 
-def _batch(config: Config) -> Batch:
+def _batch(base: Any, config: Config) -> Batch:
     rows, data = config.train.micro_batch_size, config.data
     if data.kind == "images":
         shape = (1, data.image_size, data.image_size)
         row = {"pixels": torch.randint(0, 256, shape, dtype=torch.uint8), "labels": torch.tensor(1)}
     else:
-        row = {"input_ids": torch.randint(0, _SEEDED, (data.block_size,))}
+        row = {"input_ids": torch.randint(0, base.get_input_embeddings().num_embeddings, (data.block_size,))}
     return OBJECTIVES[data.kind].collate([row] * rows)
 
 

@@ -127,30 +127,6 @@ def test_quantised_sizes_are_logical_and_the_head_is_left_alone() -> None:
     assert skipping.base_bytes["nf4"] == 8 * 12 * 768 * 768 // 2
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("name", TINY)
-def test_a_plan_is_what_a_real_step_takes(name: str, rows: int, checkpointing: bool) -> None:
-    made = tiny(name, f"train.micro_batch_size={rows}")
-    made.train.gradient_checkpointing = checkpointing
-    plan, model = Planner(made).plan(), real_model(made)
-    weights = nbytes([*model.parameters()])
-    adapted = adapt(model, made)
-    retained = real_activations(adapted.model, made, checkpointing)
-    if checkpointing:
-        checkpoint_layers(model)
-    optimizer = build_optimizer(adapted.parameters, made.optimizer)
-    causal_lm_losses(adapted.model, batch(made)).total.sum().backward()
-    optimizer.step()
-    assert (plan.trainable, plan.total) == (adapted.trainable, adapted.total)
-    assert sum(plan.base_bytes.values()) == pytest.approx(weights, rel=0.02)
-    assert plan.adapter_bytes == nbytes(adapted.parameters)
-    assert plan.gradient_bytes == nbytes([parameter.grad for parameter in adapted.parameters])
-    assert plan.optimizer_bytes == nbytes([value for state in optimizer.state.values() for value in state.values()])
-    assert plan.activation_bytes == pytest.approx(retained, rel=0.06)  # gpt2 keeps its embedding twice
-    assert plan.step_peak_bytes >= plan.activation_bytes
-
-
 @pytest.mark.parametrize("backend", ["native", "peft"])
 def test_the_file_is_as_large_as_planned(backend: str, tmp_path: Any) -> None:
     made = tiny("llama", f"backend={backend}")
@@ -234,53 +210,3 @@ def test_gradients_are_equal_with_and_without_checkpointing() -> None:
         causal_lm_losses(adapted.model, data).total.sum().backward()
         gradients.append([parameter.grad for parameter in adapted.parameters])
     assert all(torch.equal(plain, again) for plain, again in zip(*gradients, strict=True))
-
-
-def nbytes(tensors: list[Any]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def real_activations(model: Any, made: Config, checkpointing: bool) -> int:
-    """Bytes below the head that autograd saves: every storage once, parameters left out."""
-    parameters = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    places: dict[str, dict[int, int]] = {"trunk": {}, "inputs": {}}
-    kept, current = [], ["trunk"]
-
-    def note(tensor: Tensor, place: str | None = None) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept.append(storage)
-            places.setdefault(place or current[0], {})[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    model.train()
-    with marked_layers(model, current, note), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = causal_lm_losses(model, batch(made)).total
-    del loss
-    layers = [place for place in places if place.startswith("layer")]
-    if checkpointing:
-        return max(once(places, "trunk", "inputs", layer) for layer in layers)
-    return once(places, "trunk", *layers)
-
-
-def once(places: dict[str, dict[int, int]], *chosen: str) -> int:
-    return sum({key: size for place in chosen for key, size in places[place].items()}.values())
-
-
-@contextlib.contextmanager
-def marked_layers(model: Any, current: list[str], note: Any) -> Iterator[None]:
-    def enter(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        note(inputs[0], "inputs")
-        current[0] = f"layer {id(module)}"
-
-    def leave(*_: Any) -> None:
-        current[0] = "trunk"
-
-    base = model.wrapped if hasattr(model, "wrapped") else model
-    blocks = base.transformer.h if hasattr(base, "transformer") else base.model.layers
-    handles = [base.lm_head.register_forward_pre_hook(lambda *_: current.__setitem__(0, "head"))]
-    handles += [block.register_forward_pre_hook(enter) for block in blocks]
-    handles += [block.register_forward_hook(leave) for block in blocks]
-    yield
-    for handle in handles:
-        handle.remove()
