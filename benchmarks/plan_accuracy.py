@@ -56,7 +56,7 @@ def compared(overrides: list[str]) -> tuple[str, ...]:
 
 
 def _cases(small: list[str]) -> Iterator[list[str]]:
-    for model in (small,):
+    for model in (["model=smollm2_135m"], small):
         for stored in ("none", "nf4"):
             for checkpointing in ("false", "true"):
                 for batch in BATCHES:
@@ -65,6 +65,7 @@ def _cases(small: list[str]) -> Iterator[list[str]]:
         yield [*small, f"quantization={stored[0]}", *stored[1:], *_step(4, "false")]
     yield ["model=smollm2_135m", "quantization=nf4", "quantization.double_quant=true", *_step(4, "false")]
     yield [*small, "adapter=dora", "dropout=0.1", *_step(4, "false")]
+    yield [*small, "backend=peft", *_step(4, "false")]
     for batch in IMAGES:
         yield ["+experiment=vision_conv2d", f"train.micro_batch_size={batch}"]
 
@@ -104,7 +105,8 @@ def _names(config: Config) -> tuple[str, str]:
     stored = config.quantization.name + (" double_quant" if config.quantization.double_quant else "")
     dtype = "" if config.model.dtype in ("auto", "float32") else f" {config.model.dtype}"
     adapter = "" if config.adapter.name == "lora" else f" {config.adapter.name}"
-    return f"{config.model.label}{adapter}{' dropout' if config.dropout else ''}", f"{stored}{dtype}"
+    backend = "" if config.backend == "native" else f" {config.backend}"
+    return f"{config.model.label}{adapter}{' dropout' if config.dropout else ''}{backend}", f"{stored}{dtype}"
 
 
 if __name__ == "__main__":
