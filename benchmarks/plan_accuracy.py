@@ -66,6 +66,9 @@ def _cases(small: list[str]) -> Iterator[list[str]]:
     yield ["model=smollm2_135m", "quantization=nf4", "quantization.double_quant=true", *_step(4, "false")]
     yield [*small, "adapter=dora", "dropout=0.1", *_step(4, "false")]
     yield [*small, "backend=peft", *_step(4, "false")]
+    for stored in ("nf4", "int8"):  # most layers are quantised and not adapted
+        few = ["targets=[q_proj,v_proj]", "model.dtype=bfloat16"]
+        yield [*small, f"quantization={stored}", *few, *_step(4, "false")]
     for batch in IMAGES:
         yield ["+experiment=vision_conv2d", f"train.micro_batch_size={batch}"]
 
@@ -106,7 +109,8 @@ def _names(config: Config) -> tuple[str, str]:
     dtype = "" if config.model.dtype in ("auto", "float32") else f" {config.model.dtype}"
     adapter = "" if config.adapter.name == "lora" else f" {config.adapter.name}"
     backend = "" if config.backend == "native" else f" {config.backend}"
-    return f"{config.model.label}{adapter}{' dropout' if config.dropout else ''}{backend}", f"{stored}{dtype}"
+    few = "" if config.targets is None else f" on {' and '.join(config.targets)}"
+    return f"{config.model.label}{adapter}{' dropout' if config.dropout else ''}{backend}{few}", f"{stored}{dtype}"
 
 
 if __name__ == "__main__":

@@ -164,7 +164,8 @@ def layer_kind(module: nn.Module) -> str:
     if isinstance(module, LoRALayerBase):
         return module.layer_type
     kinds = {"Linear": "linear", "Conv1D": "linear", "Embedding": "embedding", "Norm": "norm"}
-    kinds |= {f"BatchNorm{axes}d": "norm" for axes in (1, 2, 3)} | {f"Conv{axes}d": f"conv{axes}d" for axes in (1, 2, 3)}
+    for axes in (1, 2, 3):
+        kinds |= {f"BatchNorm{axes}d": "norm", f"Conv{axes}d": f"conv{axes}d"}
     return next((kind for end, kind in kinds.items() if type(module).__name__.endswith(end)), "other")
 
 
@@ -174,7 +175,8 @@ def _step(model: nn.Module, config: Config, place: Place, weights: Mapping[str, 
         batch = objective.collate([_row(config.data)] * section.micro_batch_size)
     unpacked = max((unpacked_bytes(weights[name], config.quantization) for name in quantised), default=0)
     work = Work(model, objective.losses, batch, unpacked)
-    return trace_step(work, Kernels(place.device.type, place.autocast), section.gradient_checkpointing)
+    kernels = Kernels(place.device.type, place.autocast, config.quantization.name in ("nf4", "fp4"))
+    return trace_step(work, kernels, section.gradient_checkpointing)
 
 
 def _row(section: DataConfig) -> dict[str, Tensor]:

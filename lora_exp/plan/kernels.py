@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from lora_exp.adapters.switch import autocast_dtype, autocast_on_meta
 
 _PRODUCTS = {F.linear, F.conv2d, torch.matmul, torch.bmm, torch.addmm, Tensor.matmul, Tensor.__matmul__}
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 class Kernels(TorchFunctionMode):
@@ -19,10 +20,14 @@ class Kernels(TorchFunctionMode):
 
     The meta device knows attention only as explicit scores (B, H, T, T). Every device's fused kernel keeps q, k, v,
     the output and a log-sum-exp instead; the CPU's is taken for all of them, as its shapes are theirs.
+
+    ``four_bit``: a quantised layer without adapter answers in its input's dtype, also under autocast; an 8-bit one
+    in autocast's.
     """
 
-    def __init__(self, device_type: str, autocast: torch.dtype | None = None) -> None:
+    def __init__(self, device_type: str, autocast: torch.dtype | None = None, four_bit: bool = False) -> None:
         super().__init__()
+        self._four_bit = four_bit
         self._device_type = device_type
         self._wanted = autocast
         self._entered: list[Any] = []
@@ -51,11 +56,12 @@ class Kernels(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
-        if func in _PRODUCTS and autocast_dtype("meta") is not None:
+        autocast = autocast_dtype("meta")
+        if func is F.linear and (self._four_bit or autocast is None) and _is_quantised(*args[:2]):
+            return self._mixed_linear(*args, **kwargs)
+        if func in _PRODUCTS and autocast is not None:
             args = [self._cast(value) for value in args]
             kwargs = {name: self._cast(value) for name, value in kwargs.items()}
-        elif func is F.linear and args[0].dtype != args[1].dtype:
-            return self._mixed_linear(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _attention(
@@ -94,3 +100,8 @@ class Kernels(TorchFunctionMode):
         if id(value) not in self._copies:  # autocast keeps its copies of weights for the whole pass
             self._copies[id(value)] = value.to(dtype)
         return self._copies[id(value)]
+
+
+def _is_quantised(x: Tensor, weight: Tensor) -> bool:
+    """What is not quantised of such a base is float32, as are the activations between its layers."""
+    return x.dtype == torch.float32 and weight.dtype in _HALVES

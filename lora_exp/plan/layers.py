@@ -50,7 +50,7 @@ class Layers:
 
     def __enter__(self) -> Layers:
         for layer in self._alike:
-            layer.forward = lambda *args, _layer=layer, **kwargs: self._call(_layer, args, kwargs)  # type: ignore[method-assign]
+            layer.forward = lambda *args, _layer=layer, **kwargs: self._call(_layer, args, kwargs)
         return self
 
     def __exit__(self, *_: Any) -> None:

@@ -20,8 +20,9 @@ _CGROUP = Path("/sys/fs/cgroup/memory.max")
 def check_fits(config: Config, place: Place) -> None:
     """Warn when the plan of ``config`` exceeds the memory of ``place``; with ``plan.strict`` raise ValueError.
 
-    A step is traced only where a bound, which costs a few milliseconds, leaves it open. Language models only. A model that cannot be planned is left to the training, which says better what is wrong
-    with it, unless ``plan.strict`` asks for certainty.
+    A step is traced only where a bound, which costs a few milliseconds, leaves it open. Language models only. A model
+    that cannot be planned is left to the training, which says better what is wrong with it, unless ``plan.strict``
+    asks for certainty.
     """
     section = config.plan
     if not (section.check or section.strict) or config.model.kind != "causal_lm":

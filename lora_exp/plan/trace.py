@@ -70,7 +70,7 @@ def trace_step(work: Work, kernels: Kernels, checkpointing: bool) -> Step:
 
 
 def _settled(work: Work, kernels: Kernels, found: Callable[[_Pass], _Found]) -> _Found:
-    """What a pass finds. One that learns that the head must give all logits has run the model twice, as no other will."""
+    """What a pass finds. One that learns that the head must give all logits runs the model twice, as no later one."""
     known = refusal(work.model)
     result = found(_Pass(work, kernels))
     return result if refusal(work.model) == known else found(_Pass(work, kernels))

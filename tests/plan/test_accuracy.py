@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.measured import Measured, measure
 from hydra import compose, initialize_config_dir
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.measured import Measured, measure
 from lora_exp.config import Config, conf_folder, register, to_config
 from lora_exp.plan.estimate import Plan, Planner
 
@@ -89,13 +89,16 @@ def test_a_plan_is_what_a_real_step_takes(tiny: Make, name: str, checkpointing: 
         ["quantization=nf4", "model.dtype=bfloat16", "train.gradient_checkpointing=true"],
         ["quantization=int8"],
         ["quantization=int8", "model.dtype=bfloat16"],
+        ["quantization=nf4", "model.dtype=bfloat16", "targets=[q_proj,v_proj]"],
+        ["quantization=int8", "model.dtype=bfloat16", "targets=[q_proj,v_proj]"],
     ],
     ids=" ".join,
 )
 def test_a_plan_of_a_quantised_base_is_too(tiny: Make, overrides: list[str]) -> None:
     pytest.importorskip("bitsandbytes")
-    widens = "model.dtype=bfloat16" in overrides  # on a CPU without AMX, products go through float32
-    assert_agree(*both(tiny("llama", *overrides)), peak=0.2 if widens else 0.05)
+    # On a CPU without AMX bfloat16 products, and on any bitsandbytes' own int8 ones, go through float32.
+    widens = "model.dtype=bfloat16" in overrides
+    assert_agree(*both(tiny("llama", *overrides)), peak=0.3 if widens else 0.05)
 
 
 @pytest.mark.parametrize(
@@ -123,4 +126,5 @@ def test_a_plan_of_images_is_too() -> None:
 def test_all_logits_are_counted_where_training_holds_them(tiny: Make) -> None:
     plain, capped = (Planner(tiny(name, "data.block_size=64")).plan() for name in ("llama", "gemma2"))
     assert not plain.warnings
-    assert capped.warnings == ["The loss holds all logits of a micro batch at once: it changes the logits after its head."]
+    (warning,) = capped.warnings
+    assert warning == "The loss holds all logits of a micro batch at once: it changes the logits after its head."
