@@ -78,8 +78,6 @@ def _target_problems(config: Config) -> list[str]:
 def _place_problems(config: Config) -> list[str]:
     problems = _not_among("task", config.task, TASKS)
     problems += _not_among("model.dtype", config.model.dtype, DTYPES)
-    if config.task == "plan" and config.model.kind != "causal_lm":
-        problems.append(f"task=plan knows causal language models, not model.kind={config.model.kind}: use task=train")
     if not (config.model.name or config.model.path or config.model.packaged):
         problems.append("no model is named: add model.name=ORG/NAME (hub) or model.path=FOLDER (hub layout)")
     problems += _kind_problems(config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,12 +12,14 @@ from torch import Tensor, nn
 from lora_exp.adapters.layer import LoRALayerBase
 from lora_exp.adapters.walk import lora_layers
 from lora_exp.backends import Adapted, adapt
-from lora_exp.config import Config, uses_factors
+from lora_exp.config import Config, DataConfig, uses_factors
 from lora_exp.place import Place, resolve_place
-from lora_exp.plan.architecture import facts_of, meta_model, prepare_for_kbit, quantised_names
+from lora_exp.plan.architecture import Outline, outline_of, prepare_for_kbit, quantised_names
+from lora_exp.plan.bound import upper_bound
 from lora_exp.plan.kernels import Kernels
-from lora_exp.plan.sizes import base_bytes, file_bytes, optimizer_bytes
-from lora_exp.plan.trace import Step, trace_step
+from lora_exp.plan.sizes import base_bytes, file_bytes, optimizer_bytes, unpacked_bytes
+from lora_exp.plan.trace import Step, Work, trace_step
+from lora_exp.training.objectives import OBJECTIVES
 
 GIB = 2**30
 _PEFT_NAME = "base_model.model.{}.weight"
@@ -41,6 +42,7 @@ class Plan:
 
     ``total_bytes`` is the highest point of a step. Activations and the head do not always peak together (under
     checkpointing a layer is recomputed when the logits are gone), so it can be less than the sum of the parts.
+    ``tokens_per_step`` counts what ``unit`` says: of image data, images.
     """
 
     dtype: str
@@ -59,6 +61,7 @@ class Plan:
     adapter_file_bytes: int
     flops_per_step: int
     tokens_per_step: int
+    unit: str = "tokens"
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -77,31 +80,38 @@ class Planner:
     def __init__(self, config: Config, place: Place | None = None) -> None:
         self._config = config
         self._place = place or planned_place(config)
-        self._facts = facts_of(config.model)
+        self._outline = outline_of(config.model, config.data)
 
     def plan(self, rows: int | None = None, rank: int | None = None) -> Plan:
         """The figures at the config's micro batch size and rank, or at these."""
         config = replace(self._config, rank=rank or self._config.rank)
         if rows is not None:
             config.train = replace(config.train, micro_batch_size=rows)
-        return _plan(config, copy.deepcopy(self._facts), self._place)
+        return _plan(config, self._outline, self._place)
+
+    def upper_bound(self) -> float:
+        """Bytes that the config stays below; infinity for a model of unknown form. No step is traced for it."""
+        return upper_bound(self._outline(self._place.dtype), self._config)
 
 
 def planned_place(config: Config) -> Place:
     """``device=cpu`` is planned as it is; anything else as a GPU that computes in bfloat16, here or not."""
-    trains_base = not uses_factors(config)
+    trains_base, quantised = not uses_factors(config), config.quantization.name != "none"
     if config.device.partition(":")[0] in ("cpu", "mps"):
-        return resolve_place(config.device, config.model.dtype, trains_base)
+        return resolve_place(config.device, config.model.dtype, trains_base, quantised)
     device = torch.device("cuda")
-    if config.model.dtype != "auto":
-        return Place(device, getattr(torch, config.model.dtype))
-    return Place(device, torch.float32, torch.bfloat16) if trains_base else Place(device, torch.bfloat16)
+    dtype = torch.bfloat16 if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
+    if quantised:  # what is not quantised is float32
+        return Place(device, dtype, torch.bfloat16 if dtype == torch.bfloat16 else None)
+    if trains_base and config.model.dtype == "auto":
+        return Place(device, torch.float32, torch.bfloat16)
+    return Place(device, dtype)
 
 
-def _plan(config: Config, facts: Any, place: Place) -> Plan:
+def _plan(config: Config, outline: Outline, place: Place) -> Plan:
     compute = config.quantization.compute_dtype
     dtype = place.dtype if config.quantization.name == "none" or compute == "auto" else getattr(torch, compute)
-    model: Any = meta_model(facts, config.model, dtype)
+    model: Any = outline(dtype)
     quantised = quantised_names(model, config.quantization)
     if quantised:
         prepare_for_kbit(model, quantised)
@@ -111,6 +121,7 @@ def _plan(config: Config, facts: Any, place: Place) -> Plan:
     adds = uses_factors(config)
     stored = base_bytes(weights, quantised, config.quantization)
     step = _step(adapted.model, config, place, weights, quantised)
+    units = config.data.block_size if config.data.kind == "text" else 1
     return Plan(
         dtype=str(dtype).removeprefix("torch."),
         device_type=place.device.type,
@@ -127,8 +138,9 @@ def _plan(config: Config, facts: Any, place: Place) -> Plan:
         step_peak_bytes=step.peak_bytes,
         adapter_file_bytes=file_bytes(trained),
         flops_per_step=step.flops * config.train.grad_accum_steps,
-        tokens_per_step=config.train.micro_batch_size * config.data.block_size * config.train.grad_accum_steps,
-        warnings=_warnings(config, facts),
+        tokens_per_step=config.train.micro_batch_size * units * config.train.grad_accum_steps,
+        unit=OBJECTIVES[config.data.kind].unit,
+        warnings=_warnings(config, model, step),
     )
 
 
@@ -152,19 +164,27 @@ def layer_kind(module: nn.Module) -> str:
     if isinstance(module, LoRALayerBase):
         return module.layer_type
     kinds = {"Linear": "linear", "Conv1D": "linear", "Embedding": "embedding", "Norm": "norm"}
-    kinds |= {f"Conv{axes}d": f"conv{axes}d" for axes in (1, 2, 3)}
+    for axes in (1, 2, 3):
+        kinds |= {f"BatchNorm{axes}d": "norm", f"Conv{axes}d": f"conv{axes}d"}
     return next((kind for end, kind in kinds.items() if type(module).__name__.endswith(end)), "other")
 
 
 def _step(model: nn.Module, config: Config, place: Place, weights: Mapping[str, Tensor], quantised: set[str]) -> Step:
-    kernels = Kernels(place.device.type, place.autocast)
-    train = config.train
-    step = trace_step(model, train.micro_batch_size, config.data.block_size, kernels, train.gradient_checkpointing)
-    if config.quantization.name not in ("nf4", "fp4"):
-        return step
-    # A 4-bit weight is unpacked into a tensor of its own for every product, one at a time.
-    unpacked = max((weights[name].numel() * weights[name].element_size() for name in quantised), default=0)
-    return replace(step, peak_bytes=step.peak_bytes + unpacked)
+    objective, section = OBJECTIVES[config.data.kind], config.train
+    with torch.device("meta"):
+        batch = objective.collate([_row(config.data)] * section.micro_batch_size)
+    unpacked = max((unpacked_bytes(weights[name], config.quantization) for name in quantised), default=0)
+    work = Work(model, objective.losses, batch, unpacked)
+    kernels = Kernels(place.device.type, place.autocast, config.quantization.name in ("nf4", "fp4"))
+    return trace_step(work, kernels, section.gradient_checkpointing)
+
+
+def _row(section: DataConfig) -> dict[str, Tensor]:
+    """A row of data as the objective's collate takes it."""
+    if section.kind == "images":
+        shape = (1, section.image_size, section.image_size)
+        return {"pixels": torch.zeros(shape, dtype=torch.uint8), "labels": torch.zeros((), dtype=torch.long)}
+    return {"input_ids": torch.zeros(section.block_size, dtype=torch.long)}
 
 
 def _module(name: str, layer: LoRALayerBase) -> Module:
@@ -199,8 +219,11 @@ def _bytes(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def _warnings(config: Config, facts: Any) -> list[str]:
-    positions = getattr(facts, "max_position_embeddings", None)
-    if isinstance(positions, int) and config.data.block_size > positions:
-        return [f"data.block_size={config.data.block_size} is above the model's {positions} positions: lower it"]
-    return []
+def _warnings(config: Config, model: nn.Module, step: Step) -> list[str]:
+    found = []
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if isinstance(positions, int) and config.data.kind == "text" and config.data.block_size > positions:
+        found.append(f"data.block_size={config.data.block_size} is above the model's {positions} positions: lower it")
+    if step.all_logits:
+        found.append(f"The loss holds all logits of a micro batch at once: {step.all_logits}.")
+    return found

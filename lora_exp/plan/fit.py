@@ -10,6 +10,7 @@ from lora_exp.plan.estimate import GIB, Plan, Planner
 
 _MOST_ROWS = 4096
 _RANK_STEP = 8
+_SECANTS = 8  # after as many plans the rest is halved
 
 
 @dataclass(frozen=True)
@@ -23,32 +24,48 @@ class Fit:
 
 
 def fit(planner: Planner, plan: Plan, config: Config) -> Fit | None:
-    """None without ``plan.gpu_gib``. Ranks of 8 and more are rounded down to multiples of 8."""
+    """None without ``plan.gpu_gib``.
+
+    Ranks of 8 and more are rounded down to multiples of 8, and above no layer's dimensions.
+    """
     if config.plan.gpu_gib is None:
         return None
     budget = (config.plan.gpu_gib - config.plan.reserve_gib) * GIB
     free = budget - plan.total_bytes
     rows, rank = config.train.micro_batch_size, config.rank
-    # Without checkpointing the logits are the peak whatever the batch, and memory is a straight line in it.
-    straight = not config.train.gradient_checkpointing
-    batch = _largest(lambda rows: planner.plan(rows=rows).total_bytes, rows, plan, budget, _MOST_ROWS, straight)
+    batch = _largest(lambda rows: planner.plan(rows=rows).total_bytes, rows, plan, budget, _MOST_ROWS)
     largest_rank = None
     if uses_factors(config) and plan.modules:
-        most = max(max(module.weight) for module in plan.modules)
-        found = _largest(lambda rank: planner.plan(rank=rank).total_bytes, rank, plan, budget, most, straight)
+        most = max(rank, min(max(module.weight) for module in plan.modules))
+        found = _largest(lambda rank: planner.plan(rank=rank).total_bytes, rank, plan, budget, most)
         largest_rank = found // _RANK_STEP * _RANK_STEP if found >= _RANK_STEP else found
     return Fit(free >= 0, free / GIB, batch, largest_rank)
 
 
-def _largest(bytes_at: Callable[[int], int], start: int, plan: Plan, budget: float, most: int, straight: bool) -> int:
-    """The largest size that fits, by a straight line through two plans; where that is not sure, by a proof."""
+def _largest(bytes_at: Callable[[int], int], start: int, plan: Plan, budget: float, most: int) -> int:
+    """The largest size up to ``most`` that fits, found between one that does and one that does not.
+
+    Memory is nearly a straight line in the size, with bends where another point of the step becomes the highest.
+    """
     if sum(plan.base_bytes.values()) >= budget:
         return 0
-    second = 2 * start if 2 * start <= most else max(1, start // 2)
-    slope = (bytes_at(second) - plan.total_bytes) / (second - start) if second != start else 0.0
-    if slope <= 0:
-        return most if plan.total_bytes <= budget else 0
-    guess = min(most, start + int((budget - plan.total_bytes) // slope))
-    while not straight and guess > 0 and (needed := bytes_at(guess)) > budget:
-        guess -= max(1, int((needed - budget) // slope))
-    return max(guess, 0)
+    known = {start: plan.total_bytes}
+    fits, fails, guess = 0, most + 1, start
+    while fails - fits > 1:
+        size = min(max(guess, fits + 1), fails - 1)
+        if size not in known:
+            known[size] = bytes_at(size)
+        fits, fails = (size, fails) if known[size] <= budget else (fits, size)
+        guess = _secant(known, budget, fits, fails)
+    return fits
+
+
+def _secant(known: dict[int, int], budget: float, fits: int, fails: int) -> int:
+    """Where the line through the two plans nearest to the budget meets it."""
+    near = sorted(known, key=lambda size: abs(known[size] - budget))[:2]
+    if len(near) == 1:
+        return 2 * near[0] if fits else near[0] // 2
+    slope = (known[near[1]] - known[near[0]]) / (near[1] - near[0])
+    if slope <= 0 or len(known) > _SECANTS:
+        return (fits + fails) // 2
+    return near[0] + int((budget - known[near[0]]) // slope)

@@ -9,7 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lora_exp.adapters.switch import autocast_dtype, autocast_on_meta
+
 _PRODUCTS = {F.linear, F.conv2d, torch.matmul, torch.bmm, torch.addmm, Tensor.matmul, Tensor.__matmul__}
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 class Kernels(TorchFunctionMode):
@@ -17,23 +20,48 @@ class Kernels(TorchFunctionMode):
 
     The meta device knows attention only as explicit scores (B, H, T, T). Every device's fused kernel keeps q, k, v,
     the output and a log-sum-exp instead; the CPU's is taken for all of them, as its shapes are theirs.
+
+    ``four_bit``: a quantised layer without adapter answers in its input's dtype, also under autocast; an 8-bit one
+    in autocast's.
     """
 
-    def __init__(self, device_type: str, autocast: torch.dtype | None = None) -> None:
+    def __init__(self, device_type: str, autocast: torch.dtype | None = None, four_bit: bool = False) -> None:
         super().__init__()
+        self._four_bit = four_bit
         self._device_type = device_type
-        self._autocast = autocast
+        self._wanted = autocast
+        self._entered: list[Any] = []
         self._copies: dict[int, Tensor] = {}
+
+    def __enter__(self) -> Any:
+        self._entered.append(autocast_on_meta(self._wanted))
+        self._entered[-1].__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._entered.pop().__exit__(*error)
+        if not self._entered:
+            self._copies.clear()
+
+    def copied_bytes(self) -> int:
+        """What the copies of weights take that autocast keeps until it is left."""
+        return sum(copy.nbytes for copy in self._copies.values())
+
+    def keep(self, size: int) -> None:
+        """Keep as many bytes with these copies."""
+        self._copies[-1 - len(self._copies)] = torch.empty(size, dtype=torch.uint8, device="meta")
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
-        if self._autocast is not None and func in _PRODUCTS:
+        autocast = autocast_dtype("meta")
+        if func is F.linear and (self._four_bit or autocast is None) and _is_quantised(*args[:2]):
+            return self._mixed_linear(*args, **kwargs)
+        if func in _PRODUCTS and autocast is not None:
             args = [self._cast(value) for value in args]
             kwargs = {name: self._cast(value) for name, value in kwargs.items()}
-        elif func is F.linear and args[0].dtype != args[1].dtype:
-            return self._mixed_linear(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _attention(
@@ -64,10 +92,16 @@ class Kernels(TorchFunctionMode):
         return F.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)).to(x.dtype)
 
     def _cast(self, value: Any) -> Any:
-        if self._autocast is None or not isinstance(value, Tensor) or value.dtype != torch.float32:
+        dtype = autocast_dtype("meta")
+        if dtype is None or not isinstance(value, Tensor) or value.dtype != torch.float32:
             return value
         if not (value.is_leaf and value.requires_grad):
-            return value.to(self._autocast)
+            return value.to(dtype)
         if id(value) not in self._copies:  # autocast keeps its copies of weights for the whole pass
-            self._copies[id(value)] = value.to(self._autocast)
+            self._copies[id(value)] = value.to(dtype)
         return self._copies[id(value)]
+
+
+def _is_quantised(x: Tensor, weight: Tensor) -> bool:
+    """What is not quantised of such a base is float32, as are the activations between its layers."""
+    return x.dtype == torch.float32 and weight.dtype in _HALVES

@@ -20,15 +20,19 @@ _CGROUP = Path("/sys/fs/cgroup/memory.max")
 def check_fits(config: Config, place: Place) -> None:
     """Warn when the plan of ``config`` exceeds the memory of ``place``; with ``plan.strict`` raise ValueError.
 
-    Language models only. A model that cannot be planned is left to the training, which says better what is wrong
-    with it, unless ``plan.strict`` asks for certainty.
+    A step is traced only where a bound, which costs a few milliseconds, leaves it open. Language models only. A model
+    that cannot be planned is left to the training, which says better what is wrong with it, unless ``plan.strict``
+    asks for certainty.
     """
     section = config.plan
     if not (section.check or section.strict) or config.model.kind != "causal_lm":
         return
     available = section.gpu_gib or memory_gib(place.device)
     try:
-        plan = Planner(config, place).plan()
+        planner = Planner(config, place)
+        if planner.upper_bound() / GIB + section.reserve_gib <= available:
+            return
+        plan = planner.plan()
     except Exception as error:
         if section.strict:
             raise ValueError(f"{config.model.label} cannot be planned ({error}): set plan.strict=false") from error

@@ -94,10 +94,12 @@ def _memory(plan: Plan) -> Table:
 
 
 def _facts(plan: Plan, config: Config) -> list[str]:
+    size = config.data.image_size
+    rows = f"images of {size}×{size}" if plan.unit == "images" else f"blocks of {config.data.block_size}"
     return [
         f"Adapter file {plan.adapter_file_bytes / 1e6:.2f} MB. A step of {config.train.grad_accum_steps} × "
-        f"{config.train.micro_batch_size} blocks of {config.data.block_size}: {plan.tokens_per_step:,} tokens, "
-        f"{plan.flops_per_step / 1e12:.3f} TFLOPs."
+        f"{config.train.micro_batch_size} {rows}: {plan.tokens_per_step:,} {plan.unit}, "
+        f"{plan.flops_per_step / 1e12:.4g} TFLOPs."
     ]
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from lora_exp.config import OptimizerConfig, QuantizationConfig
 
 _SECOND_BLOCK = 256  # constants that share a constant in double quantisation (QLoRA, section 3)
-_TABLE = 16 * 4  # every 4-bit weight keeps its 16 code values
+_TABLE = 16 * 4  # every 4-bit weight keeps its 16 code values, and of 8-bit constants their 256
+_SECOND_TABLE = 256 * 4
 _EIGHT_BIT_BLOCK = 256  # optimizer states that share a constant
 _EIGHT_BIT_LEAST = 4096  # smaller tensors keep float32 states
 _PADDING = 8  # safetensors aligns its header
@@ -38,7 +39,13 @@ def quantised_bytes(weight: Tensor, section: QuantizationConfig) -> tuple[int, i
     stored = -(-weight.numel() // 2)
     if not section.double_quant:
         return stored, 4 * blocks + _TABLE
-    return stored, blocks + 4 * -(-blocks // _SECOND_BLOCK) + 4 + _TABLE  # 4: the constants' mean
+    return stored, blocks + 4 * -(-blocks // _SECOND_BLOCK) + 4 + _TABLE + _SECOND_TABLE  # 4: their mean
+
+
+def unpacked_bytes(weight: Tensor, section: QuantizationConfig) -> int:
+    """The most that a quantised weight, ``weight`` in the dtype of its products, takes while it is unpacked."""
+    size = weight.element_size()
+    return weight.numel() * (8 if section.name == "int8" else size)  # 8: int8 is scaled in float32 twice
 
 
 def optimizer_bytes(trained: list[nn.Parameter], section: OptimizerConfig) -> int:

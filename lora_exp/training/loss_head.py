@@ -38,6 +38,11 @@ def row_losses(model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor, i
     return None
 
 
+def refusal(model: nn.Module) -> str | None:
+    """Why `row_losses` left the loss to the model's own logits; None if it did not, or was not asked yet."""
+    return _refused.get(model)
+
+
 def chunked_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
     """(n,) losses in float32 for hidden (n, D), weight (V, D), bias (V,), labels (n,).
 

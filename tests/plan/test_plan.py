@@ -1,9 +1,7 @@
-"""What a plan says, against published figures and against a real step."""
+"""What a plan says, against published figures and its own parts."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,7 +19,6 @@ from lora_exp.plan.estimate import Plan, Planner
 from lora_exp.plan.fit import fit
 from lora_exp.plan.sizes import base_bytes, quantised_bytes
 from lora_exp.training.objectives import causal_lm_losses
-from lora_exp.training.optimizers import build_optimizer
 
 register()
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft
@@ -49,10 +46,6 @@ LLAMA = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-GPT2 = {"model_type": "gpt2", "vocab_size": 300, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 64}
-NO_DROPOUT = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
-QWEN3 = {**LLAMA, "model_type": "qwen3", "head_dim": 32}
-TINY = {"llama": LLAMA, "gpt2": GPT2 | NO_DROPOUT, "gpt2 with dropout": GPT2, "qwen3": QWEN3}
 
 
 def config(*overrides: str) -> Config:
@@ -60,9 +53,9 @@ def config(*overrides: str) -> Config:
         return to_config(compose("config", ["task=plan", *overrides]))
 
 
-def tiny(name: str, *overrides: str) -> Config:
+def tiny(*overrides: str) -> Config:
     made = config("device=cpu", "model.dtype=float32", "data.block_size=32", "targets=all-linear", *overrides)
-    made.model.label, made.model.architecture = name, dict(TINY[name])
+    made.model.label, made.model.architecture = "llama", dict(LLAMA)
     return made
 
 
@@ -127,33 +120,9 @@ def test_quantised_sizes_are_logical_and_the_head_is_left_alone() -> None:
     assert skipping.base_bytes["nf4"] == 8 * 12 * 768 * 768 // 2
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("name", TINY)
-def test_a_plan_is_what_a_real_step_takes(name: str, rows: int, checkpointing: bool) -> None:
-    made = tiny(name, f"train.micro_batch_size={rows}")
-    made.train.gradient_checkpointing = checkpointing
-    plan, model = Planner(made).plan(), real_model(made)
-    weights = nbytes([*model.parameters()])
-    adapted = adapt(model, made)
-    retained = real_activations(adapted.model, made, checkpointing)
-    if checkpointing:
-        checkpoint_layers(model)
-    optimizer = build_optimizer(adapted.parameters, made.optimizer)
-    causal_lm_losses(adapted.model, batch(made)).total.sum().backward()
-    optimizer.step()
-    assert (plan.trainable, plan.total) == (adapted.trainable, adapted.total)
-    assert sum(plan.base_bytes.values()) == pytest.approx(weights, rel=0.02)
-    assert plan.adapter_bytes == nbytes(adapted.parameters)
-    assert plan.gradient_bytes == nbytes([parameter.grad for parameter in adapted.parameters])
-    assert plan.optimizer_bytes == nbytes([value for state in optimizer.state.values() for value in state.values()])
-    assert plan.activation_bytes == pytest.approx(retained, rel=0.06)  # gpt2 keeps its embedding twice
-    assert plan.step_peak_bytes >= plan.activation_bytes
-
-
 @pytest.mark.parametrize("backend", ["native", "peft"])
 def test_the_file_is_as_large_as_planned(backend: str, tmp_path: Any) -> None:
-    made = tiny("llama", f"backend={backend}")
+    made = tiny(f"backend={backend}")
     adapted = adapt(real_model(made), made)
     adapted.save(tmp_path)
     size = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
@@ -161,10 +130,10 @@ def test_the_file_is_as_large_as_planned(backend: str, tmp_path: Any) -> None:
 
 
 def test_other_backends_and_full_training_are_planned_too() -> None:
-    native, peft = (Planner(tiny("llama", f"backend={backend}")).plan() for backend in ("native", "peft"))
+    native, peft = (Planner(tiny(f"backend={backend}")).plan() for backend in ("native", "peft"))
     assert (native.trainable, native.total) == (peft.trainable, peft.total)
     assert sum(module.trainable for module in peft.modules) == peft.trainable
-    full = tiny("llama", "adapter=full")
+    full = tiny("adapter=full")
     full.targets = None
     plan = Planner(full).plan()
     assert plan.trainable == plan.total
@@ -176,13 +145,20 @@ def test_other_backends_and_full_training_are_planned_too() -> None:
 
 
 def test_flops_are_those_of_the_products() -> None:
-    made = tiny("llama", "train.micro_batch_size=2")
+    made = tiny("train.micro_batch_size=2")
     plan = Planner(made).plan()
-    tokens, linear = 2 * 32, plan.by_layer_type["linear"][1] - plan.trainable
+    tokens, head = 2 * 32, 300 * 64
+    linear = plan.by_layer_type["linear"][1] - plan.trainable - head
     attention = (2 + 5) * 2 * 2 * 32 * 32 * 64 * 3  # 2 products forward and 5 backward, of T × T × hidden, 3 layers
-    first = 2 * tokens * (64 * 64 + 2 * 64 * 32)  # the first layer's q, k and v pass no gradient on
-    expected = 4 * tokens * linear - first + 6 * tokens * plan.trainable + attention
-    assert plan.flops_per_step == pytest.approx(expected, rel=0.01)
+    first = 2 * tokens * (64 * 64 + 2 * 64 * 32 + 3 * 64 * made.rank)  # no gradient leaves the first q, k, v
+    last = 4 * 2 * 31 * head  # a row's last position predicts nothing
+    expected = 4 * tokens * linear + last - first + 6 * tokens * plan.trainable + attention
+    assert plan.flops_per_step == pytest.approx(expected, rel=1e-6)
+    made.train.gradient_checkpointing = True
+    again = Planner(made).plan().flops_per_step - plan.flops_per_step
+    # transformers then makes the embedding's output require a gradient, which the first layer's q, k and v pass on.
+    assert again == pytest.approx(2 * tokens * (linear + plan.trainable) + attention * 2 / 7 + first, rel=1e-6)
+    made.train.gradient_checkpointing = False
     made.train.grad_accum_steps = 3
     assert Planner(made).plan().flops_per_step == 3 * plan.flops_per_step
 
@@ -190,7 +166,7 @@ def test_flops_are_those_of_the_products() -> None:
 def test_checkpointing_and_shorter_batches_need_less() -> None:
     plans: list[Plan] = []
     for rows, on in ((4, False), (2, False), (2, True)):
-        made = tiny("llama", f"train.micro_batch_size={rows}")
+        made = tiny(f"train.micro_batch_size={rows}")
         made.train.gradient_checkpointing = on
         plans.append(Planner(made).plan())
     assert plans[0].total_bytes > plans[1].total_bytes > plans[2].total_bytes
@@ -199,7 +175,7 @@ def test_checkpointing_and_shorter_batches_need_less() -> None:
 
 
 def test_the_largest_batch_and_rank_fit_and_the_next_do_not() -> None:
-    made = tiny("llama", "plan.reserve_gib=0", "plan.gpu_gib=0.02", "rank=2", "train.micro_batch_size=2")
+    made = tiny("plan.reserve_gib=0", "plan.gpu_gib=0.02", "rank=2", "train.micro_batch_size=2")
     planner = Planner(made)
     found = fit(planner, planner.plan(), made)
     assert found is not None
@@ -220,7 +196,7 @@ def test_nothing_fits_below_the_weights() -> None:
 
 
 def test_gradients_are_equal_with_and_without_checkpointing() -> None:
-    made = tiny("llama")
+    made = tiny()
     data, gradients = batch(made), []
     for on in (False, True):
         model = real_model(made)
@@ -234,53 +210,3 @@ def test_gradients_are_equal_with_and_without_checkpointing() -> None:
         causal_lm_losses(adapted.model, data).total.sum().backward()
         gradients.append([parameter.grad for parameter in adapted.parameters])
     assert all(torch.equal(plain, again) for plain, again in zip(*gradients, strict=True))
-
-
-def nbytes(tensors: list[Any]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def real_activations(model: Any, made: Config, checkpointing: bool) -> int:
-    """Bytes below the head that autograd saves: every storage once, parameters left out."""
-    parameters = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    places: dict[str, dict[int, int]] = {"trunk": {}, "inputs": {}}
-    kept, current = [], ["trunk"]
-
-    def note(tensor: Tensor, place: str | None = None) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept.append(storage)
-            places.setdefault(place or current[0], {})[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    model.train()
-    with marked_layers(model, current, note), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = causal_lm_losses(model, batch(made)).total
-    del loss
-    layers = [place for place in places if place.startswith("layer")]
-    if checkpointing:
-        return max(once(places, "trunk", "inputs", layer) for layer in layers)
-    return once(places, "trunk", *layers)
-
-
-def once(places: dict[str, dict[int, int]], *chosen: str) -> int:
-    return sum({key: size for place in chosen for key, size in places[place].items()}.values())
-
-
-@contextlib.contextmanager
-def marked_layers(model: Any, current: list[str], note: Any) -> Iterator[None]:
-    def enter(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        note(inputs[0], "inputs")
-        current[0] = f"layer {id(module)}"
-
-    def leave(*_: Any) -> None:
-        current[0] = "trunk"
-
-    base = model.wrapped if hasattr(model, "wrapped") else model
-    blocks = base.transformer.h if hasattr(base, "transformer") else base.model.layers
-    handles = [base.lm_head.register_forward_pre_hook(lambda *_: current.__setitem__(0, "head"))]
-    handles += [block.register_forward_pre_hook(enter) for block in blocks]
-    handles += [block.register_forward_hook(leave) for block in blocks]
-    yield
-    for handle in handles:
-        handle.remove()
