@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .config import check_factors, scaling_factor
 from .masks import dropout_noise
+from .switch import without_autocast
 
 if TYPE_CHECKING:
     from .layer import LoRALayerBase
@@ -77,7 +78,8 @@ class LoraAdapter(nn.Module):
 
     def delta_weight(self, layer: LoRALayerBase) -> Tensor:
         """scale * AB in the base weight's shape, in the factors' dtype (float32)."""
-        return layer.combine(self.lora_A, self.lora_B) * self.scale
+        with without_autocast(self.lora_A.device.type):
+            return layer.combine(self.lora_A, self.lora_B) * self.scale
 
     def merged(self, layer: LoRALayerBase) -> Tensor:
         """W + delta_weight, accumulated in the factors' dtype."""

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .switch import without_autocast
+
 if TYPE_CHECKING:
     from .layer import LoRALayerBase
     from .lora import LoraAdapter
@@ -49,7 +51,8 @@ class NormCache:
         assert matrices is not None
         if base_key is None or self._base is None or self._base[0] != base_key:
             self._base = (base_key or (object(),), squared_rows(matrices[0], adapter.lora_A.dtype))
-        norm = factored_norm(*matrices, adapter.scale, self._base[1])
+        with without_autocast(adapter.lora_A.device.type):
+            norm = factored_norm(*matrices, adapter.scale, self._base[1])
         self._norm = None if key is None else (key, norm)
         return norm
 

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_exp.config import DataConfig, ModelConfig, QuantizationConfig
 from lora_exp.data import load_data
-from lora_exp.models import efficientnet_lite
+from lora_exp.models import Source, efficientnet_lite
 
 transformers.utils.logging.set_verbosity_error()
 
@@ -46,9 +46,9 @@ def facts_of(section: ModelConfig) -> Any:
         return _from_file(section)
     if section.architecture:
         return _from_facts(dict(section.architecture), f"model={section.label}")
-    options = {"revision": section.revision or "main", "trust_remote_code": section.trust_remote_code}
+    source = Source(section.name or "", section.revision, section.trust_remote_code)
     try:
-        return AutoConfig.from_pretrained(section.name or "", **options)
+        return AutoConfig.from_pretrained(source.name, **source.options)
     except (OSError, ValueError) as error:
         reason = re.sub(r"\s+", " ", str(error))[:300]
         raise ValueError(

@@ -85,18 +85,30 @@ def _chunk(logits: Tensor, labels: Tensor, losses: Tensor, weight: Tensor, grad:
 
 
 def _row_sums(hidden: Tensor, head: Any, labels: Tensor, ignored: int) -> Tensor:
-    """(B,) from hidden (B, T-1, D) and labels (B, T-1); ignored labels never meet the vocabulary."""
-    counts = labels != ignored
+    """(B,) from hidden (B, T-1, D) and labels (B, T-1)."""
     device = hidden.device.type
     weight, bias = head.weight, head.bias
     dtype = autocast_dtype(device)
     if hidden.dtype != torch.float64 and dtype is not None:
         hidden = hidden.to(dtype)
     weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+    sums = _sums_of_used if device in ("cpu", "meta") else _sums_of_all
     with without_autocast(device):
-        losses = chunked_cross_entropy(hidden[counts], weight, bias, labels[counts])
-    rows = torch.arange(len(labels), device=labels.device).unsqueeze(1).expand_as(labels)[counts]
+        return sums(hidden, weight, bias, labels, labels != ignored)
+
+
+def _sums_of_used(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, used: Tensor) -> Tensor:
+    """(B,); labels that are not used never meet the vocabulary."""
+    losses = chunked_cross_entropy(hidden[used], weight, bias, labels[used])
+    rows = torch.arange(len(labels), device=labels.device).unsqueeze(1).expand_as(labels)[used]
     return torch.zeros(len(labels), dtype=losses.dtype, device=losses.device).index_add(0, rows, losses)
+
+
+def _sums_of_all(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, used: Tensor) -> Tensor:
+    """(B,) the same where the number of used labels would have to be waited for: nothing is copied from a GPU."""
+    known = labels.masked_fill(~used, 0).flatten()
+    losses = chunked_cross_entropy(hidden.flatten(0, 1), weight, bias, known)
+    return losses.view(labels.shape).masked_fill(~used, 0).sum(1)
 
 
 def _plain_head(model: Any) -> tuple[nn.Module | None, str]:

@@ -31,6 +31,16 @@ def computed(monkeypatch):
     return counted
 
 
+@pytest.mark.parametrize("kind", LAYERS)
+def test_norms_and_deltas_are_float32_under_autocast(kind):
+    layer = trained(LAYERS[kind]())
+    delta, dense = layer.delta_weight(), layer.adapter.weight_norm(layer).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(layer.adapter.constant_norm(layer), dense, rtol=1e-6, atol=0)
+        torch.testing.assert_close(layer.adapter.weight_norm(layer).detach(), dense, rtol=1e-6, atol=0)
+        assert torch.equal(layer.delta_weight(), delta)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_factored_is_dense(kind, dtype, monkeypatch):

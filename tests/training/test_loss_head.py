@@ -80,6 +80,13 @@ def test_it_equals_the_full_logits(kind, batch, chunks, monkeypatch):
     assert chunks == [7, 7, 4]  # of 32 predictions 18 count
 
 
+def test_a_gpu_counts_no_labels(batch, chunks, monkeypatch):
+    """There the number of labels in use would have to be copied to the host: it takes them all, and no notice."""
+    monkeypatch.setattr(loss_head, "_sums_of_used", loss_head._sums_of_all)
+    compare(adapted(make("Llama")), batch, monkeypatch)
+    assert sum(chunks) == 4 * 8  # every position
+
+
 def test_bfloat16_and_autocast(batch, chunks, monkeypatch):
     compare(adapted(make("Llama").bfloat16()), batch, monkeypatch, rtol=1e-2)
     compare(
