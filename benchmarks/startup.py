@@ -33,11 +33,12 @@ def _first_step(times: int) -> dict[str, Any]:
     """The default job against PEFT + Trainer: same model, data and MLflow store, all warm; sides take turns."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        cache = _own_cache(folder / "cache")
         found: dict[str, list[float]] = {"ours": [], "trainer": []}
         store = f"sqlite:///{folder}/mlflow.db"
         for turn in range(times + 1):
             for side, make in (("ours", _ours), ("trainer", _trainer)):
-                seconds = make(folder / f"{side}{turn}", store)
+                seconds = make(folder / f"{side}{turn}", store, cache)
                 if turn:  # the first creates caches and the database
                     found[side].append(seconds)
         ours, trainer = _median(found["ours"]), _median(found["trainer"])
@@ -45,24 +46,28 @@ def _first_step(times: int) -> dict[str, Any]:
     return {"case": case, "seconds": ours, "peft_trainer_seconds": trainer, "share": round(ours / trainer, 3)}
 
 
-def _ours(folder: Path, store: str) -> float:
+def _own_cache(cache: Path) -> Path:
+    """A cache that holds one data set, the default job's, whatever else was trained on this machine."""
+    models = cache_root(None) / "models"
+    models.mkdir(parents=True, exist_ok=True)
+    cache.mkdir()
+    (cache / "models").symlink_to(models)
+    return cache
+
+
+def _ours(folder: Path, store: str, cache: Path) -> float:
     overrides = ["train.steps=1", "train.warmup_steps=0", "train.eval_blocks=1", f"tracking.uri={store}"]
+    overrides += [f"model.cache_dir={cache}", f"data.cache_dir={cache}"]
     command = ["-m", "lora_exp", *overrides, f"hydra.run.dir={folder}"]
     return _until(command, lambda: any('"train/loss"' in f.read_text() for f in folder.glob("metrics*")))
 
 
-def _trainer(folder: Path, store: str) -> float:
+def _trainer(folder: Path, store: str, cache: Path) -> float:
     mark = folder / "first_step"
     folder.mkdir()
-    root = cache_root(None)
-    model, blocks = (_latest(root / kind) for kind in ("models", "datasets"))
+    names = ("models", "smollm2_135m-*"), ("datasets", "bible-*")
+    model, blocks = (next(entry for entry in (cache / kind).glob(name) if entry.is_dir()) for kind, name in names)
     return _until(["-m", "benchmarks.peft_trainer", str(folder), store, str(model), str(blocks)], mark.exists)
-
-
-def _latest(folder: Path) -> Path:
-    """What the default job, which ran first, has put there or found."""
-    label = {"models": "smollm2_135m-", "datasets": "bible-"}[folder.name]
-    return max((entry for entry in folder.glob(f"{label}*") if entry.is_dir()), key=lambda entry: entry.stat().st_mtime)
 
 
 def _until(arguments: list[str], is_there: Any) -> float:

@@ -58,7 +58,7 @@ def _prepare(tracked: tracking.Run, config: Config, place: Place) -> tuple[Adapt
     data = load_data(config.data, lambda: models.load_tokenizer(source, config.model))
     train, validation = len(data.train), len(data.validation)  # type: ignore[arg-type]
     log.info(f"data   {config.data.label}: {train:,} training and {validation:,} validation {data.rows}")
-    gc.enable()  # what had to be imported is there
+    _resume_collection()
     base = models.load_base(source, config.model, place, data.shape, config.quantization)
     digest = models.base_sha256(base, source)
     tracked.log_tags({"base_sha256": digest})
@@ -79,6 +79,13 @@ def _prepare(tracked: tracking.Run, config: Config, place: Place) -> tuple[Adapt
         f"Trainable Proportion : {share:.3f}%"
     )
     return adapted, data
+
+
+def _resume_collection() -> None:
+    """Look for garbage again (see ``__main__``), but, once a process, never among what was imported so far."""
+    if not gc.get_freeze_count():
+        gc.freeze()
+    gc.enable()
 
 
 def _lane(adapted: Adapted, data: Data, config: Config, place: Place) -> Lane:
