@@ -46,7 +46,7 @@ class Geometry:
         self, grad: Tensor, x: Tensor, kernel: Tensor, to_x: bool, to_kernel: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """dx (N, C_in, s...) and dkernel (C_out, C_in/g, k...), as asked, for ∂loss/∂output = grad (N, C_out, t...)."""
-        if self._is_pointwise and x.device.type == "cpu" and grad.is_contiguous() and x.is_contiguous():
+        if self._is_pointwise and x.device.type in ("cpu", "meta") and grad.is_contiguous() and x.is_contiguous():
             return _product_gradients(grad, x, kernel, to_x, to_kernel)
         none = [0] * len(self.kernel)
         place = self.stride, self.padding, self.dilation, False, none, self.groups

@@ -118,7 +118,7 @@ def test_a_plan_of_images_is_too() -> None:
         pytest.importorskip(package)
     config = composed("+experiment=vision_conv2d", "train.micro_batch_size=8", "data.image_size=32")
     plan, real = both(config)
-    assert_agree(plan, real)
+    assert_agree(plan, real, peak=0.1)  # with images this small, working memory that is made in a call counts
     assert (plan.unit, plan.tokens_per_step) == ("images", 8)
     assert {module.layer_type for module in plan.modules} == {"conv2d"}
 
