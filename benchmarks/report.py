@@ -48,6 +48,7 @@ def circumstances(threads: int, quick: bool) -> Row:
         "date": now,
         "machine": machine,
         "threads": threads,
+        "wait_policy": os.environ.get("OMP_WAIT_POLICY", "OpenMP's default"),
         "python": platform.python_version(),
         "command": command,
     }
@@ -67,8 +68,10 @@ def table(rows: list[Row]) -> str:
 
 
 def write(results: dict[str, Any], folder: Path) -> None:
-    """RESULTS.md and a plot beside it."""
+    """RESULTS.md, with what NOTES.md says of it at its head if there is one, and a plot beside it."""
     parts = ["# Benchmark results", "Made by `python -m benchmarks`; JSON with the same numbers lies beside it."]
+    notes = folder / "NOTES.md"
+    parts += [notes.read_text().strip()] if notes.exists() else []
     for name, heading in _HEADINGS.items():
         if name in results:
             parts += [f"## {heading}", _about(results[name]["about"]), _NOTES[name], *_tables(results[name])]
@@ -89,7 +92,10 @@ def _tables(found: dict[str, Any]) -> list[str]:
                 ]
             )
         )
-    return [*tables, *(table(found[key]) for key in ("rows", "by_model", "loss_head", "peaks") if found.get(key))]
+    return [
+        *tables,
+        *(table(found[key]) for key in ("rows", "other_layers", "by_model", "loss_head", "peaks") if found.get(key)),
+    ]
 
 
 def _about(about: Row) -> str:

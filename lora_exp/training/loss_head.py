@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_exp.adapters.once import first_derivative_only
-from lora_exp.adapters.products import wide_product
+from lora_exp.adapters.products import runs_wide, times_transposed, wide_product
 from lora_exp.adapters.switch import autocast_dtype, without_autocast
 
 log = logging.getLogger(__name__)
@@ -57,10 +57,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         losses = torch.empty(len(hidden), dtype=wide, device=hidden.device)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        step = max(1, _CHUNK // len(weight))
-        for start in range(0, len(hidden), step):
-            here = slice(start, start + step)
-            logits = nn.functional.linear(hidden[here], weight, bias).to(wide)  # (c, V)
+        for here in _slices(len(hidden), max(1, _CHUNK // len(weight))):
+            logits = _logits(hidden[here], weight, bias, wide)
             _chunk(logits, labels[here], losses[here], weight, None if grad is None else grad[here])
         ctx.save_for_backward(grad)
         return losses
@@ -70,6 +68,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
         return None if grad is None else grad * grads[0].unsqueeze(1).to(grad.dtype), None, None, None
+
+
+def _slices(n: int, most: int) -> Iterator[slice]:
+    """0…n in as few slices as there must be of up to `most`, all about as long."""
+    pieces = -(-n // most)
+    return (slice(n * i // pieces, n * (i + 1) // pieces) for i in range(pieces))
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, wide: torch.dtype) -> Tensor:
+    """(c, V) in `wide`, which products are made in too where that is faster than in 16 bits."""
+    if not runs_wide(weight.dtype, hidden.device.type, len(hidden)):
+        return nn.functional.linear(hidden, weight, bias).to(wide)
+    logits = times_transposed(hidden.to(wide), weight)
+    return logits if bias is None else logits.add_(bias)
 
 
 def _chunk(logits: Tensor, labels: Tensor, losses: Tensor, weight: Tensor, grad: Tensor | None) -> None:
