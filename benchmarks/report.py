@@ -123,9 +123,12 @@ def _plot(means: dict[str, dict[str, float]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 0.4 * len(means) + 1), layout="constrained")
-    axes.barh(list(means), [values["mean"] for values in means.values()])
+    axes.barh(list(means), [values["mean"] - 1 for values in means.values()], left=1)
     axes.axvline(1, color="black", linewidth=1)
-    axes.set_xlabel("PEFT's time over ours (geometric mean)")
+    axes.set_xscale("log", base=2)
+    ticks = [0.8, 1, 1.25, 1.5, 2, 4, 8]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xlabel("PEFT's time over ours (geometric mean, log scale)")
     axes.invert_yaxis()
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
