@@ -97,12 +97,18 @@ def test_a_signal_ends_the_runs_as_killed(workplace: Path, tiny_overrides: list[
     arguments = [*tiny_overrides, "train.steps=100000", "train.eval_every=50", "rank=2,4", "-m"]
     program = [sys.executable, "-m", "lora_exp", *arguments]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background has it ignored
+    )  # fmt: skip
     waiting = time.monotonic() + 240
     while time.monotonic() < waiting and not list(workplace.glob("outputs/sweeps/*/*/0/adapter")):
         time.sleep(0.2)
     process.send_signal(signum)
-    out, err = process.communicate(timeout=120)
+    try:
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode == 128 + signum, err
     assert "Traceback" not in err
     assert "KILLED" in out
