@@ -35,14 +35,14 @@ _AS_IT_IS = nullcontext()
 
 def fused_output(layer: LoRALayerBase, x: Tensor, plan: Plan) -> Tensor | None:
     """The adapted layer's output for x (..., K), or None where only the plain path will do."""
-    if not (fused_allowed() and is_plain(x)) or _trains_base(layer):
+    if not (fused_allowed() and is_plain(x)) or trains_base(layer):
         return None
     served = _served(layer, x, plan)
-    if not served or not all(_is_known(adapter) for adapter, _ in served):
+    if not served or not all(is_known(adapter) for adapter, _ in served):
         return None
     parts = [_part(layer, adapter, rows) for adapter, rows in served]
     factors = [adapter._parameters.get(key) for adapter, _ in served for key in ("lora_A", "lora_B", "magnitude")]
-    x = _autocast(x)
+    x = autocast_input(x)
     return _Adapted.apply(_Call(layer, parts, _is_wide(layer, x)), x, *factors)
 
 
@@ -187,7 +187,7 @@ def _part(layer: LoRALayerBase, adapter: LoraAdapter, rows: slice) -> Share:
     return Share(rows, adapter.scale, adapter.dropout if adapter.drops else 0.0, seed, norm)
 
 
-def _is_known(adapter: LoraAdapter) -> bool:
+def is_known(adapter: LoraAdapter) -> bool:
     """Whether it is LoRA or DoRA, or a variant that runs exactly as one of them does."""
     kind: Any = type(adapter)
     return _runs_as_we_know(kind) and getattr(adapter, "detach_norm", True)
@@ -199,11 +199,11 @@ def _runs_as_we_know(kind: type) -> bool:
     return all(getattr(kind, key) is getattr(ours, key) for key in ("output", "add_to", "low_rank", "dropped"))
 
 
-def _trains_base(layer: LoRALayerBase) -> bool:
+def trains_base(layer: LoRALayerBase) -> bool:
     return any(parameter is not None and parameter.requires_grad for parameter in layer._parameters.values())
 
 
-def _autocast(x: Tensor) -> Tensor:
+def autocast_input(x: Tensor) -> Tensor:
     """x as autocast would hand it to a linear layer."""
     dtype = autocast_dtype(x.device.type)
     return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)

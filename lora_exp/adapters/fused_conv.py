@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .conv_ways import Way, by_group, is_exact, shortest
 from .dora import DoraAdapter
-from .fused import _autocast, _is_known, _trains_base
+from .fused import autocast_input, is_known, trains_base
 from .lora import LoraAdapter
 from .once import first_derivative_only
 from .shares import Share, as_dtype
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
 def fused_convolution(layer: Any, x: Tensor, plan: Plan) -> Tensor | None:
     """The adapted layer's output for x (N, C_in, s...), or None where only the plain path will do: a trained base,
     an unknown variant, padding with other values than zeros, no batch dimension, groups in 16 bit or off the CPU."""
-    if layer.geometry is None or not (fused_allowed() and is_plain(x)) or _trains_base(layer):
+    if layer.geometry is None or not (fused_allowed() and is_plain(x)) or trains_base(layer):
         return None
-    x, spans = _autocast(x), _spans(layer, x, plan)
-    if x.dim() != layer.weight.dim() or not x.numel() or not all(a is None or _is_known(a) for a, _ in spans):
+    x, spans = autocast_input(x), _spans(layer, x, plan)
+    if x.dim() != layer.weight.dim() or not x.numel() or not all(a is None or is_known(a) for a, _ in spans):
         return None
     if not _fits(layer, x) or all(adapter is None for adapter, _ in spans):
         return None

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 class TinyNet(nn.Module):
@@ -210,3 +211,28 @@ def pytest_configure(config: pytest.Config) -> None:
         "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
     ):
         config.addinivalue_line("filterwarnings", notice)
+
+
+@pytest.fixture
+def replay_is_the_same():
+    """Compares gradients of a layer with those of its checkpointed call, and of a second backward pass."""
+
+    def compare(layer, x, reentrant):
+        def gradients(call):
+            layer.zero_grad()
+            torch.manual_seed(2)
+            loss = call(x).square().sum()
+            loss.backward(retain_graph=not reentrant)
+            once = [p.grad.clone() for p in layer.adapters.parameters()]
+            if not reentrant:
+                loss.backward()
+                for parameter, first in zip(layer.adapters.parameters(), once, strict=True):
+                    torch.testing.assert_close(parameter.grad, 2 * first)
+            return once
+
+        plain = gradients(layer)
+        replayed = gradients(lambda x: checkpoint(layer, x, use_reentrant=reentrant))
+        for mine, expected in zip(replayed, plain, strict=True):
+            assert torch.equal(mine, expected)
+
+    return compare

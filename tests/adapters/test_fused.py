@@ -6,7 +6,6 @@ import itertools
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from lora_exp.adapters import DoRALinear, LoraConfig, LoRAConv1D, LoRALinear, LoraModel, fused, products, use_reference
 from lora_exp.adapters.masks import dropout_mask, dropout_noise, keep_share
@@ -271,26 +270,10 @@ def test_a_variant_of_its_own_is_not_fused(calls):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_retained_and_replayed(kind, reentrant):
+def test_retained_and_replayed(kind, reentrant, replay_is_the_same):
     layer = trained(KINDS[kind](4, 4, rank=2, lora_dropout=0.3))
     x = torch.randn(5, 4, requires_grad=True)
-
-    def gradients(call):
-        layer.zero_grad()
-        torch.manual_seed(2)
-        loss = call(x).square().sum()
-        loss.backward(retain_graph=not reentrant)
-        once = [p.grad.clone() for p in layer.adapters.parameters()]
-        if not reentrant:
-            loss.backward()
-            for parameter, first in zip(layer.adapters.parameters(), once, strict=True):
-                torch.testing.assert_close(parameter.grad, 2 * first)
-        return once
-
-    plain = gradients(layer)
-    replayed = gradients(lambda x: checkpoint(layer, x, use_reentrant=reentrant))
-    for mine, expected in zip(replayed, plain, strict=True):
-        assert torch.equal(mine, expected)
+    replay_is_the_same(layer, x, reentrant)
 
 
 def retained_bytes(call, x, *skip):
