@@ -80,6 +80,8 @@ def _place_problems(config: Config) -> list[str]:
     problems += _not_among("model.dtype", config.model.dtype, DTYPES)
     if not (config.model.name or config.model.path or config.model.packaged):
         problems.append("no model is named: add model.name=ORG/NAME (hub) or model.path=FOLDER (hub layout)")
+    problems += _not_among("machine.bf16", config.machine.bf16, ("auto", "native", "float32"))
+    problems += _not_among("machine.float32", config.machine.float32, ("auto", "blas", "onednn"))
     problems += _kind_problems(config)
     problems += _quantization_problems(config)
     if not (config.data.path or config.data.packaged):

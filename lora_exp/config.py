@@ -132,6 +132,18 @@ class TrainConfig:
 
 
 @dataclass
+class MachineConfig:
+    """What this machine is fast in: ``auto`` measures it once (see ``machine/precision.py``).
+
+    ``bf16``: bfloat16 products on a CPU as they are (``native``) or in ``float32`` inside, which also decides what
+    ``model.dtype=auto`` is there. ``float32``: such products by ``blas`` or ``onednn``.
+    """
+
+    bf16: str = "auto"
+    float32: str = "auto"
+
+
+@dataclass
 class PlanConfig:
     """``gpu_gib``: the memory to fit into; ``reserve_gib`` of it is for the CUDA context and fragmentation.
 
@@ -179,6 +191,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    machine: MachineConfig = field(default_factory=MachineConfig)
     task: str = "train"
     rank: int = 8
     alpha: Any = 16
@@ -282,6 +295,8 @@ _OTHER_KIND = {
 def _flat_section(group: str, section: dict[str, Any]) -> dict[str, Any]:
     if group == "tracking":
         return {}
+    if group == "machine":
+        return {f"machine.{name}": value for name, value in section.items() if value != "auto"}
     if group == "plan":
         return {"plan.gpu_gib": section["gpu_gib"]} if section["gpu_gib"] else {}
     title = "label" if section.get("label") else "name"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import platform
 import random
 from dataclasses import dataclass, replace
 
 import numpy
 import torch
+
+from lora_exp.adapters.precision import NATIVE, answers
 
 
 @dataclass(frozen=True)
@@ -65,17 +66,10 @@ def resolve_device(device: str) -> torch.device:
 
 
 def computes_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 matrix products are native *and* the faster choice.
-
-    AVX512_BF16 alone does not count: without AMX tiles its products ran at 0.7 times float32's speed.
-    """
+    """Whether bfloat16 matrix products are native *and* the faster choice, which for a CPU is measured."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "mps":
-        return False
-    if platform.machine() in ("arm64", "aarch64"):
-        return platform.system() == "Linux" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return torch.cpu._is_amx_tile_supported()
+    return device.type == "cpu" and answers().bf16 == NATIVE
 
 
 def set_seed(seed: int) -> None:

@@ -17,7 +17,8 @@ from lora_exp.cache import file_sha256
 from lora_exp.config import Config, uses_factors
 from lora_exp.data import Data, load_data
 from lora_exp.job import METRICS_FILE, Job, Result
-from lora_exp.place import Place, prepare_backends, resolve_place, set_seed
+from lora_exp.machine.precision import take_precision
+from lora_exp.place import Place, prepare_backends, resolve_device, resolve_place, set_seed
 from lora_exp.plan.precheck import check_fits
 from lora_exp.progress import TrainingProgress
 from lora_exp.recording import log_setup, run_name
@@ -26,6 +27,7 @@ from lora_exp.training.loop import Forward, Lane, Record, train
 from lora_exp.training.memory import peak_gib, reset_peak
 from lora_exp.training.objectives import OBJECTIVES
 from lora_exp.training.optimizers import build_optimizer, build_schedule
+from lora_exp.training.utilisation import Utilisation
 
 log = logging.getLogger(__name__)
 LANE = "default"
@@ -38,16 +40,20 @@ def run(config: Config, job: Job) -> Result:
     """
     started = time.monotonic()
     is_quantised = config.quantization.name != "none"
+    precision = take_precision(config.machine, resolve_device(config.device))
     place = resolve_place(config.device, config.model.dtype, not uses_factors(config), is_quantised)
     prepare_backends(place)
     reset_peak(place.device)
     set_seed(config.seed)
     with tracking.open_run(config.tracking, run_name(config, job), job.sweep_folder) as tracked:
         log_setup(tracked, config, job, {"dtype": str(place.dtype), "device": str(place.device)})
+        tracked.log_tags(precision.tags())
         check_fits(config, place)
         adapted, data = _prepare(tracked, config, place)
         lane = _lane(adapted, data, config, place)
-        records = _train(tracked, adapted, lane, config, job, place)
+        rate = precision.rate(place.autocast or place.dtype)
+        share = Utilisation.of(adapted.model, rate, trains_base=not uses_factors(config))
+        records = _train(tracked, adapted, lane, config, job, place, share)
         result = _summarise(tracked, adapted, records, job, place, time.monotonic() - started)
     _report(result)
     return result
@@ -102,7 +108,15 @@ def _lane(adapted: Adapted, data: Data, config: Config, place: Place) -> Lane:
     )
 
 
-def _train(tracked: tracking.Run, adapted: Adapted, lane: Lane, config: Config, job: Job, place: Place) -> list[Record]:
+def _train(
+    tracked: tracking.Run,
+    adapted: Adapted,
+    lane: Lane,
+    config: Config,
+    job: Job,
+    place: Place,
+    share: Utilisation,
+) -> list[Record]:
     objective = OBJECTIVES[config.data.kind]
     forward = Forward(
         model=adapted.model,
@@ -114,11 +128,15 @@ def _train(tracked: tracking.Run, adapted: Adapted, lane: Lane, config: Config, 
         metrics=objective.metrics,
         unit=objective.unit,
     )
+    share = Utilisation.of(
+        adapted.model, precision.rate(place.autocast or place.dtype), trains_base=not uses_factors(config)
+    )
     records: list[Record] = []
     file = job.folder / METRICS_FILE
     try:
         with file.open("w") as stream, TrainingProgress(config.train.steps) as progress:
             for record in train(forward, [lane], config.train):
+                record |= share.figures(record)
                 _keep(record, stream, tracked)
                 progress.show(record)
                 records.append(record)

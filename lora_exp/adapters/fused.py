@@ -22,7 +22,7 @@ from torch import Tensor
 from .dora import DoraAdapter
 from .lora import LoraAdapter
 from .once import first_derivative_only
-from .products import add_product, runs_wide, times_transposed
+from .products import add_product, runs_wide, times_transposed, uses_onednn
 from .shares import Share, add_share, as_dtype, share_gradients
 from .switch import autocast_dtype, fused_allowed, is_plain, without_autocast
 
@@ -43,7 +43,9 @@ def fused_output(layer: LoRALayerBase, x: Tensor, plan: Plan) -> Tensor | None:
     parts = [_part(layer, adapter, rows) for adapter, rows in served]
     factors = [adapter._parameters.get(key) for adapter, _ in served for key in ("lora_A", "lora_B", "magnitude")]
     x = autocast_input(x)
-    return _Adapted.apply(_Call(layer, parts, _is_wide(layer, x)), x, *factors)
+    wide = _is_wide(layer, x)
+    call = _Call(layer, parts, wide, wide or _is_by_onednn(layer, x))
+    return _Adapted.apply(call, x, *factors)
 
 
 def _served(layer: LoRALayerBase, x: Tensor, plan: Plan) -> list[tuple[LoraAdapter, slice]]:
@@ -59,12 +61,13 @@ def _served(layer: LoRALayerBase, x: Tensor, plan: Plan) -> list[tuple[LoraAdapt
 
 
 class _Call:
-    """One call of a layer: which adapters serve which rows, and whether 16-bit values are float32 inside."""
+    """One call of a layer: which adapters serve which rows, whether 16-bit values are float32 inside, and whether
+    the products with W are ours or the layer's own."""
 
-    __slots__ = ("layer", "parts", "wide")
+    __slots__ = ("layer", "ours", "parts", "wide")
 
-    def __init__(self, layer: Any, parts: Sequence[Share], wide: bool) -> None:
-        self.layer, self.parts, self.wide = layer, parts, wide
+    def __init__(self, layer: Any, parts: Sequence[Share], wide: bool, ours: bool) -> None:
+        self.layer, self.parts, self.wide, self.ours = layer, parts, wide, ours
 
     def inside(self, x: Tensor) -> Tensor:
         """(M, K) x or (M, N) G in what is computed in."""
@@ -72,13 +75,13 @@ class _Call:
 
     def product(self, x: Tensor) -> Tensor:
         """x Wᵀ (M, N), a tensor to write to."""
-        if self.wide:
+        if self.ours:
             return times_transposed(x, self.matrix())
         return self.layer.linear_forward(x).contiguous()
 
     def base(self, x: Tensor) -> Tensor:
         """x Wᵀ + b (M, N), likewise."""
-        if not self.wide:
+        if not self.ours:
             return self.layer.base_forward(x).contiguous()
         product, bias = self.product(x), self.layer.bias
         return product if bias is None else product.add_(bias)
@@ -218,6 +221,14 @@ def _is_wide(layer: LoRALayerBase, x: Tensor) -> bool:
     if weight.dtype is not x.dtype and weight.is_floating_point() and autocast_dtype(kind) is None:
         return False  # the layer itself will say that they do not fit
     return runs_wide(dtype, kind, x.numel() // max(1, x.shape[-1]))
+
+
+def _is_by_onednn(layer: LoRALayerBase, x: Tensor) -> bool:
+    """Whether all of the call is float32 and oneDNN the faster for it."""
+    if x.dtype is not torch.float32 or (layer.compute_dtype or x.dtype) is not x.dtype:
+        return False
+    stored = layer.weight.dtype if layer.weight.is_floating_point() else layer.merged_dtype
+    return stored is x.dtype and uses_onednn(x.dtype, x.device.type, x.numel() // max(1, x.shape[-1]))
 
 
 def _flat(x: Tensor) -> Tensor:

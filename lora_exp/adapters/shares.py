@@ -139,9 +139,8 @@ def _write_input(
     """dx = mask ∘ (c dz Aᵀ), for DoRA with dropout mask ∘ (((g-1)/keep ∘ G) W + c dz Aᵀ)."""
     dx.addmm_(dz, A.T, beta=0, alpha=share.factor)
     if mask is not None:
-        if weighted is not None:
-            add_product(dx, weighted, weight)
-        dx.mul_(mask)
+        whole = dx if weighted is None else add_product(dx, weighted, weight)
+        torch.mul(whole, mask, out=dx)
 
 
 def _scaled_product(like: Tensor, left: Tensor, right: Tensor, factor: float) -> Tensor:

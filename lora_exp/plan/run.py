@@ -7,9 +7,12 @@ import logging
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from lora_exp import tracking
 from lora_exp.config import Config
 from lora_exp.job import Job, PlanResult
+from lora_exp.machine.precision import take_precision
 from lora_exp.plan.estimate import GIB, Plan, Planner
 from lora_exp.plan.fit import Fit, fit
 from lora_exp.plan.show import show
@@ -21,6 +24,8 @@ PLAN_FILE = "plan.json"
 
 def run_plan(config: Config, job: Job) -> PlanResult:
     """Plan, show, write, track. Raises ValueError for an architecture that cannot be had or a target without match."""
+    if config.device == "cpu":
+        take_precision(config.machine, torch.device("cpu"))
     with tracking.open_run(config.tracking, run_name(config, job), job.sweep_folder) as tracked:
         planner = Planner(config)
         plan = planner.plan()

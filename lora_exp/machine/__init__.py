@@ -1,0 +1,1 @@
+"""Where a run computes: what this machine is fast in, how its threads wait."""
