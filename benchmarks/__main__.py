@@ -9,11 +9,18 @@ import logging
 import os
 from pathlib import Path
 
-import torch
+from lora_exp.machine.waiting import wait_briefly
 
-from . import report
+wait_briefly()  # before torch is loaded
 
-SUITES = ("layers", "models", "memory", "startup", "scale")
+import torch  # noqa: E402
+
+from lora_exp.config import MachineConfig  # noqa: E402
+from lora_exp.machine.precision import take_precision  # noqa: E402
+
+from . import report  # noqa: E402
+
+SUITES = ("job", "layers", "models", "memory", "startup", "scale", "waiting")
 
 
 def main() -> None:
@@ -28,6 +35,7 @@ def main() -> None:
     )
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
+    precision = take_precision(MachineConfig(), torch.device("cpu"))  # asked of the machine once, for all suites
     logging.disable(logging.WARNING)
     asked.out.mkdir(parents=True, exist_ok=True)
     file = asked.out / "results.json"
@@ -36,7 +44,7 @@ def main() -> None:
         print(f"{name} ...", flush=True)
         before = report.load()
         found = importlib.import_module(f"benchmarks.{name}").run(asked.quick)
-        about = {**report.circumstances(asked.threads, asked.quick), "load_before": before, "load_after": report.load()}
+        about = {**report.circumstances(precision, asked.quick), "load_before": before, "load_after": report.load()}
         known[name] = {**found, "about": about}
         file.write_text(json.dumps(known, indent=1) + "\n")
         print(report.table(found["rows"]), flush=True)

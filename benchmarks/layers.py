@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lora_exp.adapters.precision import BLAS, FLOAT32, NATIVE, ONEDNN, Answers, answered, answers, has_onednn
 
 from . import convolutions
 from .pairs import DTYPES, Setup, has_nf4, linear, three, touch
@@ -23,6 +26,12 @@ def run(quick: bool) -> dict[str, Any]:
         base = linear(*shape, setup)
         x = torch.randn(1, TOKENS, shape[0], dtype=DTYPES[setup.dtype], requires_grad=True)
         rows.append(measure(base, setup, x, rounds, f"{shape[0]}→{shape[1]}"))
+    for told, setup, shape in forced_cells(quick):
+        base = linear(*shape, setup)
+        x = torch.randn(1, TOKENS, shape[0], dtype=DTYPES[setup.dtype], requires_grad=True)
+        with answered(**dataclasses.asdict(told)):
+            row = measure(base, setup, x, rounds, f"{shape[0]}→{shape[1]}")
+        rows.append({**row, "group": f"{row['group']}, forced bf16={told.bf16} float32={told.float32}"})
     for group, size, setup, base, x in convolutions.cells(quick):
         rows.append({**measure(base, setup, x, rounds, size), "group": group})
     return {"rows": rows, "means": means(rows)}
@@ -35,6 +44,16 @@ def cells(quick: bool) -> Iterator[tuple[Setup, tuple[int, int]]]:
     for nf4, these in kinds:
         for dora, dtype, dropout, rank, size in itertools.product((False, True), DTYPES, (0.0, 0.05), these, sizes):
             yield Setup(rank, dropout, dora, dtype, nf4), size
+
+
+def forced_cells(quick: bool) -> Iterator[tuple[Answers, Setup, tuple[int, int]]]:
+    """The answer that was not measured, at rank 8."""
+    mine = answers()
+    bf16 = Answers(FLOAT32 if mine.bf16 == NATIVE else NATIVE, mine.float32)
+    float32 = Answers(mine.bf16, BLAS if mine.float32 == ONEDNN else ONEDNN)
+    for setup, shape in cells(quick):
+        if setup.rank == 8 and not setup.nf4 and (setup.dtype == "bf16" or has_onednn()):
+            yield (bf16 if setup.dtype == "bf16" else float32), setup, shape
 
 
 def measure(base: nn.Module, setup: Setup, x: Tensor, rounds: int, size: str) -> dict[str, Any]:

@@ -11,18 +11,27 @@ from typing import Any
 
 import torch
 
+from lora_exp.machine.precision import Precision
+from lora_exp.machine.waiting import WAITS
+
 Row = dict[str, Any]
 _HEADINGS = {
+    "job": "The whole default job",
     "layers": "Layers: forward and backward, 512 tokens",
     "models": "Models: a whole training step, 1×256 tokens, all seven projections adapted",
     "memory": "Memory",
     "startup": "Start-up",
     "scale": "Growth",
+    "waiting": "Waiting threads",
 }
 _NOTES = {
+    "job": "Seconds of whole processes, medians, ours and a plain PEFT + Trainer script's in turns: loading, the "
+    "steps, three evaluations of 32 blocks, the adapter saved twice and MLflow. `training_s` are the steps alone, by "
+    "the times at which losses were logged; the rest is start-up, evaluation, saving and the end.",
     "layers": "`ratio` is PEFT's median over ours with its 95 % bootstrap interval (`low`, `high`); `tuned_ratio` is "
     "the same for PEFT with `autocast_adapter_dtype=False`; `floor` is the frozen layer. In bfloat16 ours may beat "
-    "the floor: where the processor multiplies float32 faster, an adapted layer runs in float32 inside. nf4 is "
+    "the floor: where the processor multiplies float32 faster, an adapted layer runs in float32 inside. `forced`: with "
+    "that answer whatever was measured. nf4 is "
     "bitsandbytes' layer on both sides, its products in the activations' dtype.\n\nWhat bounds the gain: DoRA with "
     "dropout takes four products with the base weight on both sides (x and the dropped x forward, two gradients "
     "backward), as the frozen path sees all of x: three quarters of our time at 576→1536 in fp32, so the gain is in "
@@ -35,20 +44,20 @@ _NOTES = {
     "In a model neighbours share what they keep: q, k and v one input, gate and up another, and `floor` the rest.",
     "startup": "Seconds of fresh processes, median.",
     "scale": "Exponents b of y ~ x^b.",
+    "waiting": "Milliseconds a training step in processes of their own, which take turns: with the wait that the "
+    "command sets (ours), OpenMP's default and OMP_WAIT_POLICY=PASSIVE, alone and beside a busy process.",
 }
 
 
-def circumstances(threads: int, quick: bool) -> Row:
-    """Machine, date, versions and command."""
+def circumstances(precision: Precision, quick: bool) -> Row:
+    """Machine, what it was measured to be fast in, date, versions and command."""
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
     now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    machine = f"{_processor()}, {os.cpu_count()} processors"
     command = f"python -m benchmarks{' --quick' if quick else ''}"
     about = {
         "date": now,
-        "machine": machine,
-        "threads": threads,
-        "wait_policy": os.environ.get("OMP_WAIT_POLICY", "OpenMP's default"),
+        **{key.removeprefix("machine."): value for key, value in precision.tags().items()},
+        "waiting": ", ".join(f"{key}={os.environ[key]}" for key in WAITS if key in os.environ) or "OpenMP's default",
         "python": platform.python_version(),
         "command": command,
     }
@@ -81,6 +90,9 @@ def write(results: dict[str, Any], folder: Path) -> None:
     (folder / "RESULTS.md").write_text("\n\n".join(parts) + "\n")
 
 
+_TABLES = ("rows", "other_layers", "by_model", "loss_head", "peaks", "beside")
+
+
 def _tables(found: dict[str, Any]) -> list[str]:
     tables = []
     if "means" in found:
@@ -94,7 +106,11 @@ def _tables(found: dict[str, Any]) -> list[str]:
         )
     return [
         *tables,
-        *(table(found[key]) for key in ("rows", "other_layers", "by_model", "loss_head", "peaks") if found.get(key)),
+        *(
+            table(found[key])
+            for key in ("rows", "other_layers", "by_model", "loss_head", "peaks", "beside")
+            if found.get(key)
+        ),
     ]
 
 
@@ -104,16 +120,6 @@ def _about(about: Row) -> str:
 
 def _shown(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    fields = [dict(line.split(":", 1) for line in lines if ":" in line)]
-    named = {key.strip(): value.strip() for key, value in fields[0].items()}
-    return f"{named.get('model name', platform.machine())} (model {named.get('model', '?')})"
 
 
 def _plot(means: dict[str, dict[str, float]], path: Path) -> None:

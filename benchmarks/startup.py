@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lora_exp.cache import cache_root
+from .job import own_cache
 
 IMPORTS = {
     "import lora_exp": "lora_exp",
@@ -33,7 +33,7 @@ def _first_step(times: int) -> dict[str, Any]:
     """The default job against PEFT + Trainer: same model, data and MLflow store, all warm; sides take turns."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        cache = _own_cache(folder / "cache")
+        cache = own_cache(folder / "cache")
         found: dict[str, list[float]] = {"ours": [], "trainer": []}
         store = f"sqlite:///{folder}/mlflow.db"
         for turn in range(times + 1):
@@ -44,15 +44,6 @@ def _first_step(times: int) -> dict[str, Any]:
         ours, trainer = _median(found["ours"]), _median(found["trainer"])
     case = "to the end of the first training step: default job / PEFT + Trainer"
     return {"case": case, "seconds": ours, "peft_trainer_seconds": trainer, "share": round(ours / trainer, 3)}
-
-
-def _own_cache(cache: Path) -> Path:
-    """A cache that holds one data set, the default job's, whatever else was trained on this machine."""
-    models = cache_root(None) / "models"
-    models.mkdir(parents=True, exist_ok=True)
-    cache.mkdir()
-    (cache / "models").symlink_to(models)
-    return cache
 
 
 def _ours(folder: Path, store: str, cache: Path) -> float:

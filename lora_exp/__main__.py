@@ -23,11 +23,13 @@ from omegaconf.errors import OmegaConfBaseException
 from lora_exp.checks import check
 from lora_exp.config import Config, conf_folder, flat_values, register, to_config
 from lora_exp.job import Job, Outcome, PlanResult, Result, write_outcome
+from lora_exp.machine.waiting import wait_briefly
 from lora_exp.provenance import redacted
 from lora_exp.sweep.callback import begun
 
 log = logging.getLogger("lora_exp")
 register()
+wait_briefly()  # here, as a launcher's worker imports this module too, and before torch
 
 
 class JobError(CompactHydraException):

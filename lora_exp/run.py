@@ -128,9 +128,6 @@ def _train(
         metrics=objective.metrics,
         unit=objective.unit,
     )
-    share = Utilisation.of(
-        adapted.model, precision.rate(place.autocast or place.dtype), trains_base=not uses_factors(config)
-    )
     records: list[Record] = []
     file = job.folder / METRICS_FILE
     try:

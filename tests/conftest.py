@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from lora_exp.machine.waiting import wait_briefly
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_ASYNC_LOGGING_BUFFERING_SECONDS", "0")  # a second a run is long in tests
+# No test depends on what this machine is fast in, nor measures it; those about it force each answer.
+os.environ.setdefault("LORA_EXP_BF16", "float32")
+os.environ.setdefault("LORA_EXP_FLOAT32", "blas")
+wait_briefly()  # before torch is loaded
+
+import torch  # noqa: E402
+
+from lora_exp.adapters.precision import use_answers  # noqa: E402
 
 VERSES = [
     f"And the {noun} said unto the {other}, go thou and {verb}."
@@ -78,14 +88,30 @@ def tiny_overrides(tiny_llama: Path, text_file: Path) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.fixture(scope="session")
+def measured_machine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The rates of this machine, measured once for all tests."""
+    from lora_exp.config import MachineConfig
+    from lora_exp.machine.precision import take_precision
+
+    root = tmp_path_factory.mktemp("machine")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORA_EXP_CACHE", str(root))
+        take_precision(MachineConfig(), torch.device("cpu"))
+    use_answers(None)
+    return root / "machine"
+
+
 @pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workplace(tmp_path: Path, measured_machine: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty current folder with a cache of its own and no tracking settings from outside."""
     monkeypatch.chdir(tmp_path)
+    shutil.copytree(measured_machine, tmp_path / "cache/machine")
     monkeypatch.setenv("LORA_EXP_CACHE", str(tmp_path / "cache"))
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME", "HYDRA_FULL_ERROR"):
         monkeypatch.delenv(name, raising=False)
-    return tmp_path
+    yield tmp_path
+    use_answers(None)  # what a run took for itself
 
 
 @pytest.fixture(scope="session")

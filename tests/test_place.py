@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lora_exp.adapters.precision import FLOAT32, NATIVE, answered
 from lora_exp.place import Place, computes_bfloat16, resolve_device, resolve_place
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -31,11 +32,13 @@ def test_the_base_is_bfloat16_where_that_is_native(
     assert resolve_place("cpu", "bfloat16", trains_base=False).dtype == torch.bfloat16
 
 
-def test_native_bfloat16_on_x86_means_amx(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    for amx in (True, False):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
-        assert computes_bfloat16(CPU) is amx
+def test_on_a_cpu_the_measured_answer_decides() -> None:
+    for bf16 in (NATIVE, FLOAT32):
+        with answered(bf16=bf16):
+            assert computes_bfloat16(CPU) is (bf16 == NATIVE)
+            assert resolve_place("cpu", "auto", trains_base=False).dtype is (
+                torch.bfloat16 if bf16 == NATIVE else torch.float32
+            )
 
 
 @pytest.mark.parametrize("device", ["nonsense", "cuda:99", "xpu"])

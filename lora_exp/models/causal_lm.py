@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_exp.config import ModelConfig, QuantizationConfig
+from lora_exp.models.attention import take_attention
 from lora_exp.models.quantised import CannotQuantiseError, has_quantised, prepare, quantising
 from lora_exp.models.source import Source, cannot_be_had
 from lora_exp.place import Place
@@ -57,6 +58,7 @@ def load(
     nn.Module.to(model, place.device)
     if has_quantised(model):
         prepare(model, quantization, place)
+    take_attention(model)
     return model
 
 

@@ -7,11 +7,27 @@ import pytest
 import torch
 from torch import nn
 
-from lora_exp.adapters import DoRALinear, LoraConfig, LoRAConv1D, LoRALinear, LoraModel, fused, products, use_reference
+from lora_exp.adapters import (
+    DoRALinear,
+    LoraConfig,
+    LoRAConv1D,
+    LoRALinear,
+    LoraModel,
+    fused,
+    precision,
+    products,
+    use_reference,
+)
 from lora_exp.adapters.masks import dropout_mask, dropout_noise, keep_share
+from lora_exp.adapters.precision import BLAS, FLOAT32, NATIVE, ONEDNN, Answers
 
 KINDS = {"lora": LoRALinear, "dora": DoRALinear}
 CASES = list(itertools.product(KINDS, (0.0, 0.3), (True, False)))
+
+
+def tell(monkeypatch, wide, float32=BLAS):
+    """What the machine is fast in: wide, float32 alone; else 16 bits as they are."""
+    monkeypatch.setattr(precision, "_told", Answers(FLOAT32 if wide else NATIVE, float32))
 
 
 @pytest.fixture
@@ -102,10 +118,10 @@ def test_factors_may_be_frozen(frozen):
         torch.testing.assert_close(mine, expected)
 
 
-@pytest.mark.parametrize("wide", [False, True])
-def test_routes_of_every_kind_in_one_step(wide, calls, randomised, monkeypatch):
+@pytest.mark.parametrize(("wide", "float32"), [(False, BLAS), (True, BLAS), (False, ONEDNN), (True, ONEDNN)])
+def test_routes_of_every_kind_in_one_step(wide, float32, calls, randomised, monkeypatch):
     """wide: bfloat16 base and activations, float32 inside; the plain path rounds at every step."""
-    monkeypatch.setattr(products, "_is_fast_in_half", lambda: not wide)
+    tell(monkeypatch, wide, float32)
     monkeypatch.setattr(products, "_FEW_ROWS", 1)
     base = nn.Sequential(nn.Linear(6, 7), nn.Linear(7, 4, bias=False)).to(torch.bfloat16 if wide else torch.float32)
     options = {
@@ -142,7 +158,7 @@ def test_routes_of_every_kind_in_one_step(wide, calls, randomised, monkeypatch):
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("wide", [False, True])
 def test_bfloat16_is_within_its_rounding(kind, dropout, autocast, wide, monkeypatch):
-    monkeypatch.setattr(products, "_is_fast_in_half", lambda: not wide)
+    tell(monkeypatch, wide)
     monkeypatch.setattr(products, "_CHUNK", 48 * 7)
     layer = trained(KINDS[kind](48, 40, rank=4, lora_dropout=dropout))
     half = copy.deepcopy(layer)
@@ -173,7 +189,7 @@ def test_bfloat16_is_within_its_rounding(kind, dropout, autocast, wide, monkeypa
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_wide_is_as_exact_as_a_layer_rounded_at_its_ends(kind, dropout, monkeypatch):
     """In float32 inside, only what comes out is rounded; of what is kept, only DoRA's product is."""
-    monkeypatch.setattr(products, "_is_fast_in_half", lambda: False)
+    tell(monkeypatch, wide=True)
     half = trained(KINDS[kind](48, 40, rank=4, lora_dropout=dropout, dtype=torch.bfloat16))
     layer = copy.deepcopy(half)
     layer.weight.data, layer.bias.data = layer.weight.data.double(), layer.bias.data.double()
@@ -195,11 +211,11 @@ def test_wide_is_as_exact_as_a_layer_rounded_at_its_ends(kind, dropout, monkeypa
             assert (mine == exact.bfloat16()).float().mean() > 0.99
 
 
-@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize(("wide", "float32"), [(False, BLAS), (True, BLAS), (False, ONEDNN)])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_output_may_be_written_to(kind, wide, dtype, monkeypatch):
-    monkeypatch.setattr(products, "_is_fast_in_half", lambda: not wide)
+def test_the_output_may_be_written_to(kind, wide, float32, dtype, monkeypatch):
+    tell(monkeypatch, wide, float32)
     layer = trained(KINDS[kind](6, 5, rank=2, dtype=dtype))
     x = torch.randn(2, 70, 6, dtype=dtype)
     plain = layer(x).mul(2).sum()
@@ -217,7 +233,7 @@ def test_half_precision_products_in_either_precision(monkeypatch):
     grad, weight = torch.randn(200, 30).bfloat16(), torch.randn(30, 20).bfloat16()
     monkeypatch.setattr(products, "_CHUNK", 20 * 7)
     for fast in (True, False):
-        monkeypatch.setattr(products, "_is_fast_in_half", lambda fast=fast: fast)
+        tell(monkeypatch, wide=not fast)
         got = products.wide_product(grad, weight)
         assert got.dtype == (torch.bfloat16 if fast else torch.float32)
         torch.testing.assert_close(got.float(), grad.float() @ weight.float(), atol=0.1, rtol=0.01)

@@ -12,7 +12,18 @@ from torch import nn
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says so where it lacks an optional kernel
 bnb = pytest.importorskip("bitsandbytes")
 
-from lora_exp.adapters import LoraConfig, LoRALinear, LoRALinear4bit, LoRALinear8bit, LoraModel, lora, products, shares  # noqa: E402
+from lora_exp.adapters import (  # noqa: E402
+    LoraConfig,
+    LoRALinear,
+    LoRALinear4bit,
+    LoRALinear8bit,
+    LoraModel,
+    lora,
+    precision,
+    products,
+    shares,
+)
+from lora_exp.adapters.precision import BLAS, FLOAT32, NATIVE, ONEDNN, Answers  # noqa: E402
 
 KINDS = ["nf4", "fp4", "nf4-double", "int8"]
 FOUR_BIT = KINDS[:3]
@@ -136,7 +147,7 @@ def test_it_equals_pefts(kind, dora, dropout, oracle, randomised, same_masks):
 @METHODS
 @BOTH
 def test_a_bfloat16_base_agrees_to_bfloat16s_rounding(kind, dora, wide, randomised, monkeypatch):
-    monkeypatch.setattr(products, "_is_fast_in_half", lambda: not wide)
+    monkeypatch.setattr(precision, "_told", Answers(FLOAT32 if wide else NATIVE, BLAS))
     monkeypatch.setattr(products, "_FEW_ROWS", 1)
     base = Net(kind, dtype=torch.bfloat16)
     twin, model = adapted(base.dense().float(), dora), adapted(base, dora)
@@ -146,6 +157,23 @@ def test_a_bfloat16_base_agrees_to_bfloat16s_rounding(kind, dora, wide, randomis
     ours, theirs = gradients(model, x.bfloat16()), gradients(twin, x)
     for mine, plain in zip(ours, theirs, strict=True):
         assert (mine.float() - plain).norm() < 0.02 * plain.norm()
+
+
+@METHODS
+@BOTH
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_float32_by_onednn_agrees_with_blas(kind, dora, dropout, randomised, monkeypatch):
+    """Not to the bit: the two add up in another order."""
+    monkeypatch.setattr(products, "_FEW_ROWS", 1)
+    model = adapted(Net(kind), dora, dropout)
+    randomised(model, std=0.05)
+    x, found, state = torch.randn(3, 7, 64), {}, model.dropout_state()
+    for float32 in (BLAS, ONEDNN):
+        monkeypatch.setattr(precision, "_told", Answers(NATIVE, float32))
+        model.load_dropout_state(state)
+        found[float32] = gradients(model.train(), x)
+    for blas, onednn in zip(found[BLAS], found[ONEDNN], strict=True):
+        torch.testing.assert_close(blas, onednn, atol=1e-4, rtol=1e-4)
 
 
 @METHODS
@@ -159,7 +187,7 @@ def test_a_float32_input_to_products_in_bfloat16(kind, dora, randomised, monkeyp
     randomised(model, std=0.05)
     x, found = torch.randn(3, 7, 64), {}
     for wide in (False, True):
-        monkeypatch.setattr(products, "_is_fast_in_half", lambda wide=wide: not wide)
+        monkeypatch.setattr(precision, "_told", Answers(FLOAT32 if wide else NATIVE, BLAS))
         found[wide] = gradients(model, x)
         assert found[wide][0].dtype == torch.float32
     for rounded, exact in zip(found[False], found[True], strict=True):
