@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Iterable
 from typing import Any
+
+from .patterns import full_match
 
 BIAS_MODES = ("none", "all", "lora_only")
 LAYER_TYPES = ("linear", "embedding", "conv1d", "conv2d", "conv3d")
 ALL_LINEAR = "all-linear"
+LARGEST_ALPHA = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +122,8 @@ def _alpha_problems(name: str, alpha: Any) -> Iterable[str]:
         yield f"{name}={alpha!r} is not a number; use a positive number such as 16"
     elif not (math.isfinite(alpha) and alpha > 0):
         yield f"{name}={alpha} would scale the adapter away; use a positive, finite number"
+    elif alpha > LARGEST_ALPHA:
+        yield f"{name}={alpha} would drown the base in the adapter; use at most {LARGEST_ALPHA:,}"
 
 
 def _dropout_problems(dropout: Any) -> Iterable[str]:
@@ -160,6 +164,6 @@ def _pattern_problems(config: LoraConfig) -> Iterable[str]:
 
 def _regex_problems(field: str, pattern: str) -> Iterable[str]:
     try:
-        re.compile(pattern)
-    except re.error as error:
-        yield f"{field}={pattern!r} is not a regular expression ({error}); escape it or use a list of names"
+        full_match(pattern, "")
+    except ValueError as error:
+        yield f"{field}: {error}; escape it or use a list of names"

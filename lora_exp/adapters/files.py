@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import LoraConfig
+from .undo import values_undone_on_failure
 
 _CONFIG_KEY = "lora_config"
 # What decides an adapter's function beside its tensors; the rest says where it is and how it is trained.
@@ -33,33 +35,44 @@ def load_adapter(path: str | Path, into: Mapping[str, Tensor], config: LoraConfi
 
 
 def copy_strictly(path: str | Path, tensors: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
-    """Copy tensors by name; missing, unexpected and misshapen ones are reported together, before any copy."""
-    problems = []
-    if missing := sorted(set(into) - set(tensors)):
-        problems.append(f"missing: {_some(missing)}")
-    if unexpected := sorted(set(tensors) - set(into)):
-        problems.append(f"unexpected: {_some(unexpected)}")
-    for name in sorted(set(into) & set(tensors)):
-        if tensors[name].shape != into[name].shape:
-            problems.append(f"{name} is {tuple(tensors[name].shape)}, not {tuple(into[name].shape)}")
+    """Copy tensors by name, all or none; whatever does not fit is reported together, before any copy."""
+    problems = [*_name_problems(tensors, into), *_value_problems(tensors, into)]
     if problems:
         raise ValueError(
             f"{path} does not fit this adapter: {'; '.join(problems[:6])}; load it with the config that it "
             "was trained with, onto the same base model"
         )
-    with torch.no_grad():
+    with torch.no_grad(), values_undone_on_failure(*into.values()):
         for name, target in into.items():
             target.copy_(tensors[name])
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write atomically; tensors that share memory are written once each."""
+    """Write a safetensors file, whole or not at all; tensors that share memory are written once each."""
+    own = {name: _owned(tensor) for name, tensor in tensors.items()}
+    write_whole(path, lambda partial: save_file(own, str(partial), metadata={"format": "pt", **metadata}))
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file in UTF-8, whole or not at all."""
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file beside `path`, which takes its place when it is done, with the umask's mode.
+
+    A reader never sees half of it. safetensors makes its files for the owner alone, so that nobody else could
+    read a shared folder.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    own = {name: _owned(tensor) for name, tensor in tensors.items()}
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
     try:
-        save_file(own, str(partial), metadata={"format": "pt", **metadata})
+        partial.unlink(missing_ok=True)
+        partial.touch()
+        mode = partial.stat().st_mode & 0o777
+        write(partial)
+        partial.chmod(mode)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -72,8 +85,42 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(str(path), "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
+    except (SafetensorError, OSError, KeyError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} cannot be read ({error}); it is damaged or cut short, copy it anew") from error
+
+
+def read_json(text: str, source: str) -> dict[str, Any]:
+    """An object out of JSON that somebody else may have written."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source} is not valid JSON ({error}); copy the adapter anew") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{source} is not a JSON object but {type(found).__name__}; copy the adapter anew")
+    return found
+
+
+def _name_problems(tensors: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> Iterable[str]:
+    if missing := sorted(set(into) - set(tensors)):
+        yield f"missing: {_some(missing)}"
+    if unexpected := sorted(set(tensors) - set(into)):
+        yield f"unexpected: {_some(unexpected)}"
+
+
+def _value_problems(tensors: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> Iterable[str]:
+    """Shapes first: a file may declare a tensor of any size that is nowhere in memory."""
+    for name in sorted(set(into) & set(tensors)):
+        value, target = tensors[name], into[name]
+        if value.shape != target.shape:
+            yield f"{name} is {tuple(value.shape)}, not {tuple(target.shape)}"
+        elif value.is_floating_point() != target.is_floating_point() or value.is_complex() or not _is_dense(value):
+            yield f"{name} holds {value.dtype}, not {target.dtype}"
+        elif not target.is_meta and value.is_floating_point() and not value.to(target.dtype).isfinite().all():
+            yield f"{name} holds NaN or infinity in {target.dtype}"
+
+
+def _is_dense(value: Tensor) -> bool:
+    return value.layout is torch.strided and not value.is_quantized and not value.is_meta
 
 
 def _owned(tensor: Tensor) -> Tensor:
@@ -85,11 +132,16 @@ def _owned(tensor: Tensor) -> Tensor:
 def _check_config(path: str | Path, metadata: Mapping[str, str], config: LoraConfig) -> None:
     if _CONFIG_KEY not in metadata:
         raise ValueError(f"{path} was not written by save_model; load PEFT's files with from_pretrained")
-    stored: dict[str, Any] = json.loads(metadata[_CONFIG_KEY])
+    stored = read_json(metadata[_CONFIG_KEY], f"the config in {path}")
     ours = config.to_dict()
-    if differing := [key for key in _MEANING if stored.get(key) != ours[key]]:
+    if differing := [key for key in _MEANING if not _same(stored.get(key), ours[key])]:
         listed = ", ".join(f"{key} {stored.get(key)!r} there, {ours[key]!r} here" for key in differing)
         raise ValueError(f"{path} holds another kind of adapter ({listed}); make this one with the same config")
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Patterns in another order are other patterns: the first that matches a layer counts."""
+    return bool(one == other) and (not isinstance(one, dict) or list(one) == list(other))
 
 
 def _some(names: list[str]) -> str:

@@ -15,7 +15,11 @@ from .walk import base_modules
 
 
 def base_sha256(model: nn.Module) -> str | None:
-    """SHA-256 over the base's parameters: names, dtypes, shapes and bytes; None on the meta device."""
+    """SHA-256 over the base's parameters: names, shapes and values in bfloat16; None on the meta device.
+
+    The same weights have one identity whether they are loaded in float32 or in bfloat16. float16 rounds
+    otherwise, and a quantised copy is another base, packed values and constants included.
+    """
     digest = hashlib.sha256()
     for module_name, module in base_modules(model):
         for key in module._parameters:
@@ -24,7 +28,7 @@ def base_sha256(model: nn.Module) -> str | None:
                 continue
             if parameter.is_meta:
                 return None
-            digest.update(f"{module_name}.{key}:{parameter.dtype}:{tuple(parameter.shape)}".encode())
+            digest.update(f"{module_name}.{key}:{tuple(parameter.shape)}".encode())
             digest.update(_bytes(parameter))
             for constant in constants(module, parameter):
                 digest.update(_bytes(constant))
@@ -41,6 +45,7 @@ def _own(module: nn.Module, key: str) -> Tensor | None:
 
 
 def _bytes(parameter: Tensor) -> Any:
-    """The raw bytes, not copied on a CPU."""
+    """The raw bytes of integers (packed values), those in bfloat16 of floats."""
     flat = parameter.detach().to("cpu").contiguous().reshape(-1)
+    flat = flat.to(torch.bfloat16) if flat.is_floating_point() else flat
     return flat.view(torch.uint8).numpy().data

@@ -20,6 +20,7 @@ from .injection import inject
 from .layer import DEFAULT
 from .merging import MergeReport
 from .routing import BASE, Clock, Plan, Route, draw_seed, sampled_plan, sliced_plan
+from .undo import undone_on_failure
 from .walk import biased_modules, lora_layers, saved_modules
 
 
@@ -43,11 +44,12 @@ class LoraModel(nn.Module):
         self.configs: dict[str, LoraConfig] = {}
         self.route_state = Route()
         self._base_sha256: str | None = None
-        model.requires_grad_(False)
-        self.add_adapter(adapter_name, config)
-        self.set_adapter(adapter_name)
-        if verbose:
-            print(self.summary())
+        with undone_on_failure(model):
+            model.requires_grad_(False)
+            self.add_adapter(adapter_name, config)
+            self.set_adapter(adapter_name)
+            if verbose:
+                print(self.summary())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped model's forward; in training, its layer calls can be told from other passes'."""
@@ -90,12 +92,16 @@ class LoraModel(nn.Module):
     # Adapters
 
     def add_adapter(self, name: str, config: LoraConfig) -> None:
-        """Add a named adapter; its factors are drawn from the global RNG. It is not active yet."""
+        """Add a named adapter; its factors are drawn from the global RNG. It is not active yet.
+
+        Whatever fails on the way, a Ctrl-C included, leaves the model as it was.
+        """
         self._check_new_name(name)
         self._check_unmerged("add an adapter")
-        inject(self.wrapped, config, name, self.route_state)
-        self.configs[name] = config
-        self.route_state.clocks[name] = Clock(draw_seed())
+        with undone_on_failure(self, self.route_state):
+            inject(self.wrapped, config, name, self.route_state)
+            self.configs[name] = config
+            self.route_state.clocks[name] = Clock(draw_seed())
 
     def set_adapter(self, name: str) -> None:
         """Let one adapter serve the whole batch."""
@@ -260,14 +266,19 @@ class LoraModel(nn.Module):
             files.save_adapter(path, self.adapter_tensors(chosen), self.configs[chosen])
 
     def load_model(self, path: str | Path, name: str | None = None) -> None:
-        """Load what save_model wrote into an adapter made with the same config; strict."""
+        """Load what save_model wrote into an adapter made with the same config; strict, and all or nothing."""
         chosen = self._chosen(name)
         self._check_unmerged("load an adapter")
         files.load_adapter(path, self.adapter_tensors(chosen), self.configs[chosen])
 
-    def save_pretrained(self, directory: str | Path, name: str | None = None) -> None:
-        """Write an adapter in PEFT's format: adapter_config.json, adapter_model.safetensors, README.md."""
-        peft_format.save(self, directory, self._chosen(name))
+    def save_pretrained(
+        self, directory: str | Path, name: str | None = None, base_files_sha256: str | None = None
+    ) -> None:
+        """Write an adapter in PEFT's format: adapter_config.json, adapter_model.safetensors, README.md.
+
+        base_files_sha256: the digest of the base's weight files, if known, for whoever looks for the base.
+        """
+        peft_format.save(self, directory, self._chosen(name), base_files_sha256)
 
     @classmethod
     def from_pretrained(
@@ -278,26 +289,32 @@ class LoraModel(nn.Module):
         strict_base: bool = False,
         verbose: bool = True,
     ) -> LoraModel:
-        """`model` with an adapter in PEFT's format, ours or PEFT's own.
+        """`model` with an adapter in PEFT's format, ours or PEFT's own; what fails leaves `model` as it was.
 
-        Other base weights than those it was trained on (another dtype, a quantised copy) are said once;
-        `strict_base=True` makes them an error.
+        Other base weights than those it was trained on (another model, a quantised copy) are said once;
+        `strict_base=True` makes them an error. The same weights in float32 or bfloat16 are the same base.
         """
-        made = cls(model, peft_format.read_config(directory, model), adapter_name, verbose=verbose)
-        peft_format.load(made, directory, adapter_name, strict_base)
-        return made
+        stored = peft_format.read(directory, model)
+        with undone_on_failure(model):
+            made = cls(model, stored.config, adapter_name, verbose=False)
+            peft_format.fill(made, adapter_name, stored, strict_base)
+            if verbose:
+                print(made.summary())
+            return made
 
     def load_adapter(self, directory: str | Path, name: str, strict_base: bool = False) -> None:
         """Add an adapter from a folder in PEFT's format under a new name; it is not active yet."""
-        self.add_adapter(name, peft_format.read_config(directory, self.wrapped))
-        try:
-            peft_format.load(self, directory, name, strict_base)
-        except ValueError:
-            self.delete_adapter(name)
-            raise
+        stored = peft_format.read(directory, self.wrapped)
+        with undone_on_failure(self, self.route_state):
+            self.add_adapter(name, stored.config)
+            peft_format.fill(self, name, stored, strict_base)
 
     def base_sha256(self) -> str | None:
-        """Identity of the base weights, computed once; None while they are on the meta device."""
+        """Identity of the base weights, computed once; None while they are on the meta device.
+
+        Over names, shapes and values rounded to bfloat16, so that it is the same in float32 and bfloat16; not the
+        digest of a file.
+        """
         if self._base_sha256 is None:
             self._base_sha256 = base_sha256(self.wrapped)
         return self._base_sha256

@@ -5,9 +5,9 @@ Letters: r rank, in / out features, V entries and d width of an embedding, k... 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from .contents import bias_parameters, saved_tensors
-from .files import copy_strictly, read_tensors, write_tensors
+from .files import copy_strictly, read_json, read_tensors, write_tensors, write_text
 from .layer import LoRALayerBase
-from .peft_config import from_peft, to_peft
+from .peft_card import card
+from .peft_config import base_name, from_peft, to_peft
+from .targets import value_for
 from .walk import base_modules, joined, lora_layers
 
 if TYPE_CHECKING:
@@ -31,20 +33,19 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _OURS = "lora_exp"  # our own notes, in the tensor file's metadata: PEFT warns about keys it does not know
-_CARD = """---
-base_model: {base}
-library_name: peft
-tags: [lora]
----
-
-# {kind} adapter of rank {rank}
-
-Trained on `{base}` (SHA-256 of its weights: `{sha256}`). Load it with PEFT
-(`PeftModel.from_pretrained(base, folder)`) or lora_exp (`LoraModel.from_pretrained(base, folder)`).
-"""
 
 
-def save(model: LoraModel, directory: str | Path, name: str) -> None:
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """What a folder holds: the config that its adapter needs, its tensors by PEFT's keys, our own notes."""
+
+    config: LoraConfig
+    path: Path
+    tensors: dict[str, Tensor]
+    notes: dict[str, Any]
+
+
+def save(model: LoraModel, directory: str | Path, name: str, base_files_sha256: str | None = None) -> None:
     """Write adapter `name`; what PEFT cannot represent is refused before anything is written."""
     config, folder = model.configs[name], Path(directory)
     if folder.is_file():
@@ -53,38 +54,36 @@ def save(model: LoraModel, directory: str | Path, name: str) -> None:
         raise ValueError(
             f"PEFT's format cannot hold this adapter: {reasons[0]}; use save_model, which writes one safetensors file"
         )
-    notes = _notes(model, config)
+    stored, notes = to_peft(model, name), _notes(model, config, base_files_sha256)
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / WEIGHTS_NAME, peft_views(model, name), {_OURS: json.dumps(notes)})
-    _write_text(folder / CONFIG_NAME, json.dumps(to_peft(model, name), indent=2, sort_keys=True))
-    kind = "DoRA" if config.use_dora else "LoRA"
-    card = _CARD.format(base=notes["base"], kind=kind, rank=config.rank, sha256=notes["base_sha256"])
-    _write_text(folder / "README.md", card)
+    # Patterns keep their order: the first that matches a layer counts.
+    write_text(folder / CONFIG_NAME, json.dumps(dict(sorted(stored.items())), indent=2) + "\n")
+    write_text(folder / "README.md", card(stored, notes))
 
 
-def read_config(directory: str | Path, model: nn.Module) -> LoraConfig:
-    """The LoraConfig that a folder's adapter needs on `model`."""
-    path = Path(directory) / CONFIG_NAME
+def read(directory: str | Path, model: nn.Module) -> Stored:
+    """A folder's adapter, checked as far as it can be before `model` is changed."""
+    folder = Path(directory)
+    path = folder / CONFIG_NAME
     if not path.is_file():
         raise ValueError(f"{path} is not there; give the folder of an adapter in PEFT's format")
-    try:
-        stored = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); copy the adapter anew") from error
-    names = [name for name, _ in base_modules(model)]
-    tensors, metadata = _read_weights(Path(directory))[1:]
+    stored = read_json(path.read_text(encoding="utf-8", errors="replace"), str(path))
+    weights, tensors, metadata = _read_weights(folder)
     if not any(key.endswith(".bias") for key in tensors):
         stored["bias"] = "none"  # PEFT lets a wish for biases pass where the model has none
-    notes = json.loads(metadata.get(_OURS, "{}"))
-    return from_peft(stored, names, str(path), detach_norm=notes.get("dora_detach_norm", True))
+    notes = read_json(metadata.get(_OURS, "{}"), f"the notes in {weights}")
+    ranks = _stored_ranks(tensors)
+    config = from_peft(stored, model, list(ranks), str(path), detach_norm=notes.get("dora_detach_norm", True))
+    _check_ranks(weights, ranks, config)
+    return Stored(config, weights, tensors, notes)
 
 
-def load(model: LoraModel, directory: str | Path, name: str, strict_base: bool) -> None:
+def fill(model: LoraModel, name: str, stored: Stored, strict_base: bool) -> None:
     """Fill adapter `name` from a folder; keys and shapes must fit exactly."""
-    path, tensors, metadata = _read_weights(Path(directory))
     views = peft_views(model, name)
-    copy_strictly(path, _without_base(path, tensors, model, views), views)
-    _check_base(model, json.loads(metadata.get(_OURS, "{}")), path, strict_base)
+    copy_strictly(stored.path, _without_base(stored.path, stored.tensors, model, views), views)
+    _check_base(model, stored.notes, stored.path, strict_base)
 
 
 def peft_views(model: LoraModel, name: str) -> dict[str, Tensor]:
@@ -137,11 +136,11 @@ def _unrepresentable(layer: Any) -> str | None:
     return None
 
 
-def _notes(model: LoraModel, config: LoraConfig) -> dict[str, Any]:
-    base = getattr(model.wrapped, "name_or_path", None) or type(model.wrapped).__name__
+def _notes(model: LoraModel, config: LoraConfig, base_files_sha256: str | None) -> dict[str, Any]:
     return {
-        "base": str(base),
-        "base_sha256": model.base_sha256(),
+        "base": base_name(model.wrapped)["base_model_name_or_path"] or type(model.wrapped).__name__,
+        "base_values_sha256": model.base_sha256(),
+        "base_files_sha256": base_files_sha256,
         "dora_detach_norm": config.dora_detach_norm,
     }
 
@@ -149,9 +148,42 @@ def _notes(model: LoraModel, config: LoraConfig) -> dict[str, Any]:
 def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, str]]:
     older = folder / "adapter_model.bin"
     if older.is_file() and not (folder / WEIGHTS_NAME).is_file():
-        return older, torch.load(older, map_location="cpu", weights_only=True), {}
+        return older, _read_pickle(older), {}
     tensors, metadata = read_tensors(folder / WEIGHTS_NAME)
     return folder / WEIGHTS_NAME, tensors, metadata
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever the bytes led it to
+        raise ValueError(f"{path} cannot be read ({str(error)[:200]}); it is damaged or not PEFT's") from error
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise ValueError(f"{path} holds something else than named tensors; give an adapter in PEFT's format")
+    return found
+
+
+def _stored_ranks(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """The rank of each layer that the file has an A for, by the layer's name."""
+    found = {}
+    for key, tensor in tensors.items():
+        layer, is_A, _ = key.removeprefix(_PREFIX).partition(".lora_A.weight")
+        if not is_A:
+            layer, is_A, _ = key.removeprefix(_PREFIX).partition(".lora_embedding_A")
+        if is_A and tensor.dim() > 0:
+            found[layer] = tensor.shape[0]
+    return found
+
+
+def _check_ranks(path: Path, ranks: Mapping[str, int], config: LoraConfig) -> None:
+    """Before anything is made of a rank that only the config knows, and which may be absurd."""
+    for layer, rank in ranks.items():
+        asked = int(value_for(layer, config.rank_pattern, config.rank))
+        if asked != rank:
+            raise ValueError(
+                f"{path} has {layer} of rank {rank}, where {CONFIG_NAME} asks for {asked}: they are of two adapters; "
+                "copy both files anew"
+            )
 
 
 def _without_base(
@@ -190,16 +222,10 @@ def _check_same(path: Path, name: str, stored: Tensor, base: Tensor) -> None:
 
 
 def _check_base(model: LoraModel, notes: Mapping[str, Any], path: Path, strict_base: bool) -> None:
-    trained_on = notes.get("base_sha256")
+    trained_on = notes.get("base_values_sha256")
     if trained_on is None or model.base_sha256() in (None, trained_on):
         return
-    said = f"{path} was trained on other base weights ({notes.get('base')}, SHA-256 {trained_on[:12]}...)"
+    said = f"{path} was trained on other base weights ({notes.get('base')}, identity {str(trained_on)[:12]}...)"
     if strict_base:
         raise ValueError(f"{said}; load that base, or pass strict_base=False if this is a copy of it")
-    log.warning("%s; another dtype or a quantised copy is normal, another model is not", said)
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text + "\n")
-    partial.replace(path)
+    log.warning("%s; a copy in float16 or quantised is normal, another model is not", said)

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable, Mapping
 from torch import nn
 
 from .config import ALL_LINEAR, LoraConfig
+from .patterns import full_match, suffix_match
 from .registry import layer_class_for
 from .walk import lora_layers
 
-_HEAD_NAMES = ("lm_head", "score", "classifier", "qa_outputs")
+_HEAD_NAMES = ("lm_head", "score", "classifier", "classification_head", "qa_outputs")
 _BLOCK_INDEX = re.compile(r".*?\.(\d+)\.")  # the first number: blocks are outside, experts inside
 _REFUSED = {
     "MultiheadAttention": "its projections are packed into one parameter that is not a layer",
@@ -74,15 +75,14 @@ def value_for(name: str, patterns: Mapping[str, float] | None, default: float) -
 
 
 def matches_pattern(pattern: str, name: str) -> bool:
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    return suffix_match(pattern, name)
 
 
 def matching(wish: list[str] | str, names: Iterable[str], what: str) -> set[str]:
     """Names that a list of dotted suffixes or a full-match regular expression covers; every entry must."""
     names = list(names)
     if isinstance(wish, str):
-        compiled = re.compile(wish)
-        found = {name for name in names if compiled.fullmatch(name)}
+        found = {name for name in names if full_match(wish, name)}
         if not found:
             raise ValueError(
                 f"{what}={wish!r} matches no module's full name{near(wish, names)}; a string is a regular "
@@ -91,7 +91,7 @@ def matching(wish: list[str] | str, names: Iterable[str], what: str) -> set[str]
         return found
     hits: dict[str, set[str]] = {entry: set() for entry in wish}
     for name in names:
-        for suffix in _suffixes(name):
+        for suffix in suffixes(name):
             if suffix in hits:
                 hits[suffix].add(name)
     if missed := [entry for entry in wish if not hits[entry]]:
@@ -113,11 +113,11 @@ def _is_explicit(config: LoraConfig) -> bool:
 
 
 def _by_type(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig) -> dict[str, bool]:
-    """Every layer of the wished types but the output head, as {name: was it named itself}."""
+    """Every layer of the wished types but those of the output head, as {name: was it named itself}."""
     kinds = ("linear",) if config.target_modules == ALL_LINEAR else config.layer_types
     head = output_head(model)
-    of_kind = _of_kind(kinds)
-    return {name: False for name, module in modules.items() if module is not head and of_kind(module)}
+    of_kind, inside = _of_kind(kinds), set() if head is None else set(head.modules())
+    return {name: False for name, module in modules.items() if module not in inside and of_kind(module)}
 
 
 def _named(modules: dict[str, nn.Module], config: LoraConfig) -> dict[str, bool]:
@@ -211,7 +211,7 @@ def _refusal(modules: dict[str, nn.Module], name: str, rank: int) -> str | None:
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
-    """The layer that makes logits: the model's own word for it, else a direct child by its usual name."""
+    """What makes logits, a layer or a container of some: the model's own word for it, else its usual name."""
     ask = getattr(model, "get_output_embeddings", None)
     head = ask() if callable(ask) else None
     if head is not None:
@@ -227,7 +227,7 @@ def _check_patterns(field: str, patterns: Mapping[str, float], layers: Iterable[
         raise ValueError(f"{field} matches no adapted layer: {hints}")
 
 
-def _suffixes(name: str) -> Iterable[str]:
+def suffixes(name: str) -> Iterable[str]:
     """a.b.c -> a.b.c, b.c, c"""
     while name:
         yield name

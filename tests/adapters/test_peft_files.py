@@ -33,7 +33,7 @@ def assert_both_ways(base, config, inputs, randomised, folder):
     randomised(ours)
     ours.save_pretrained(folder / "ours")
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), folder / "ours")
-    torch.testing.assert_close(logits(theirs, inputs), logits(ours, inputs), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(logits(theirs, inputs), logits(ours, inputs), atol=3e-6, rtol=1e-5)
     theirs.save_pretrained(folder / "theirs")
     back = LoraModel.from_pretrained(plain, folder / "theirs", verbose=False)
     torch.testing.assert_close(logits(back, inputs), logits(ours, inputs), atol=0, rtol=0)

@@ -1,0 +1,35 @@
+"""The README.md of an adapter's folder: what it is, and how to load it on the base it was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_CARD = """---
+{base_line}library_name: peft
+tags: [lora]
+---
+
+# {kind} adapter of rank {rank}
+
+Trained on {base}. Load it with PEFT (`PeftModel.from_pretrained(base, folder)`) or lora_exp
+(`LoraModel.from_pretrained(base, folder)`), in any dtype.
+
+{identity}"""
+
+
+def card(stored: Mapping[str, Any], notes: Mapping[str, Any]) -> str:
+    """stored: the adapter's config in PEFT's words; notes: ours on its base."""
+    name, revision = stored["base_model_name_or_path"], stored["revision"]
+    kind = "DoRA" if stored["use_dora"] else "LoRA"
+    base = f"`{notes['base']}`" + (f" (revision `{revision}`)" if revision else "")
+    base_line = f"base_model: {name}\n" if name else ""
+    return _CARD.format(base_line=base_line, kind=kind, rank=stored["r"], base=base, identity=_identity(notes))
+
+
+def _identity(notes: Mapping[str, Any]) -> str:
+    files, values = notes["base_files_sha256"], notes["base_values_sha256"]
+    lines = [f"- SHA-256 of the base's weight files: `{files}`"] if files else []
+    if values:
+        lines.append(f"- Identity of the base's weights (SHA-256 of their values in bfloat16): `{values}`")
+    return "\n".join(lines) + "\n"
