@@ -7,6 +7,7 @@ inside, block numbers are read by `layers_pattern`.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from .patterns import full_match, prefix_match, suffix_match
 from .registry import layer_class_for
 from .targets import suffixes
 
+_FIRST_NUMBER = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
 _HEAD_NAMES = ("score", "classifier")  # of sequence classification, in PEFT's order
 Wish = Mapping[str, Any]  # fields of adapter_config.json
 
@@ -111,7 +113,7 @@ def _hides(entry: str, name: str) -> bool:
 
 def _block(pattern: Any, name: str) -> int | None:
     if not pattern:
-        found = prefix_match(r".*?\.[^.]*\.(?P<idx>\d+)\.", name)
+        found = _FIRST_NUMBER.match(name)
         return int(found["idx"]) if found else None
     for one in [pattern] if isinstance(pattern, str) else pattern:
         if found := prefix_match(rf"(?:^|.*?\.){one}\.(?P<idx>\d+)\.", name):
