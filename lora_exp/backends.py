@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,20 @@ class Adapted:
     base_weight_bytes: int = 0
 
 
-def adapt(base: nn.Module, config: Config) -> Adapted:
+@dataclass(frozen=True)
+class Origin:
+    """Where a base came from, for whoever loads what was trained on it.
+
+    ``name``: the hub's, where the weights lie in a folder that nobody else has; None: the name it was loaded by
+    stands. ``files_sha256``: the digest of its weight files. ``tokenizer()`` loads the one to save beside.
+    """
+
+    name: str | None = None
+    files_sha256: str | None = None
+    tokenizer: Callable[[], Any] | None = None
+
+
+def adapt(base: nn.Module, config: Config, origin: Origin | None = None) -> Adapted:
     """Freeze ``base`` and add what the config trains. Draws from torch's global RNG: seed first.
 
     Raises ValueError when a target matches nothing, is of another layer type or beyond the backend, or when
@@ -41,8 +54,18 @@ def adapt(base: nn.Module, config: Config) -> Adapted:
     """
     from lora_exp.adapters.counts import stored_bytes
 
+    origin = origin or Origin()
     stored = stored_bytes(base)  # before anything is added to it
-    return replace(_adapted(base, config), base_weight_bytes=stored)
+    _name(base, origin)
+    adapted = _adapted(base, config, origin)
+
+    def save(folder: Path) -> None:
+        adapted.save(folder)
+        if origin.tokenizer is not None:
+            origin.tokenizer().save_pretrained(folder)
+        _open_as_umask_says(folder)
+
+    return replace(adapted, base_weight_bytes=stored, save=save)
 
 
 def target_modules(config: Config) -> list[str] | str | None:
@@ -52,15 +75,32 @@ def target_modules(config: Config) -> list[str] | str | None:
     return default_targets(config) or None
 
 
-def _adapted(base: nn.Module, config: Config) -> Adapted:
+def _adapted(base: nn.Module, config: Config, origin: Origin) -> Adapted:
     if config.adapter.name == "full":
         return _weights(base, _chosen_weights(base, config))
     if config.adapter.name == "head":
-        return _weights(base, _inside(base, config.model.modules_to_save))
-    return _peft(base, config) if config.backend == "peft" else _native(base, config)
+        return _weights(base, _inside(base, _saved(base, config)))
+    return _peft(base, config) if config.backend == "peft" else _native(base, config, origin)
 
 
-def _native(base: nn.Module, config: Config) -> Adapted:
+def _name(base: Any, origin: Origin) -> None:
+    """Adapters of both backends say which base they are for by the name that the model has for itself."""
+    if origin.name and hasattr(base, "name_or_path"):
+        base.config._name_or_path = base.name_or_path = origin.name
+
+
+def _open_as_umask_says(folder: Path) -> None:
+    """safetensors makes its files for the owner alone, also below PEFT and transformers."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)
+
+
+def _native(base: nn.Module, config: Config, origin: Origin) -> Adapted:
     from lora_exp.adapters import LoraModel
 
     wanted = _lora_config(config)
@@ -75,7 +115,10 @@ def _native(base: nn.Module, config: Config) -> Adapted:
             named = ", ".join(unreached[:10]) + (", …" if len(unreached) > 10 else "")
             log.warning(f"{len(unreached)} adapted layers got no gradient in the first step: {named}")
 
-    return Adapted(model, parameters, trainable, total, model.save_pretrained, check_gradients)
+    def save(folder: Path) -> None:
+        model.save_pretrained(folder, base_files_sha256=origin.files_sha256)
+
+    return Adapted(model, parameters, trainable, total, save, check_gradients)
 
 
 def _peft(base: nn.Module, config: Config) -> Adapted:
@@ -94,6 +137,7 @@ def _peft(base: nn.Module, config: Config) -> Adapted:
         use_rslora=wanted.use_rslora,
         use_dora=wanted.use_dora,
         modules_to_save=wanted.modules_to_save,
+        revision=getattr(getattr(base, "config", None), "_commit_hash", None),
     )
     with warnings.catch_warnings():  # PEFT 0.21 asks under a name that transformers 5.23 has changed
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
@@ -165,10 +209,12 @@ def _check_peft_can(layers: dict[str, nn.Module], wanted: Any) -> None:
 
 def _weights(base: nn.Module, chosen: dict[str, nn.Parameter]) -> Adapted:
     """Train ``chosen`` weights of the base themselves."""
-    for name, parameter in base.named_parameters():
-        parameter.requires_grad_(name in chosen)
     from lora_exp.adapters.counts import count_parameters
 
+    trained = {id(parameter) for parameter in chosen.values()}  # a tied weight has a name wherever it is used
+    for parameter in base.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+    _say_ties(base, chosen)
     trainable, total = count_parameters(chosen.values(), base.parameters())
 
     def save(folder: Path) -> None:
@@ -178,39 +224,63 @@ def _weights(base: nn.Module, chosen: dict[str, nn.Parameter]) -> Adapted:
 
 
 def _chosen_weights(base: nn.Module, config: Config) -> dict[str, nn.Parameter]:
-    """Every weight, or with ``targets`` set those of the modules they match, and of a new head."""
-    everything = dict(base.named_parameters())
+    """Every weight, or with ``targets`` set all those inside the modules they match, and of a new head."""
     if config.targets is None:
-        return everything
+        return dict(base.named_parameters())
     from lora_exp.adapters import LoraConfig
-    from lora_exp.adapters.targets import find_targets
+    from lora_exp.adapters.config import ALL_LINEAR
+    from lora_exp.adapters.targets import find_targets, matching
     from lora_exp.adapters.walk import base_modules
 
-    wanted = LoraConfig(rank=1, target_modules=config.targets)
-    modules = find_targets(base, dict(base_modules(base)), wanted).layers
-    chosen = {name: parameter for name, parameter in everything.items() if name.rpartition(".")[0] in modules}
-    return chosen | _inside(base, config.model.modules_to_save)
+    modules = dict(base_modules(base))
+    if config.targets == ALL_LINEAR:
+        found = set(find_targets(base, modules, LoraConfig(rank=1, target_modules=ALL_LINEAR)).layers)
+    else:
+        found = matching(config.targets, modules, "targets")
+    chosen = _inside(base, found)
+    if not chosen:
+        raise ValueError(f"targets={config.targets} names {', '.join(sorted(found)[:3])}: no weights are in there")
+    return _without_repeats(chosen | _inside(base, _saved(base, config)))
 
 
-def _inside(base: nn.Module, modules: list[str]) -> dict[str, nn.Parameter]:
-    """The parameters inside ``modules``, given as dotted suffixes."""
-    if not modules:
-        return {}
+def _saved(base: nn.Module, config: Config) -> set[str]:
+    """The modules that ``model.modules_to_save`` names, given as dotted suffixes."""
+    if not config.model.modules_to_save:
+        return set()
     from lora_exp.adapters.targets import matching
 
-    found = matching(modules, dict(base.named_modules()), "model.modules_to_save")
-    below = tuple(f"{name}." for name in found)
-    return {name: parameter for name, parameter in base.named_parameters() if name.startswith(below)}
+    return matching(config.model.modules_to_save, dict(base.named_modules()), "model.modules_to_save")
+
+
+def _inside(base: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
+    """The parameters inside modules, those included that are tied to others outside."""
+    found: dict[str, nn.Parameter] = {}
+    for name in sorted(names):
+        for key, parameter in base.get_submodule(name).named_parameters(remove_duplicate=False):
+            found[f"{name}.{key}" if name else key] = parameter
+    return _without_repeats(found)
+
+
+def _without_repeats(parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    from lora_exp.adapters.contents import without_repeats
+
+    return without_repeats(parameters)
+
+
+def _say_ties(base: nn.Module, chosen: dict[str, nn.Parameter]) -> None:
+    names = {id(parameter): name for name, parameter in chosen.items()}
+    if len(names) == len(list(base.parameters())):
+        return  # all of them are trained, tied or not
+    for other, parameter in base.named_parameters(remove_duplicate=False):
+        if (name := names.get(id(parameter))) is not None and other not in chosen:
+            log.info(f"{name} is also {other}: training one trains both")
 
 
 def _save_weights(base: Any, chosen: dict[str, nn.Parameter], folder: Path) -> None:
-    whole = len(chosen) == len(dict(base.named_parameters()))
+    from lora_exp.adapters.files import write_tensors
+
+    whole = len(chosen) == len(list(base.parameters()))
     if whole and hasattr(base, "save_pretrained"):
         base.save_pretrained(folder)  # unties shared weights as safetensors needs it
         return
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    kept = base.state_dict() if whole else chosen
-    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in kept.items()}
-    save_file(tensors, folder / "weights.safetensors", metadata={"format": "pt"})
+    write_tensors(folder / "weights.safetensors", base.state_dict() if whole else chosen, {})

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import logging
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
 from lora_exp import models, tracking
-from lora_exp.backends import Adapted, adapt
+from lora_exp.backends import Adapted, Origin, adapt
 from lora_exp.cache import file_sha256
 from lora_exp.config import Config, uses_factors
 from lora_exp.data import Data, load_data
@@ -61,7 +62,8 @@ def run(config: Config, job: Job) -> Result:
 
 def _prepare(tracked: tracking.Run, config: Config, place: Place) -> tuple[Adapted, Data]:
     source = models.find_source(config.model)
-    data = load_data(config.data, lambda: models.load_tokenizer(source, config.model))
+    tokenizer = functools.cache(lambda: models.load_tokenizer(source, config.model))
+    data = load_data(config.data, tokenizer)
     train, validation = len(data.train), len(data.validation)  # type: ignore[arg-type]
     log.info(f"data   {config.data.label}: {train:,} training and {validation:,} validation {data.rows}")
     _resume_collection()
@@ -74,7 +76,7 @@ def _prepare(tracked: tracking.Run, config: Config, place: Place) -> tuple[Adapt
     if config.train.gradient_checkpointing:
         models.checkpoint_layers(base)
     set_seed(config.seed)  # again: loading may have drawn numbers, and the adapter's first values must not depend on it
-    adapted = adapt(base, config)
+    adapted = adapt(base, config, _origin(config, digest, tokenizer))
     share = 100 * adapted.trainable / adapted.total
     counts = {"trainable": adapted.trainable, "total": adapted.total, "trainable_percent": share}
     figures = {f"params/{name}": value for name, value in counts.items()}
@@ -85,6 +87,12 @@ def _prepare(tracked: tracking.Run, config: Config, place: Place) -> tuple[Adapt
         f"Trainable Proportion : {share:.3f}%"
     )
     return adapted, data
+
+
+def _origin(config: Config, digest: str, tokenizer: Callable[[], Any]) -> Origin:
+    """A path of the user's own keeps its name; the cache's copy of a packaged model has the hub's."""
+    name = None if config.model.path else config.model.name
+    return Origin(name, None if digest == "unknown" else digest, tokenizer if config.data.kind == "text" else None)
 
 
 def _resume_collection() -> None:
