@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from lora_exp.config import Config, default_targets, resolve_alpha
+from lora_exp.weights import chosen_weights, save_weights, saved_weights, say_ties
 
 log = logging.getLogger(__name__)
 LAYER_TYPES = {"linear": ("linear",), "embedding": ("embedding",), "conv2d": ("conv2d",), "all": ("all",)}
@@ -77,9 +78,9 @@ def target_modules(config: Config) -> list[str] | str | None:
 
 def _adapted(base: nn.Module, config: Config, origin: Origin) -> Adapted:
     if config.adapter.name == "full":
-        return _weights(base, _chosen_weights(base, config))
+        return _weights(base, chosen_weights(base, config))
     if config.adapter.name == "head":
-        return _weights(base, _inside(base, _saved(base, config)))
+        return _weights(base, saved_weights(base, config))
     return _peft(base, config) if config.backend == "peft" else _native(base, config, origin)
 
 
@@ -214,73 +215,10 @@ def _weights(base: nn.Module, chosen: dict[str, nn.Parameter]) -> Adapted:
     trained = {id(parameter) for parameter in chosen.values()}  # a tied weight has a name wherever it is used
     for parameter in base.parameters():
         parameter.requires_grad_(id(parameter) in trained)
-    _say_ties(base, chosen)
+    say_ties(base, chosen)
     trainable, total = count_parameters(chosen.values(), base.parameters())
 
     def save(folder: Path) -> None:
-        _save_weights(base, chosen, folder)
+        save_weights(base, chosen, folder)
 
     return Adapted(base, list(chosen.values()), trainable, total, save)
-
-
-def _chosen_weights(base: nn.Module, config: Config) -> dict[str, nn.Parameter]:
-    """Every weight, or with ``targets`` set all those inside the modules they match, and of a new head."""
-    if config.targets is None:
-        return dict(base.named_parameters())
-    from lora_exp.adapters import LoraConfig
-    from lora_exp.adapters.config import ALL_LINEAR
-    from lora_exp.adapters.targets import find_targets, matching
-    from lora_exp.adapters.walk import base_modules
-
-    modules = dict(base_modules(base))
-    if config.targets == ALL_LINEAR:
-        found = set(find_targets(base, modules, LoraConfig(rank=1, target_modules=ALL_LINEAR)).layers)
-    else:
-        found = matching(config.targets, modules, "targets")
-    chosen = _inside(base, found)
-    if not chosen:
-        raise ValueError(f"targets={config.targets} names {', '.join(sorted(found)[:3])}: no weights are in there")
-    return _without_repeats(chosen | _inside(base, _saved(base, config)))
-
-
-def _saved(base: nn.Module, config: Config) -> set[str]:
-    """The modules that ``model.modules_to_save`` names, given as dotted suffixes."""
-    if not config.model.modules_to_save:
-        return set()
-    from lora_exp.adapters.targets import matching
-
-    return matching(config.model.modules_to_save, dict(base.named_modules()), "model.modules_to_save")
-
-
-def _inside(base: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
-    """The parameters inside modules, those included that are tied to others outside."""
-    found: dict[str, nn.Parameter] = {}
-    for name in sorted(names):
-        for key, parameter in base.get_submodule(name).named_parameters(remove_duplicate=False):
-            found[f"{name}.{key}" if name else key] = parameter
-    return _without_repeats(found)
-
-
-def _without_repeats(parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    from lora_exp.adapters.contents import without_repeats
-
-    return without_repeats(parameters)
-
-
-def _say_ties(base: nn.Module, chosen: dict[str, nn.Parameter]) -> None:
-    names = {id(parameter): name for name, parameter in chosen.items()}
-    if len(names) == len(list(base.parameters())):
-        return  # all of them are trained, tied or not
-    for other, parameter in base.named_parameters(remove_duplicate=False):
-        if (name := names.get(id(parameter))) is not None and other not in chosen:
-            log.info(f"{name} is also {other}: training one trains both")
-
-
-def _save_weights(base: Any, chosen: dict[str, nn.Parameter], folder: Path) -> None:
-    from lora_exp.adapters.files import write_tensors
-
-    whole = len(chosen) == len(list(base.parameters()))
-    if whole and hasattr(base, "save_pretrained"):
-        base.save_pretrained(folder)  # unties shared weights as safetensors needs it
-        return
-    write_tensors(folder / "weights.safetensors", base.state_dict() if whole else chosen, {})

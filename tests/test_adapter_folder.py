@@ -38,7 +38,9 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     return stored
 
 
-@pytest.mark.parametrize("overrides", [["backend=native"], ["backend=peft"], ["adapter=full"], ["adapter=full", "targets=[q_proj]"]])
+@pytest.mark.parametrize(
+    "overrides", [["backend=native"], ["backend=peft"], ["adapter=full"], ["adapter=full", "targets=[q_proj]"]]
+)
 def test_the_tokenizer_comes_along(overrides: list[str], tiny_llama: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -61,7 +63,9 @@ def test_the_base_has_its_hub_name_where_it_has_one(backend: str, tiny_llama: Pa
     wish = config(f"backend={backend}")
     adapt(base(tiny_llama), wish, Origin("ORG/NAME")).save(tmp_path / "named")
     assert adapter_config(tmp_path / "named")["base_model_name_or_path"] == "ORG/NAME"
-    assert str(tiny_llama) not in "".join(p.read_text() for p in (tmp_path / "named").glob("*.[jm][sd]*") if "tensors" not in p.name)
+    assert str(tiny_llama) not in "".join(
+        p.read_text() for p in (tmp_path / "named").glob("*.[jm][sd]*") if "tensors" not in p.name
+    )
     adapt(base(tiny_llama), wish).save(tmp_path / "own")
     assert adapter_config(tmp_path / "own")["base_model_name_or_path"] == str(tiny_llama)
     peft.PeftModel.from_pretrained(base(tiny_llama), str(tmp_path / "named"))
@@ -97,7 +101,9 @@ def test_another_dtype_is_the_same_base(
 
 
 @pytest.mark.parametrize("backend", ["native", "peft"])
-def test_a_runs_folder(backend: str, cli: Callable[..., Any], tiny_overrides: list[str], tiny_llama: Path, workplace: Path) -> None:
+def test_a_runs_folder(
+    backend: str, cli: Callable[..., Any], tiny_overrides: list[str], tiny_llama: Path, workplace: Path
+) -> None:
     done = cli(*tiny_overrides, f"backend={backend}")
     assert done.code == 0, done.err
     (folder,) = (workplace / "outputs/runs").glob("*/*/adapter")

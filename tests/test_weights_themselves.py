@@ -36,14 +36,23 @@ def bert(tied: bool) -> Any:
 
 def gpt2(tied: bool) -> Any:
     torch.manual_seed(0)
-    return hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=29, tie_word_embeddings=tied)).eval()
+    return hf.GPT2LMHeadModel(
+        hf.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=29, tie_word_embeddings=tied)
+    ).eval()
+
+
+def t5(tied: bool) -> Any:
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "vocab_size": 29}
+    made = hf.T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0, tie_word_embeddings=tied)
+    return hf.T5ForConditionalGeneration(made).eval()
 
 
 WISHES = [
     (llama, "[lm_head]"), (llama, "[embed_tokens]"), (llama, "[lm_head,embed_tokens]"), (llama, "[self_attn]"),
     (llama, "[layers.1]"), (llama, "[q_proj,norm]"), (llama, "'lm_head|.*layers\\.0\\.mlp'"), (llama, "[model]"),
     (bert, "[decoder]"), (bert, "[word_embeddings]"), (bert, "[predictions]"), (bert, "[embeddings]"), (bert, "[cls]"),
-    (gpt2, "[lm_head]"), (gpt2, "[wte]"), (gpt2, "[h.1]"), (gpt2, "[ln_f,c_attn]"),
+    (t5, "[embed_tokens]"), (t5, "[shared]"), (t5, "[lm_head]"), (t5, "[decoder]"), (gpt2, "[lm_head]"), (gpt2, "[wte]"), (gpt2, "[h.1]"), (gpt2, "[ln_f,c_attn]"),
 ]  # fmt: skip
 
 
@@ -84,7 +93,8 @@ def test_exactly_the_wished_weights_train_and_come_back(
     (file,) = tmp_path.glob("*.safetensors")
     result = fresh.load_state_dict(load_file(file), strict=False)
     assert not result.unexpected_keys
-    torch.testing.assert_close(fresh(tokens).logits, model(tokens).logits)
+    inputs = {"input_ids": tokens, **({"labels": tokens} if make is t5 else {})}
+    torch.testing.assert_close(fresh(**inputs).logits, model(**inputs).logits)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -106,7 +116,7 @@ def test_all_linear_means_linear_layers_here_too() -> None:
 
 
 def test_targets_of_nothing_are_refused() -> None:
-    with pytest.raises(ValueError, match="targets.*nothing"):
+    with pytest.raises(ValueError, match=r"targets.*nothing"):
         adapt(llama(True), config("targets=[nothing]"))
     with pytest.raises(ValueError, match=r"targets.*act_fn.*no weights"):
         adapt(llama(True), config("targets=[act_fn]"))

@@ -89,10 +89,12 @@ class _Matcher:
         if kind == "SUBPATTERN" and not about[2]:
             return self._after(about[3], places, name, flags | about[1])
         if kind in ("MAX_REPEAT", "MIN_REPEAT"):
-            return self._repeated(*about, places, name, flags)
+            least, most, item = about
+            return self._repeated(least, most, item, places, name, flags)
         if kind in ("ASSERT", "ASSERT_NOT"):
-            wanted = kind == "ASSERT"
-            return {place for place in places if self._looks(*about, place, name, flags) == wanted}
+            direction, item = about
+            seen = {place for place in places if self._looks(direction, item, place, name, flags)}
+            return seen if kind == "ASSERT" else places - seen
         if kind == "FAILURE":
             return set()
         raise ValueError(f"{self.pattern!r} uses {kind.lower()}, which is not read here; spell the names out")

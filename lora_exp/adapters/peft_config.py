@@ -26,8 +26,8 @@ _TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditiona
 _REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that change base weights
 READ = (
     "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "bias", "use_rslora", "use_dora",
-    "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "modules_to_save", "peft_type", "task_type",
-    "init_lora_weights", "ensure_weight_tying",
+    "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "modules_to_save", "peft_type",
+    "task_type", "init_lora_weights", "ensure_weight_tying",
 )  # fmt: skip
 REFUSED = (
     "lora_bias", "use_qalora", "velora_config", "kasa_config", "arrow_config", "alora_invocation_tokens",
@@ -36,7 +36,8 @@ REFUSED = (
 )  # fmt: skip
 WITHOUT_MEANING = (  # once an adapter is trained
     "base_model_name_or_path", "revision", "inference_mode", "fan_in_fan_out", "auto_mapping", "peft_version",
-    "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config",
+    "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
+    "runtime_config",
 )  # fmt: skip
 
 
@@ -150,11 +151,10 @@ def _meaning(config: LoraConfig, layers: set[str], model: nn.Module, modules: di
             return config
     except ValueError:
         pass  # names that PEFT passes over
-    plain = {"exclude_modules": None, "layers_to_transform": None}
     listed = sorted(layers)
-    if set(filter(covering(listed), modules)) == layers:
-        return dataclasses.replace(config, target_modules=listed, **plain)
-    return dataclasses.replace(config, target_modules="|".join(map(re.escape, listed)), **plain)
+    exact = set(filter(covering(listed), modules)) == layers
+    target = listed if exact else "|".join(map(re.escape, listed))
+    return dataclasses.replace(config, target_modules=target, exclude_modules=None, layers_to_transform=None)
 
 
 def _targets(config: LoraConfig, adapted: set[str], names: list[str]) -> dict[str, Any]:

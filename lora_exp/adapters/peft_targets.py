@@ -69,9 +69,9 @@ def saved_names(wish: Wish, names: Iterable[str]) -> set[str]:
 
 def all_linear(model: nn.Module, modules: Mapping[str, nn.Module], task_type: str | None) -> set[str]:
     """What PEFT makes of "all-linear": all but the layer of the logits, of a transformers model."""
-    head = None
-    if hasattr(model, "get_output_embeddings"):
-        head = model.get_output_embeddings()
+    head, ask = None, getattr(model, "get_output_embeddings", None)
+    if callable(ask):
+        head = ask()
         if head is None and task_type == "SEQ_CLS":
             head = next((found for name in _HEAD_NAMES if (found := getattr(model, name, None)) is not None), None)
     kinds = {name: layer_class_for(module) for name, module in modules.items() if module is not head}

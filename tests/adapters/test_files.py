@@ -1,4 +1,4 @@
-"""What is in a file is checked before anything changes; what is written is whole and readable by whom the umask says."""
+"""What is in a file is checked before anything changes; what is written is whole, for whom the umask says."""
 
 import json
 import os
@@ -35,7 +35,12 @@ def stored(request, make_tiny, tmp_path):
     other = LoraModel(make_tiny(), LoraConfig(rank=1), verbose=False)
     if request.param == "bin":
         path.unlink()
-        return tensors, lambda t: torch.save(t, path.with_suffix(".bin")), lambda: other.load_adapter(tmp_path, "b"), other
+        return (
+            tensors,
+            lambda t: torch.save(t, path.with_suffix(".bin")),
+            lambda: other.load_adapter(tmp_path, "b"),
+            other,
+        )
     return tensors, lambda t: save_file(t, path), lambda: other.load_adapter(tmp_path, "b"), other
 
 
@@ -89,7 +94,8 @@ DAMAGED = {
     "a shape that overflows": header(a={"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 4]}) + b"0000",
     "an unknown dtype": header(a={"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}) + b"0000",
     "overlapping tensors": header(
-        a={"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, b={"dtype": "F32", "shape": [1], "data_offsets": [2, 6]}
+        a={"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+        b={"dtype": "F32", "shape": [1], "data_offsets": [2, 6]},
     )
     + b"000000",
     "text": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
@@ -117,7 +123,10 @@ def test_a_pickle_of_something_else(make_tiny, tmp_path):
         ([1, 2], "something else"),
         ({"a": "b"}, "something else"),
         (nn.Linear(2, 2), "cannot be read"),  # would run code
-        ({**tensors, sorted(tensors)[0]: torch.empty(1).expand(2, 2**40)}, r"is \(2, 1099511627776\)"),  # 4 bytes on disk
+        (
+            {**tensors, sorted(tensors)[0]: torch.empty(1).expand(2, 2**40)},
+            r"is \(2, 1099511627776\)",
+        ),  # 4 bytes on disk
     ):
         torch.save(content, path)
         with pytest.raises(ValueError, match=match):
@@ -195,7 +204,7 @@ def test_the_order_of_patterns_survives(make_tiny, tokens, randomised, tmp_path)
 
 @pytest.mark.parametrize("alpha", [1e30, 1_000_001])
 def test_absurd_alphas_are_refused(alpha):
-    with pytest.raises(ValueError, match="lora_alpha.*drown"):
+    with pytest.raises(ValueError, match=r"lora_alpha.*drown"):
         LoraConfig(lora_alpha=alpha)
     with pytest.raises(ValueError, match=r"alpha_pattern\['a'\]"):
         LoraConfig(alpha_pattern={"a": alpha})

@@ -12,7 +12,8 @@ from lora_exp.adapters import LoraConfig, LoraModel
 from lora_exp.adapters.patterns import full_match, prefix_match, suffix_match
 
 NAMES = [
-    "", "a", "aaab", "model.layers.0.self_attn.q_proj", "model.layers.11.mlp.experts.3.down_proj", "visual.blocks.1.qkv",
+    "", "a", "aaab", "model.layers.0.self_attn.q_proj", "model.layers.11.mlp.experts.3.down_proj",
+    "visual.blocks.1.qkv",
     "lm_head", "q_proj", "Model.Layers.0.Q_PROJ", "a.b.a.b", "layers.1.q_proj.lora_A", "0.1.2", "x" * 60,
 ]  # fmt: skip
 PATTERNS = [
@@ -42,7 +43,15 @@ def test_says_what_re_says_of_random_expressions():
             return draw.choice(["a", "b", ".", r"\.", "[ab]", r"\w", "^", "$", ""])
         one, other = expression(depth - 1), expression(depth - 1)
         return draw.choice(
-            [one + other, f"(?:{one}|{other})", f"(?:{one})*", f"(?:{one})+?", f"({one})?", f"(?={one})", f"(?:{one}){{1,3}}"]
+            [
+                one + other,
+                f"(?:{one}|{other})",
+                f"(?:{one})*",
+                f"(?:{one})+?",
+                f"({one})?",
+                f"(?={one})",
+                f"(?:{one}){{1,3}}",
+            ]
         )
 
     for _ in range(400):
@@ -52,7 +61,8 @@ def test_says_what_re_says_of_random_expressions():
 
 
 @pytest.mark.parametrize(
-    "pattern", [r"(a+)+", r"(a|a)*b", r"(.*)*b", r"(a|aa)+b", r"(.*a){25}", r".*.*.*.*.*.*.*.*b", r"(?=(a+)+b).*", r"((a?){50}){50}b"]
+    "pattern", [r"(a+)+", r"(a|a)*b", r"(.*)*b", r"(a|aa)+b", r"(.*a){25}", r".*.*.*.*.*.*.*.*b",
+                r"(?=(a+)+b).*", r"((a?){50}){50}b"]
 )  # fmt: skip
 def test_no_expression_takes_long(pattern):
     started = time.perf_counter()
@@ -89,7 +99,12 @@ def test_a_folder_cannot_hang_loading(field, make_tiny, tmp_path):
 
 @pytest.mark.parametrize(
     ("pattern", "match"),
-    [("(", "not a regular expression"), (r"(a+)+\1", "groupref"), ("a" * 30_000, "30000 characters"), ("(" * 9000, "regular")],
+    [
+        ("(", "not a regular expression"),
+        (r"(a+)+\1", "groupref"),
+        ("a" * 30_000, "30000 characters"),
+        ("(" * 9000, "regular"),
+    ],
 )
 def test_what_cannot_be_read_is_refused(pattern, match):
     with pytest.raises(ValueError, match=match):

@@ -47,7 +47,11 @@ def reloaded(base, folder):
 
 
 def layers_of(theirs):
-    return {name for name, module in theirs.base_model.model.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)}
+    return {
+        name
+        for name, module in theirs.base_model.model.named_modules()
+        if isinstance(module, peft.tuners.lora.LoraLayer)
+    }
 
 
 def logits(model, inputs):
@@ -56,8 +60,8 @@ def logits(model, inputs):
     return out if isinstance(out, torch.Tensor) else out.logits
 
 
-def assert_read_alike(base, folder, inputs, adapter="default"):
-    """The same layers, scales and logits as PEFT's own reading; written again, PEFT still reads the same."""
+def assert_read_alike(base, folder, inputs):
+    """The same layers, scales and logits as PEFT's own reading; so as a second adapter, and written again for PEFT."""
     theirs = reloaded(base, folder)
     expected = logits(theirs, inputs)
     assert not torch.allclose(expected, logits(base, inputs), atol=1e-3)  # it does something
@@ -67,9 +71,13 @@ def assert_read_alike(base, folder, inputs, adapter="default"):
     for name, scale in scales.items():
         assert scale == pytest.approx(theirs.base_model.model.get_submodule(name).scaling["default"])
     torch.testing.assert_close(logits(ours, inputs), expected, atol=3e-6, rtol=1e-4)
+    first = next(name for name in scales)
+    second = LoraModel(copy.deepcopy(base), LoraConfig(rank=1, target_modules=[first]), verbose=False)
+    second.load_adapter(folder, "b")
+    second.set_adapter("b")
+    assert torch.equal(logits(second, inputs), logits(ours, inputs))
     ours.save_pretrained(folder / "again")
     torch.testing.assert_close(logits(reloaded(base, folder / "again"), inputs), expected, atol=3e-6, rtol=1e-4)
-    return ours
 
 
 # Each: what PEFT is asked for, what is edited in its config file afterwards.
@@ -141,7 +149,15 @@ def test_sequence_classification(kind, targets, use_dora, tmp_path):
     """A new head is saved, be it a layer or a container, as PEFT does for this task."""
     small = {**SMALL, "max_position_embeddings": 40}
     if kind == "DistilBert":
-        small = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24, "vocab_size": 29, "dropout": 0.0, "seq_classif_dropout": 0.0}
+        small = {
+            "dim": 16,
+            "n_layers": 2,
+            "n_heads": 2,
+            "hidden_dim": 24,
+            "vocab_size": 29,
+            "dropout": 0.0,
+            "seq_classif_dropout": 0.0,
+        }
         targets = targets if targets == "all-linear" else ["q_lin"]
     base = getattr(hf, f"{kind}ForSequenceClassification")(getattr(hf, f"{kind}Config")(**small, num_labels=3)).eval()
     options = {"task_type": "SEQ_CLS", "target_modules": targets, "use_dora": use_dora, "r": 2}
@@ -155,7 +171,13 @@ def test_sequence_classification(kind, targets, use_dora, tmp_path):
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
 def test_gpt2_with_biases(bias, use_dora, make_transformer, inputs_for, tmp_path):
     base = make_transformer("gpt2")
-    options = {"target_modules": ["c_attn", "c_proj"], "bias": bias, "use_dora": use_dora, "fan_in_fan_out": True, "r": 2}
+    options = {
+        "target_modules": ["c_attn", "c_proj"],
+        "bias": bias,
+        "use_dora": use_dora,
+        "fan_in_fan_out": True,
+        "r": 2,
+    }
     peft_folder(base, tmp_path, options)
     assert_read_alike(base, tmp_path, inputs_for("gpt2"))
 
@@ -164,7 +186,9 @@ def test_gpt2_with_biases(bias, use_dora, make_transformer, inputs_for, tmp_path
 def test_vision(bias, vision, images, tmp_path):
     base = vision
     base(images)
-    peft_folder(base, tmp_path, {"target_modules": ["conv", "stem"], "modules_to_save": ["norm", "head"], "bias": bias, "r": 2})
+    peft_folder(
+        base, tmp_path, {"target_modules": ["conv", "stem"], "modules_to_save": ["norm", "head"], "bias": bias, "r": 2}
+    )
     assert_read_alike(base, tmp_path, {"x": images})
 
 
@@ -234,7 +258,10 @@ def test_all_linear_leaves_out_a_head_of_several_layers():
         assert adapted
         assert not any(name.startswith("classifier") for name in adapted)
     named = LoraModel(roberta, LoraConfig(rank=2, target_modules=["classifier"]), verbose=False)
-    assert {n for n, m in named.wrapped.named_modules() if hasattr(m, "adapters")} == {"classifier.dense", "classifier.out_proj"}
+    assert {n for n, m in named.wrapped.named_modules() if hasattr(m, "adapters")} == {
+        "classifier.dense",
+        "classifier.out_proj",
+    }
 
 
 def test_users_own_configs_stay_strict(tiny):
@@ -264,7 +291,9 @@ def test_absurd_configs_are_refused_by_name(edits, tiny, make_tiny, tmp_path):
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **edits}))
     names = {"r": "r|rank", "modules_to_save": r"modules_to_save|\("}.get(next(iter(edits)), next(iter(edits)))
-    with pytest.raises(ValueError, match=names.replace("rank_pattern", "rank").replace("target_modules", r"target_modules|\(")):
+    with pytest.raises(
+        ValueError, match=names.replace("rank_pattern", "rank").replace("target_modules", r"target_modules|\(")
+    ):
         LoraModel.from_pretrained(make_tiny(), tmp_path, verbose=False)
 
 
@@ -282,7 +311,9 @@ def test_a_tensor_of_another_kind_of_head(tiny, tmp_path):
     LoraModel(copy.deepcopy(base), LoraConfig(rank=2, target_modules="fc"), verbose=False).save_pretrained(tmp_path)
     again = LoraModel.from_pretrained(base, tmp_path, verbose=False)
     assert {n for n, m in again.wrapped.named_modules() if hasattr(m, "adapters")} == {"fc"}
-    assert set(load_file(tmp_path / "adapter_model.safetensors")) == {f"base_model.model.fc.lora_{s}.weight" for s in "AB"}
+    assert set(load_file(tmp_path / "adapter_model.safetensors")) == {
+        f"base_model.model.fc.lora_{s}.weight" for s in "AB"
+    }
     save_file({}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="missing"):
         LoraModel.from_pretrained(nn.ModuleDict({"fc": nn.Linear(4, 4)}), tmp_path, verbose=False)

@@ -15,8 +15,13 @@ from lora_exp.adapters import LoraConfig, LoraModel
 
 ROOM = str(Path(lora_exp.adapters.__file__).parent)
 CONFIG = LoraConfig(
-    rank=2, target_modules=["q_proj", "linear1"], bias="lora_only", modules_to_save=["lm_head"], lora_dropout=0.1, use_dora=True
-)  # fmt: skip
+    rank=2,
+    target_modules=["q_proj", "linear1"],
+    bias="lora_only",
+    modules_to_save=["lm_head"],
+    lora_dropout=0.1,
+    use_dora=True,
+)
 
 
 def everything(model):
@@ -105,11 +110,15 @@ def test_making_a_model(make_tiny, capsys):
 
 
 def adapted(make_tiny):
-    return LoraModel(make(make_tiny), LoraConfig(rank=3, target_modules=["v_proj", "q_proj"], bias="lora_only"), verbose=False)
+    return LoraModel(
+        make(make_tiny), LoraConfig(rank=3, target_modules=["v_proj", "q_proj"], bias="lora_only"), verbose=False
+    )
 
 
 def test_adding_an_adapter(make_tiny):
-    interrupted_everywhere(lambda: adapted(make_tiny), lambda model: model.add_adapter("b", CONFIG), lambda model: model)
+    interrupted_everywhere(
+        lambda: adapted(make_tiny), lambda model: model.add_adapter("b", CONFIG), lambda model: model
+    )
 
 
 @pytest.fixture
@@ -157,7 +166,11 @@ def test_a_bad_file_leaves_everything(make_tiny, folder):
     path, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     good, written = load_file(path), config.read_text()
     key = next(key for key in good if "lora_B" in key)
-    bad = [{**good, key: good[key] * torch.nan}, {k: v for k, v in good.items() if k != key}, {**good, key: good[key][:1]}]
+    bad = [
+        {**good, key: good[key] * torch.nan},
+        {k: v for k, v in good.items() if k != key},
+        {**good, key: good[key][:1]},
+    ]
     for tensors in bad:
         save_file(tensors, path)
         base, model = make(make_tiny), adapted(make_tiny)
@@ -172,7 +185,7 @@ def test_a_bad_file_leaves_everything(make_tiny, folder):
     config.write_text(json.dumps({**json.loads(written), "r": 3}))
     base = make(make_tiny)
     before = everything(base)
-    with pytest.raises(ValueError, match="rank 2.*asks for 3"):
+    with pytest.raises(ValueError, match=r"rank 2.*asks for 3"):
         LoraModel.from_pretrained(base, folder)
     assert_same(everything(base), before)
 
@@ -180,7 +193,7 @@ def test_a_bad_file_leaves_everything(make_tiny, folder):
 def test_a_failure_that_is_caught_leaves_a_model_that_works(make_tiny, folder, tokens):
     model = adapted(make_tiny).eval()
     expected = model(tokens)
-    with pytest.raises(ValueError, match="no adapted layer|names no module|near"):
+    with pytest.raises(ValueError, match=r"no adapted layer|names no module|near"):
         model.add_adapter("b", LoraConfig(target_modules=["nowhere"]))
     assert torch.equal(model(tokens), expected)
     model.load_adapter(folder, "b")
