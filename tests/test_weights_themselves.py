@@ -52,7 +52,8 @@ WISHES = [
     (llama, "[lm_head]"), (llama, "[embed_tokens]"), (llama, "[lm_head,embed_tokens]"), (llama, "[self_attn]"),
     (llama, "[layers.1]"), (llama, "[q_proj,norm]"), (llama, "'lm_head|.*layers\\.0\\.mlp'"), (llama, "[model]"),
     (bert, "[decoder]"), (bert, "[word_embeddings]"), (bert, "[predictions]"), (bert, "[embeddings]"), (bert, "[cls]"),
-    (t5, "[embed_tokens]"), (t5, "[shared]"), (t5, "[lm_head]"), (t5, "[decoder]"), (gpt2, "[lm_head]"), (gpt2, "[wte]"), (gpt2, "[h.1]"), (gpt2, "[ln_f,c_attn]"),
+    (t5, "[embed_tokens]"), (t5, "[shared]"), (t5, "[lm_head]"), (t5, "[decoder]"),
+    (gpt2, "[lm_head]"), (gpt2, "[wte]"), (gpt2, "[h.1]"), (gpt2, "[ln_f,c_attn]"),
 ]  # fmt: skip
 
 

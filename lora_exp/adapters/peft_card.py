@@ -13,7 +13,7 @@ tags: [lora]
 # {kind} adapter of rank {rank}
 
 Trained on {base}. Load it with PEFT (`PeftModel.from_pretrained(base, folder)`) or lora_exp
-(`LoraModel.from_pretrained(base, folder)`), in any dtype.
+(`LoraModel.from_pretrained(base, folder)`), in float32 or bfloat16.
 
 {identity}"""
 
