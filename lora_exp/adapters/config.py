@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from .patterns import full_match
+from .patterns import full_match, suffix_match
 
 BIAS_MODES = ("none", "all", "lora_only")
 LAYER_TYPES = ("linear", "embedding", "conv1d", "conv2d", "conv3d")
@@ -156,15 +156,15 @@ def _name_problems(config: LoraConfig) -> Iterable[str]:
 
 def _pattern_problems(config: LoraConfig) -> Iterable[str]:
     for pattern, rank in (config.rank_pattern or {}).items():
-        yield from _regex_problems("rank_pattern", pattern)
+        yield from _regex_problems("rank_pattern", pattern, suffix_match)
         yield from _rank_problems(f"rank_pattern[{pattern!r}]", rank)
     for pattern, alpha in (config.alpha_pattern or {}).items():
-        yield from _regex_problems("alpha_pattern", pattern)
+        yield from _regex_problems("alpha_pattern", pattern, suffix_match)
         yield from _alpha_problems(f"alpha_pattern[{pattern!r}]", alpha)
 
 
-def _regex_problems(field: str, pattern: str) -> Iterable[str]:
+def _regex_problems(field: str, pattern: str, match: Callable[[str, str], bool] = full_match) -> Iterable[str]:
     try:
-        full_match(pattern, "")
+        match(pattern, "")
     except ValueError as error:
         yield f"{field}: {error}; escape it or use a list of names"

@@ -196,8 +196,8 @@ def _without_base(
         plain = key.removeprefix(_PREFIX).replace(".base_layer.", ".")
         if key in views:
             kept[key] = tensor
-        elif ".original_module." in key or ".modules_to_save." in key:
-            continue
+        elif ".original_module." in key or key.replace(".modules_to_save.", ".") in views:
+            continue  # the base's own, and the second copy of a saved bias
         elif plain in base:
             _check_same(path, plain, tensor, base[plain])
         else:

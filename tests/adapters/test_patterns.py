@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import sys
 import time
 
 import pytest
@@ -109,6 +110,14 @@ def test_a_folder_cannot_hang_loading(field, make_tiny, tmp_path):
 def test_what_cannot_be_read_is_refused(pattern, match):
     with pytest.raises(ValueError, match=match):
         full_match(pattern, "aaa")
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 only warns")
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_patterns_are_checked_as_they_are_used(field):
+    """With something in front of them, where a flag for the whole expression may not stand."""
+    with pytest.raises(ValueError, match=f"{field}.*not a regular expression"):
+        LoraConfig(**{field: {"(?i)q_proj": 3}})
 
 
 def test_prefix_match_takes_simple_ones_alone():

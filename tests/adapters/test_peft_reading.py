@@ -215,6 +215,16 @@ def test_resized_embeddings_are_not_dropped(make_transformer, inputs_for, tmp_pa
         LoraModel.from_pretrained(base, tmp_path, verbose=False)
 
 
+def test_an_unknown_saved_module_is_not_dropped(make_transformer, tmp_path):
+    base = make_transformer("llama")
+    peft_folder(base, tmp_path, {"target_modules": ["q_proj"], "r": 2})
+    path = tmp_path / "adapter_model.safetensors"
+    key = "base_model.model.score.modules_to_save.weight"
+    save_file({**load_file(path), key: torch.ones(2)}, path)
+    with pytest.raises(ValueError, match=r"unexpected: .*score"):
+        LoraModel.from_pretrained(base, tmp_path, verbose=False)
+
+
 @pytest.mark.parametrize("field", ["target_modules", "modules_to_save"])
 def test_tied_adapters_are_refused(field, tmp_path, make_transformer):
     base = make_transformer("llama")
