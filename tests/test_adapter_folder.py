@@ -112,5 +112,7 @@ def test_a_runs_folder(
     assert adapter_config(folder)["base_model_name_or_path"] == str(tiny_llama)  # the path that the user gave
     digest = file_sha256(tiny_llama / "model.safetensors")
     assert digest[:12] in done.out
+    auto = peft.AutoPeftModelForCausalLM.from_pretrained(str(folder))  # all that somebody else needs is in there
+    assert auto.get_input_embeddings().weight.shape[0] == len(tokenizer)
     if backend == "native":
         assert f"SHA-256 of the base's weight files: `{digest}`" in (folder / "README.md").read_text()
