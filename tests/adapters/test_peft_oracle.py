@@ -9,6 +9,7 @@ from torch import nn
 from lora_exp.adapters import LoraConfig, LoraModel, lora, shares, use_reference
 
 CLOSE = {"atol": 1e-6, "rtol": 1e-5}
+EXACT = {"atol": 1e-12, "rtol": 1e-11}  # of float64
 ALL = {
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "gpt2": ["c_attn", "c_proj", "c_fc"],
@@ -36,15 +37,16 @@ def output_of(result):
     return result if isinstance(result, torch.Tensor) else result.logits
 
 
-def assert_equal(model, twin, oracle, inputs):
+def assert_equal(model, twin, oracle, inputs, atol=CLOSE["atol"], rtol=CLOSE["rtol"]):
     ours, theirs = output_of(model(**inputs)), output_of(twin(**inputs))
-    torch.testing.assert_close(ours, theirs, **CLOSE)
+    torch.testing.assert_close(ours, theirs, atol=atol, rtol=rtol)
     weights = torch.randn_like(ours)
     (ours * weights).mean().backward()
     (theirs * weights).mean().backward()
     expected = oracle.gradients(model, twin)
     for name, parameter in model.adapter_parameters().items():
-        torch.testing.assert_close(parameter.grad, expected[name], msg=lambda m, n=name: f"{n}: {m}", **CLOSE)
+        said = {"msg": lambda m, n=name: f"{n}: {m}"}
+        torch.testing.assert_close(parameter.grad, expected[name], atol=atol, rtol=rtol, **said)
     assert model.parameter_counts() == twin.get_nb_trainable_parameters()
 
 
@@ -62,8 +64,11 @@ def pair(base, oracle, randomised, targets, rslora=True, dora=False, dropout=0.0
 @pytest.mark.parametrize("rslora", [False, True], ids=["standard", "rslora"])
 @pytest.mark.parametrize("kind", list(ALL))
 def test_transformers(kind, rslora, dora, make_transformer, inputs_for, oracle, randomised):
-    model, twin = pair(make_transformer(kind), oracle, randomised, ALL[kind], rslora, dora)
-    assert_equal(model, twin, oracle, inputs_for(kind))
+    base = make_transformer(kind)
+    if kind == "t5":  # it scales nothing down: float32's rounding in another order moves a logit by more than 1e-6
+        base = base.double()
+    model, twin = pair(base, oracle, randomised, ALL[kind], rslora, dora)
+    assert_equal(model, twin, oracle, inputs_for(kind), **(EXACT if kind == "t5" else CLOSE))
 
 
 DROPOUT = [
