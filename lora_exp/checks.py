@@ -16,6 +16,7 @@ from lora_exp.config import (
     resolve_alpha,
     uses_factors,
 )
+from lora_exp.inputs import path_problems
 
 TASKS = ("train", "plan")
 QUANTIZATIONS = ("none", "nf4", "fp4", "int8")
@@ -34,6 +35,7 @@ MODEL_KINDS = tuple(kind for kinds in DATA_KINDS.values() for kind in kinds)
 def check(config: Config) -> None:
     """Raise ``ConfigError`` with every problem that can be seen before anything is loaded."""
     problems = [*_adapter_problems(config), *_place_problems(config), *_number_problems(config)]
+    problems += path_problems(config)
     if problems:
         raise ConfigError(problems)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from lora_exp.cache import remembered_sha256
+from lora_exp.cache import file_sha256
 from lora_exp.config import PackagedConfig, conf_folder
 
 
@@ -16,19 +16,25 @@ def find_packaged(packaged: PackagedConfig) -> Path | None:
 
     Raises ValueError when the installed file is not the one whose SHA-256 the config names.
     """
-    try:
-        path = Path(str(metadata.distribution(packaged.distribution).locate_file(packaged.file)))
-    except metadata.PackageNotFoundError:
+    path = locate_packaged(packaged)
+    if path is None:
         return None
-    if not path.is_file():
-        return None
-    found = remembered_sha256(path)
+    found = file_sha256(path)
     if found != packaged.sha256:
         raise ValueError(
             f"{path} has SHA-256 {found}, but {packaged.sha256} was expected: "
             f"{install_line(packaged, '--force-reinstall ')}"
         )
     return path
+
+
+def locate_packaged(packaged: PackagedConfig) -> Path | None:
+    """The file's path, unread; None if the package is not installed."""
+    try:
+        path = Path(str(metadata.distribution(packaged.distribution).locate_file(packaged.file)))
+    except metadata.PackageNotFoundError:
+        return None
+    return path if path.is_file() else None
 
 
 def install_line(packaged: PackagedConfig, flags: str = "") -> str:

@@ -23,7 +23,7 @@ from lora_exp.place import Place, prepare_backends, resolve_device, resolve_plac
 from lora_exp.plan.precheck import check_fits
 from lora_exp.progress import TrainingProgress
 from lora_exp.recording import log_setup, run_name
-from lora_exp.training.batches import evaluation_batches, training_batches
+from lora_exp.training.batches import check_evaluation, check_rows, evaluation_batches, training_batches
 from lora_exp.training.loop import Forward, Lane, Record, train
 from lora_exp.training.memory import peak_gib, reset_peak
 from lora_exp.training.objectives import OBJECTIVES
@@ -66,6 +66,8 @@ def _prepare(tracked: tracking.Run, config: Config, place: Place) -> tuple[Adapt
     data = load_data(config.data, tokenizer)
     train, validation = len(data.train), len(data.validation)  # type: ignore[arg-type]
     log.info(f"data   {config.data.label}: {train:,} training and {validation:,} validation {data.rows}")
+    check_rows(data.train, config.train.micro_batch_size)
+    check_evaluation(data.validation)
     _resume_collection()
     base = models.load_base(source, config.model, place, data.shape, config.quantization)
     digest = models.base_sha256(base, source)

@@ -41,7 +41,7 @@ def test_every_yaml_composes_converts_and_passes_the_checks(group: str, choice: 
     vision = ["model=efficientnet_lite0", "data=mnist5k", "layer=conv2d"]
     needed = {
         "model=hf": ["model.name=org/model"],
-        "data=text": ["data.path=file.txt"],
+        "data=text": [f"data.path={Path(__file__).parents[1] / 'README.md'}"],
         "adapter=head": vision,
         "layer=conv2d": vision,
         "data=mnist5k": vision,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_exp.cache import cache_root, file_sha256, made_once
+from lora_exp.cache import file_sha256
 from lora_exp.config import ModelConfig, PackagedConfig
 from lora_exp.models import base_sha256, find_source, load_base, load_tokenizer
 from lora_exp.packaged import find_packaged
@@ -51,27 +51,6 @@ def test_another_file_than_the_named_one_is_refused(workplace: Path) -> None:
 
 def test_remote_code_is_off_unless_asked_for() -> None:
     assert find_source(ModelConfig(name="org/name")).options["trust_remote_code"] is False
-
-
-def test_a_half_made_folder_is_never_seen(tmp_path: Path) -> None:
-    def broken(folder: Path) -> None:
-        (folder / "half").touch()
-        raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        made_once(tmp_path / "thing", broken)
-    assert not list(tmp_path.glob("*thing*/"))
-    made_once(tmp_path / "thing", lambda folder: (folder / "whole").touch())
-    assert [file.name for file in (tmp_path / "thing").iterdir()] == ["whole"]
-
-
-def test_the_cache_can_be_put_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("LORA_EXP_CACHE", "/env")
-    assert cache_root() == Path("/env")
-    assert cache_root(str(tmp_path)) == tmp_path
-    monkeypatch.delenv("LORA_EXP_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert cache_root() == Path("/xdg/lora_exp")
 
 
 UNPACK = """

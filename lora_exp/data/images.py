@@ -19,9 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lora_exp.cache import cache_root, file_sha256, made_once
+from lora_exp.cache import cache_folder, file_sha256, made_once
 from lora_exp.config import DataConfig
 from lora_exp.data import Data
+from lora_exp.data.split import held_out
+from lora_exp.inputs import image_path_problem
 from lora_exp.packaged import find_packaged, install_line
 
 # Raised when rows made by an older version of this file would differ.
@@ -45,13 +47,13 @@ class Images(Dataset):
 def load(section: DataConfig, tokenizer: Callable[[], Any]) -> Data:
     """Read, resize and split the images, or take them from the cache.
 
-    Of each class every k-th image is held out (k = 1 / val_fraction, rounded); ``train_images`` of the others
-    are trained on, spread evenly over them. Raises ValueError for a file that is missing or no such table.
+    Of each class its share is held out; ``train_images`` of the others are trained on, spread evenly over them.
+    Raises ValueError for a file that is missing or no such table, or one image alone.
     """
     del tokenizer
     file = _find_file(section)
-    key = f"{section.label}-{file_sha256(file)[:20]}-{section.image_size}-{_FORMAT}"
-    folder = cache_root(section.cache_dir) / "datasets" / key
+    key = f"{file_sha256(file)[:20]}-{file.suffix.lstrip('.')}-{section.image_size}-{_FORMAT}"
+    folder = cache_folder("datasets", section.label, key, section.cache_dir)
     made_once(folder, lambda temporary: _convert(file, section.image_size, temporary))
     table = load_file(folder / "images.safetensors")
     train, validation = split(table["labels"], section)
@@ -66,9 +68,10 @@ def load(section: DataConfig, tokenizer: Callable[[], Any]) -> Data:
 
 def split(labels: Tensor, section: DataConfig) -> tuple[Tensor, Tensor]:
     """Indices (N_train,) and (N_validation,) into ``labels`` (N,), each class in its share."""
-    every = max(2, round(1 / section.val_fraction))
+    if len(labels) < 2:
+        raise ValueError(f"data={section.label} has {len(labels)} images, of which none can be held out: give more")
     by_class = torch.argsort(labels, stable=True)
-    is_held_out = torch.arange(len(labels)) % every == every // 2
+    is_held_out = torch.tensor(held_out(len(labels), section.val_fraction))
     train, validation = by_class[~is_held_out], by_class[is_held_out]
     most = min(section.train_images or len(train), len(train))
     return train[torch.arange(most) * len(train) // max(most, 1)], validation
@@ -76,10 +79,9 @@ def split(labels: Tensor, section: DataConfig) -> tuple[Tensor, Tensor]:
 
 def _find_file(section: DataConfig) -> Path:
     if section.path:
-        path = Path(section.path).expanduser()
-        if not path.is_file():
-            raise ValueError(f"data.path={section.path} is no file: name a .csv or .csv.gz of pixels and a label")
-        return path
+        if problem := image_path_problem(section.path):
+            raise ValueError(problem)
+        return Path(section.path).expanduser()
     assert section.packaged is not None
     packaged = find_packaged(section.packaged)
     if packaged is None:

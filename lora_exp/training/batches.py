@@ -13,15 +13,27 @@ from lora_exp.training.objectives import Batch, collate_blocks
 Collate = Callable[[list[Any]], Batch]
 
 
+def check_rows(rows: Dataset, size: int) -> None:
+    """Raise ValueError if ``rows`` do not fill a single micro batch: at once, not when a base has been loaded for it."""
+    have = len(rows)  # type: ignore[arg-type]
+    if size > have:
+        raise ValueError(
+            f"train.micro_batch_size={size} is more than the {have} training rows: "
+            "lower it, or give more data (of a text, shorter blocks make more: data.block_size)"
+        )
+
+
+def check_evaluation(rows: Dataset) -> None:
+    """Raise ValueError if there is nothing to evaluate on: a mean of nothing compares with nothing."""
+    if not len(rows):  # type: ignore[arg-type]
+        raise ValueError("No row is held out for validation: raise data.val_fraction, or give more data")
+
+
 def training_batches(
     rows: Dataset, size: int, seed: int, pin: bool, collate: Collate = collate_blocks
 ) -> Iterator[Batch]:
     """Micro batches of ``size`` rows for ever, each epoch in a new order drawn from ``seed``."""
-    if size > len(rows):  # type: ignore[arg-type]
-        raise ValueError(
-            f"train.micro_batch_size={size} is more than the {len(rows)} training rows: "  # type: ignore[arg-type]
-            "lower it, or give more data (of a text, shorter blocks make more: data.block_size)"
-        )
+    check_rows(rows, size)
     order = RandomSampler(rows, generator=torch.Generator().manual_seed(seed))  # type: ignore[arg-type]
     loader = DataLoader(rows, batch_size=size, sampler=order, collate_fn=collate, drop_last=True, pin_memory=pin)
     while True:
@@ -32,6 +44,7 @@ def evaluation_batches(
     rows: Dataset, size: int, most: int, pin: bool, collate: Collate = collate_blocks
 ) -> list[Batch]:
     """Up to ``most`` rows, evenly spread over ``rows`` and always the same ones, as micro batches."""
+    check_evaluation(rows)
     have = len(rows)  # type: ignore[arg-type]
     count = min(most, have)
     spread = Subset(rows, [index * have // count for index in range(count)])

@@ -65,8 +65,8 @@ class Objective:
 
 
 def mean_loss(sums: Sums) -> float:
-    """Nats a prediction."""
-    return sums.loss / max(sums.count, 1)
+    """Nats a prediction; of none nan, which no comparison takes for the best."""
+    return sums.loss / sums.count if sums.count else math.nan
 
 
 def perplexity(sums: Sums) -> float:
@@ -75,8 +75,8 @@ def perplexity(sums: Sums) -> float:
 
 
 def accuracy(sums: Sums) -> float:
-    """The share of predictions that are right."""
-    return sums.hits / max(sums.count, 1)
+    """The share of predictions that are right; of none nan."""
+    return sums.hits / sums.count if sums.count else math.nan
 
 
 def causal_lm_losses(model: nn.Module, batch: Batch) -> RowLosses:

@@ -63,6 +63,21 @@ def test_the_split_does_not_depend_on_the_order_of_classes() -> None:
     assert torch.bincount(labels[validation]).tolist() == [2] * 10
 
 
+@pytest.mark.parametrize(("fraction", "held"), [(0.001, 1), (0.04, 1), (0.5, 6), (0.75, 9), (0.999, 11)])
+def test_no_side_is_empty_and_the_share_is_the_one_asked_for(
+    table: Path, tmp_path: Path, fraction: float, held: int
+) -> None:
+    data = load(table, tmp_path, val_fraction=fraction)
+    assert (len(data.train), len(data.validation)) == (12 - held, held)
+
+
+def test_one_image_cannot_be_split(tmp_path: Path) -> None:
+    file = tmp_path / "one.csv"
+    file.write_text(",".join(["1"] * 17))
+    with pytest.raises(ValueError, match="1 images, of which none can be held out"):
+        load(file, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [

@@ -89,7 +89,25 @@ def test_a_folder_is_read_file_by_file(tokenizer: Any, tmp_path: Path) -> None:
         ("short.txt", b"two words", "fewer than one block of 8"),
         ("latin.txt", "caf\u00e9 ".encode("latin-1") * 50, "not UTF-8"),
         ("broken.jsonl", b'{"text": "a"}\n{"text": ', "line 2 is not JSON"),
-        ("other.jsonl", b'{"body": "a"}', r"lacks text: set data\.text_field"),
+        ("other.jsonl", b'{"body": "a"}', r"line 1 lacks text \(it has body\): set data\.text_field=body"),
+        ("two.jsonl", b'{"texts": "a", "id": "b"}', r"lacks text \(it has texts, id\): set data\.text_field=texts"),
+        ("null.jsonl", b'{"text": "a"}\n\n{"text": null}', "line 3: text is null, and must be text"),
+        ("number.jsonl", b'{"text": 3.5, "body": "b"}', "text is the number 3.5, .*what holds it .body"),
+        ("list.jsonl", b'{"text": ["a"]}', "text is the list .*, and must be text"),
+        ("nested.jsonl", b'{"text": {"a": "b"}}', "text is the object .*, and must be text"),
+        ("true.jsonl", b'{"text": true}', "text is true, and must be text"),
+        ("half.jsonl", rb'{"text": "\ud800"}', "line 1: text holds half of a surrogate pair"),
+        ("array.jsonl", b'[{"text": "a"}]', "line 1 is the list .*, and must be an object"),
+        ("word.jsonl", b'"text"', "line 1 is the text .*, and must be an object"),
+        ("deep.jsonl", b"[" * 100_000, "line 1 is not JSON"),
+        ("blank.jsonl", b'{"text": ""}\n{"text": "  "}', "0 tokens"),
+        ("one.jsonl", b'{"text": "' + b"word " * 99 + b'"}', "a single document"),
+        ("utf16.txt", "words and words".encode("utf-16"), "is UTF-16, not UTF-8: convert it .iconv"),
+        ("utf16.jsonl", '{"text": "a"}'.encode("utf-16"), "is UTF-16, not UTF-8"),
+        ("data.csv", b"text\nwords", r"data.csv is none of the kinds .* \(.txt, .md, .jsonl\): make JSON Lines of it"),
+        ("alpaca.json", b'[{"text": "words"}]', r"none of the kinds .* make JSON Lines of it \(python -c"),
+        ("corpus", b"words", "if corpus is plain text, rename it to corpus.txt"),
+        ("notes.pdf", b"words", "if notes.pdf is plain text"),
     ],
 )
 def test_bad_text_is_refused_with_the_reason(
@@ -106,3 +124,116 @@ def test_a_folder_without_text_is_refused(tokenizer: Any, tmp_path: Path) -> Non
     (tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match=r"holds no \.txt"):
         load_blocks(section(tmp_path / "none", tmp_path), tokenizer)
+    (tmp_path / "none/alpaca.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"but 1 others: make JSON Lines of it \(python -c .*none/alpaca.json"):
+        load_blocks(section(tmp_path / "none", tmp_path), tokenizer)
+
+
+@pytest.mark.parametrize("value", ["null", "[1]", '{"a": 1}'])
+def test_a_field_to_group_by_must_be_text_or_a_number(tokenizer: Any, tmp_path: Path, value: str) -> None:
+    file = tmp_path / "verses.jsonl"
+    file.write_text(f'{{"text": "a", "book": 1}}\n{{"text": "a", "book": {value}}}')
+    with pytest.raises(ValueError, match=r"line 2: book is .*, and lines are grouped by text or numbers"):
+        load_blocks(section(file, tmp_path, group_by=["book"]), tokenizer)
+    with pytest.raises(ValueError, match=r"line 1 lacks bok \(it has text, book\): set data.group_by=\[book\]"):
+        load_blocks(section(file, tmp_path, group_by=["bok"]), tokenizer)
+
+
+def decoded(tokenizer: Any, rows: Any) -> str:
+    return tokenizer.decode([token for row in rows for token in row["input_ids"].tolist()])
+
+
+def test_a_byte_order_mark_is_not_text(tokenizer: Any, tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"word{index} " * 20}) for index in range(4)]
+    (tmp_path / "bom.jsonl").write_text("\n".join(lines), encoding="utf-8-sig")
+    (tmp_path / "bom.txt").write_text("words and words " * 40, encoding="utf-8-sig")
+    assert "word0" in decoded(tokenizer, load_blocks(section(tmp_path / "bom.jsonl", tmp_path), tokenizer).train)
+    blocks = load_blocks(section(tmp_path / "bom.txt", tmp_path, val_fraction=0.3), tokenizer)
+    assert decoded(tokenizer, blocks.train).startswith("words")
+
+
+def test_the_same_bytes_are_another_text_under_another_suffix(tokenizer: Any, tmp_path: Path) -> None:
+    lines = "\n".join(json.dumps({"text": f"word{index} " * 20}) for index in range(40))
+    for name in ("a.txt", "a.jsonl"):
+        (tmp_path / name).write_text(lines)
+    raw, read = (load_blocks(section(tmp_path / name, tmp_path), tokenizer) for name in ("a.txt", "a.jsonl"))
+    assert '{"text' in decoded(tokenizer, raw.train)
+    assert '{"text' not in decoded(tokenizer, read.train)
+
+
+@pytest.mark.parametrize("documents", [2, 3, 5, 19])
+@pytest.mark.parametrize("fraction", [0.01, 0.05, 0.5, 0.75, 0.95])
+def test_few_documents_are_split_as_asked(tokenizer: Any, tmp_path: Path, documents: int, fraction: float) -> None:
+    file = tmp_path / "few.jsonl"
+    file.write_text("\n".join(json.dumps({"text": f"word{index} " * 20}) for index in range(documents)))
+    blocks = load_blocks(section(file, tmp_path, val_fraction=fraction), tokenizer)
+    texts = [decoded(tokenizer, side) for side in (blocks.train, blocks.validation)]
+    seen = [{index for index in range(documents) if f"word{index} " in text} for text in texts]
+    assert seen[0] | seen[1] == set(range(documents))
+    assert not seen[0] & seen[1]
+    assert abs(len(seen[1]) - min(max(documents * fraction, 1), documents - 1)) <= 0.5
+
+
+def test_documents_of_many_small_files_are_split_together(tokenizer: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for index in range(10):
+        (folder / f"{index}.jsonl").write_text(json.dumps({"text": f"word{index} " * 20}))
+    blocks = load_blocks(section(folder, tmp_path, val_fraction=0.2), tokenizer)
+    held = decoded(tokenizer, blocks.validation)
+    assert [index for index in range(10) if f"word{index} " in held] == [2, 7]
+
+
+def test_a_document_and_a_text_file_need_no_second_document(tokenizer: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    (folder / "one.jsonl").write_text(json.dumps({"text": "document " * 20}))
+    (folder / "two.txt").write_text("words and words " * 40)
+    blocks = load_blocks(section(folder, tmp_path, val_fraction=0.4), tokenizer)
+    assert "document" in decoded(tokenizer, blocks.train)
+    assert "document" not in decoded(tokenizer, blocks.validation)
+
+
+def test_empty_documents_take_no_ones_place(tokenizer: Any, tmp_path: Path) -> None:
+    file = tmp_path / "gaps.jsonl"
+    texts = ["", "", "word0 " * 20, "", "word1 " * 20, "  "]
+    file.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    blocks = load_blocks(section(file, tmp_path, val_fraction=0.5), tokenizer)
+    assert "word0" in decoded(tokenizer, blocks.train) or "word0" in decoded(tokenizer, blocks.validation)
+    assert len(blocks.train)
+    assert len(blocks.validation)
+
+
+def test_files_of_a_folder_that_are_not_read_are_said(
+    tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    (folder / "a.TXT").write_text("words and words " * 40)
+    (folder / "data.csv").write_text("a,b")
+    (folder / ".hidden").write_text("x")
+    with caplog.at_level("INFO"):
+        load_blocks(section(folder, tmp_path, val_fraction=0.4), tokenizer)
+    (said,) = [record.getMessage() for record in caplog.records if "not read" in record.getMessage()]
+    assert "1 files" in said
+    assert "data.csv" in said
+
+
+@pytest.mark.parametrize("label", ["../../../x", "/x", ".."])
+def test_a_label_writes_nothing_outside_of_the_cache(tokenizer: Any, tmp_path: Path, label: str) -> None:
+    wanted = section(numbered(tmp_path), tmp_path)
+    wanted.label = label
+    load_blocks(wanted, tokenizer)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["cache", "numbers.txt"]
+    assert [entry.name for entry in (tmp_path / "cache").iterdir()] == ["datasets"]
+
+
+def test_damaged_blocks_are_made_anew(tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    wanted = section(numbered(tmp_path), tmp_path)
+    whole = load_blocks(wanted, tokenizer).train[0]["input_ids"].tolist()
+    files = [file for file in (tmp_path / "cache").rglob("*") if file.is_file() and file.suffix != ".lock"]
+    for file in files:
+        file.write_bytes(bytes(file.stat().st_size))
+        caplog.clear()
+        assert load_blocks(wanted, tokenizer).train[0]["input_ids"].tolist() == whole
+        assert "is damaged" in caplog.text

@@ -35,3 +35,8 @@ def test_perplexity_of_a_hopeless_model_is_still_a_number() -> None:
 
 def test_every_objective_has_a_loss() -> None:
     assert all("loss" in objective.metrics for objective in OBJECTIVES.values())
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_figures_of_no_prediction_are_no_numbers_that_could_win(kind: str) -> None:
+    assert all(math.isnan(metric(Sums())) for metric in OBJECTIVES[kind].metrics.values())

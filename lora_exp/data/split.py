@@ -1,0 +1,36 @@
+"""What is held out for validation: the share that ``data.val_fraction`` asks for, as near as can be."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+_NEAR = 0.1  # of the smaller side: how far a cut may be moved to fall between lines, or words
+
+
+def held_out(count: int, fraction: float) -> list[bool]:
+    """Which of ``count`` things are held out: evenly spread, the nearest number to ``fraction``, never none or all.
+
+    For fraction = 1/k, every k-th from the middle of the first k. Raises ValueError for fewer than two.
+    """
+    if count < 2:
+        raise ValueError(f"{count} cannot be split into training and validation")
+    share = Fraction(fraction).limit_denominator(10**6) or Fraction(fraction)  # 0.05 is 1/20, which no float is
+    number = -((1 - 2 * count * share) // 2)  # the nearest to count · share; of two equally near the smaller
+    chosen = {(2 * place + 1) * share.denominator // (2 * share.numerator) for place in range(number)}
+    if not chosen:
+        chosen = {count // 2}
+    if len(chosen) == count:
+        chosen.remove(count // 2)
+    return [index in chosen for index in range(count)]
+
+
+def cut(text: str, fraction: float) -> int:
+    """Where the last ``fraction`` of a text starts: at a line if one starts near there, else at a word, else there."""
+    position = len(text) - round(len(text) * fraction)
+    within = _NEAR * min(position, len(text) - position)
+    for separator in ("\n", " "):
+        before, after = text.rfind(separator, 0, position) + 1, text.find(separator, position) + 1
+        nearest = min((before, after), key=lambda start: abs(start - position))
+        if abs(nearest - position) <= within:
+            return nearest
+    return position
