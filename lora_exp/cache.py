@@ -33,7 +33,7 @@ def cache_root(override: str | None = None) -> Path:
 
 
 def cache_folder(room: str, label: str | None, key: str, override: str | None = None) -> Path:
-    """``room``/``label``-``key`` in the cache, whatever the label holds: it is for people, the key tells folders apart."""
+    """``room``/``label``-``key`` in the cache. Whatever the label holds, it never leads elsewhere."""
     name = re.sub(r"[^\w.-]+", "-", label or "").strip(".-")[:60]
     return cache_root(override) / room / (f"{name}-{key}" if name else key)
 

@@ -16,7 +16,8 @@ from lora_exp.config import (
     resolve_alpha,
     uses_factors,
 )
-from lora_exp.inputs import path_problems
+from lora_exp.inputs import architecture_facts, path_problems
+from lora_exp.positions import length_problem
 
 TASKS = ("train", "plan")
 QUANTIZATIONS = ("none", "nf4", "fp4", "int8")
@@ -35,7 +36,7 @@ MODEL_KINDS = tuple(kind for kinds in DATA_KINDS.values() for kind in kinds)
 def check(config: Config) -> None:
     """Raise ``ConfigError`` with every problem that can be seen before anything is loaded."""
     problems = [*_adapter_problems(config), *_place_problems(config), *_number_problems(config)]
-    problems += path_problems(config)
+    problems += [*path_problems(config), *_length_problems(config)]
     if problems:
         raise ConfigError(problems)
 
@@ -105,6 +106,14 @@ def _kind_problems(config: Config) -> list[str]:
             f"choose a model of kind {' or '.join(DATA_KINDS[data.kind])}, or other data"
         )
     return problems
+
+
+def _length_problems(config: Config) -> list[str]:
+    if config.model.kind != "causal_lm" or config.data.kind != "text":
+        return []
+    facts = architecture_facts(config.model)
+    problem = length_problem(facts, config.data.block_size, config.model.label or config.model.name)
+    return [problem] if problem else []
 
 
 def _quantization_problems(config: Config) -> list[str]:

@@ -75,6 +75,8 @@ class ModelConfig:
 
     ``architecture``: the facts of the published config.json that ``task=plan`` builds the model from.
 
+    ``attention``: transformers' name of an implementation; ``auto`` is sdpa where the model has it, else eager.
+
     ``targets`` are its default targets by layer type; ``modules_to_save`` (a new head) are trained in full
     beside the adapter.
     """
@@ -86,7 +88,7 @@ class ModelConfig:
     revision: str | None = None
     packaged: PackagedConfig | None = None
     dtype: str = "auto"
-    attention: str = "sdpa"
+    attention: str = "auto"
     trust_remote_code: bool = False
     cache_dir: str | None = None
     targets: dict[str, list[str]] = field(default_factory=dict)

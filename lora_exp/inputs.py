@@ -69,7 +69,7 @@ def text_files(path: Path) -> tuple[list[Path], list[Path]]:
 
 
 def architecture_facts(section: ModelConfig) -> dict[str, Any]:
-    """The config.json of ``model.path``, else the YAML's architecture; {} where neither can be had without a network."""
+    """The config.json of ``model.path``, else the YAML's architecture; {} where neither is at hand."""
     if not section.path:
         return dict(section.architecture)
     path = Path(section.path).expanduser()

@@ -20,7 +20,7 @@ from lora_exp.data import Data, load_data
 from lora_exp.job import METRICS_FILE, Job, Result
 from lora_exp.machine.precision import take_precision
 from lora_exp.place import Place, prepare_backends, resolve_device, resolve_place, set_seed
-from lora_exp.plan.precheck import check_fits
+from lora_exp.plan.precheck import check_fits, memory_errors_explained
 from lora_exp.progress import TrainingProgress
 from lora_exp.recording import log_setup, run_name
 from lora_exp.training.batches import check_evaluation, check_rows, evaluation_batches, training_batches
@@ -49,12 +49,13 @@ def run(config: Config, job: Job) -> Result:
     with tracking.open_run(config.tracking, run_name(config, job), job.sweep_folder) as tracked:
         log_setup(tracked, config, job, {"dtype": str(place.dtype), "device": str(place.device)})
         tracked.log_tags(precision.tags())
-        check_fits(config, place)
-        adapted, data = _prepare(tracked, config, place)
-        lane = _lane(adapted, data, config, place)
-        rate = precision.rate(place.autocast or place.dtype)
-        share = Utilisation.of(adapted.model, rate, trains_base=not uses_factors(config))
-        records = _train(tracked, adapted, lane, config, job, place, share)
+        with memory_errors_explained(config, place):
+            check_fits(config, place)
+            adapted, data = _prepare(tracked, config, place)
+            lane = _lane(adapted, data, config, place)
+            rate = precision.rate(place.autocast or place.dtype)
+            share = Utilisation.of(adapted.model, rate, trains_base=not uses_factors(config))
+            records = _train(tracked, adapted, lane, config, job, place, share)
         result = _summarise(tracked, adapted, records, job, place, time.monotonic() - started)
     _report(result)
     return result

@@ -189,9 +189,7 @@ def test_modes_are_those_that_the_umask_leaves(tmp_path: Path, umask: int) -> No
     )
 
 
-@pytest.mark.parametrize(
-    "label", ["../../../x", "/etc/x", "..", ".", "a/b", "a\\b\0c", "x" * 400, "", None, "~", "ä ö"]
-)
+@pytest.mark.parametrize("label", ["../../../x", "/etc/x", "..", ".", "a/b", "a\\b\0c", "x" * 400, "", None, "ä ~"])
 def test_a_label_never_leads_out_of_the_cache(tmp_path: Path, label: str | None) -> None:
     folder = cache_folder("datasets", label, "0123", str(tmp_path))
     assert folder.parent == tmp_path / "datasets"

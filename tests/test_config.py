@@ -121,3 +121,13 @@ def test_full_training_is_not_listed_by_a_rank_it_does_not_have() -> None:
 
 def test_the_schema_documents_every_key_of_the_yaml(tmp_path: Path) -> None:
     assert set(composed()) == set(Config.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("task", ["train", "plan"])
+def test_a_block_beyond_a_table_of_positions_is_refused_and_one_beyond_rotary_ones_is_not(task: str) -> None:
+    check(config("model=gpt2", "data.block_size=1024", f"task={task}"))
+    with pytest.raises(ConfigError, match=r"data\.block_size=1025 is more than the 1024 positions of model=gpt2"):
+        check(config("model=gpt2", "data.block_size=1025", f"task={task}"))
+    with pytest.raises(ConfigError, match="2048 positions of model=opt_67b"):
+        check(config("model=opt_67b", "data.block_size=2049", f"task={task}"))
+    check(config("model=smollm2_135m", "data.block_size=100000", f"task={task}"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lora_exp.config import ModelConfig, QuantizationConfig
 from lora_exp.models.attention import take_attention
 from lora_exp.models.quantised import CannotQuantiseError, has_quantised, prepare, quantising
 from lora_exp.models.source import Source, cannot_be_had
 from lora_exp.place import Place
+from lora_exp.positions import length_problem, trained_positions
 
 log = logging.getLogger(__name__)
 transformers.utils.logging.set_verbosity_error()
@@ -38,28 +40,69 @@ def load_tokenizer(source: Source, section: ModelConfig) -> Any:
 def load(
     source: Source, section: ModelConfig, place: Place, shape: Mapping[str, int], quantization: QuantizationConfig
 ) -> nn.Module:
-    """The causal language model on ``place``, in its dtype or quantised. Raises ValueError when it cannot be had."""
-    del shape  # blocks of tokens ask nothing of the model
+    """The causal language model on ``place``, in its dtype or quantised.
+
+    Raises ValueError when it cannot be had, or blocks of ``shape`` are too long for it.
+    """
+    try:
+        facts = AutoConfig.from_pretrained(source.name, **source.options)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(cannot_be_had(section, error)) from error
+    _check_length(facts.to_dict(), shape.get("block_size"), section)
     try:
         with quantising(quantization, place) as quantised:
             model = AutoModelForCausalLM.from_pretrained(
                 source.name,
                 dtype=place.dtype,
-                attn_implementation=section.attention,
                 use_safetensors=True,
+                **attention_option(section),
                 **quantised,
                 **source.options,
             )
     except CannotQuantiseError:
         raise
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ValueError(cannot_be_had(section, error)) from error
+        raise ValueError(attention_problem(section, error) or cannot_be_had(section, error)) from error
+    _say_attention(model, section)
     model.config.use_cache = False
     nn.Module.to(model, place.device)
     if has_quantised(model):
         prepare(model, quantization, place)
     take_attention(model)
     return model
+
+
+def attention_option(section: ModelConfig) -> dict[str, str]:
+    """What ``from_pretrained`` and ``from_config`` are told; nothing lets them take the best that the model has."""
+    return {} if section.attention == "auto" else {"attn_implementation": section.attention}
+
+
+def attention_problem(section: ModelConfig, error: Exception) -> str | None:
+    """A message for an error that is about the attention that was asked for; None if it is about something else."""
+    if section.attention in ("auto", "eager") or not re.search(r"attention|attn_implementation", str(error)):
+        return None
+    reason = re.sub(r"\s+", " ", str(error))[:200]
+    return (
+        f"model.attention={section.attention} is not for {section.label or section.name} ({reason}): use "
+        "model.attention=eager, which every model has, or auto, which takes sdpa where it is"
+    )
+
+
+def _say_attention(model: Any, section: ModelConfig) -> None:
+    chosen = getattr(model.config.get_text_config(), "_attn_implementation", None)
+    if section.attention == "auto" and chosen not in (None, "sdpa"):
+        log.info(f"model  {type(model).__name__} has no sdpa: model.attention={chosen} is used")
+
+
+def _check_length(facts: dict[str, Any], block_size: int | None, section: ModelConfig) -> None:
+    if block_size is None:
+        return
+    label = section.label or section.name
+    if problem := length_problem(facts, block_size, label):
+        raise ValueError(problem)
+    trained = trained_positions(facts)
+    if trained is not None and block_size > trained:
+        log.warning(f"data.block_size={block_size} is more than the {trained} positions that {label} was trained on")
 
 
 def convert(gguf: Path, folder: Path) -> None:

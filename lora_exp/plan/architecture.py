@@ -18,6 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lora_exp.config import DataConfig, ModelConfig, QuantizationConfig
 from lora_exp.data import load_data
 from lora_exp.models import Source, efficientnet_lite
+from lora_exp.models.causal_lm import attention_option, attention_problem
+from lora_exp.positions import length_problem
 
 transformers.utils.logging.set_verbosity_error()
 
@@ -34,6 +36,8 @@ def outline_of(section: ModelConfig, data: DataConfig) -> Outline:
         shape = load_data(data, lambda: None).shape
         return lambda dtype: efficientnet_lite.unloaded(section, dtype, shape)
     facts = facts_of(section)
+    if problem := length_problem(facts.to_dict(), data.block_size, section.label or section.name):
+        raise ValueError(problem)
     return lambda dtype: meta_model(copy.deepcopy(facts), section, dtype)
 
 
@@ -64,11 +68,14 @@ def meta_model(facts: Any, section: ModelConfig, dtype: torch.dtype) -> nn.Modul
             model = AutoModelForCausalLM.from_config(
                 facts,
                 dtype=dtype,
-                attn_implementation=section.attention,
                 trust_remote_code=section.trust_remote_code,
+                **attention_option(section),
             )
     except (ValueError, ImportError) as error:
-        raise ValueError(f"{section.label} cannot be planned ({error}): name a causal language model") from error
+        said = attention_problem(section, error)
+        raise ValueError(
+            said or f"{section.label} cannot be planned ({error}): name a causal language model"
+        ) from error
     model.config.use_cache = False
     return model
 

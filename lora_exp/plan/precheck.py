@@ -1,9 +1,15 @@
-"""Before training: will it fit into the device it is about to use?"""
+"""Memory of the device that is about to be used: will it fit, and, where it did not, what to do."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import os
+import re
+import traceback
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,6 +20,11 @@ from lora_exp.plan.estimate import GIB, Planner
 from lora_exp.plan.show import remedies
 
 log = logging.getLogger(__name__)
+# torch on a CPU, cuBLAS, MPS, the C++ and Rust libraries below us, and the system when it has no room for a thread.
+_SIGNS = re.compile(
+    "DefaultCPUAllocator|an't allocate memory|annot allocate memory|bad_alloc|ALLOC_FAILED|MPS backend out of memory|"
+    "Unable to allocate|can't start new thread"
+)
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -48,6 +59,39 @@ def check_fits(config: Config, place: Place) -> None:
     if section.strict:
         raise ValueError(f"{message}. plan.strict=false trains all the same")
     log.warning(message)
+
+
+class OutOfMemoryError(ValueError):
+    """What ran out of memory, and what to change."""
+
+
+@contextlib.contextmanager
+def memory_errors_explained(config: Config, place: Place) -> Iterator[None]:
+    """Raise ``OutOfMemoryError`` for each of the many errors that say so, with what makes ``config`` smaller."""
+    try:
+        yield
+    except Exception as error:
+        found = _out_of_memory(error)
+        if found is None:
+            raise
+        traceback.clear_frames(found.__traceback__)  # they hold what filled the memory, which a sweep's next job needs
+        reason = re.sub(r"\s+", " ", str(found))[:200] or type(found).__name__
+        ways = ", ".join(remedies(replace(config, task="plan"), 0))
+        raise OutOfMemoryError(
+            f"Out of memory on {place.device} ({reason}). What helps: {ways}; "
+            "python -m lora_exp task=plan shows where it goes"
+        ) from error
+
+
+def _out_of_memory(error: BaseException | None) -> BaseException | None:
+    """The error, or the one it was raised from, that says that memory ran out."""
+    found, cause = None, error
+    while cause is not None:
+        known = isinstance(cause, (MemoryError, torch.OutOfMemoryError))
+        if known or getattr(cause, "errno", None) == errno.ENOMEM or _SIGNS.search(str(cause)):
+            found = cause
+        cause = cause.__cause__
+    return found
 
 
 def memory_gib(device: torch.device) -> float:

@@ -14,7 +14,7 @@ Collate = Callable[[list[Any]], Batch]
 
 
 def check_rows(rows: Dataset, size: int) -> None:
-    """Raise ValueError if ``rows`` do not fill a single micro batch: at once, not when a base has been loaded for it."""
+    """Raise ValueError if ``rows`` do not fill one micro batch. Asked before a base is loaded for them."""
     have = len(rows)  # type: ignore[arg-type]
     if size > have:
         raise ValueError(
