@@ -11,6 +11,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -18,6 +19,8 @@ from filelock import FileLock, Timeout
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"  # the SHA-256 of every other file of a folder
+_reader = ThreadPoolExecutor(1, thread_name_prefix="cache")
+_being_read: dict[Path, Future[str | None]] = {}
 _ELSEWHERE = "set LORA_EXP_CACHE=FOLDER (or model.cache_dir and data.cache_dir) to one that you may write, with room"
 
 
@@ -45,7 +48,8 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
     a reader never sees half of a file, a crash leaves nothing behind that looks finished, and of two
     processes the second waits and finds it done. Raises ValueError where the cache cannot be written.
     """
-    if _damage(folder) is None:
+    begun = _being_read.pop(folder, None)
+    if (begun.result() if begun else _damage(folder)) is None:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -63,6 +67,12 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
             raise
         raise ValueError(f"The cache {folder.parent} cannot be written ({reason}): {_ELSEWHERE}") from error
     return folder
+
+
+def read_early(folder: Path) -> None:
+    """Begin to compare the files of ``folder`` in a thread, for the next ``made_once`` of it to wait for."""
+    if folder.is_dir():
+        _being_read[folder] = _reader.submit(_damage, folder)
 
 
 def written_sha256(folder: Path) -> dict[str, str]:

@@ -46,6 +46,7 @@ def run(config: Config, job: Job) -> Result:
     prepare_backends(place)
     reset_peak(place.device)
     set_seed(config.seed)
+    models.prepare_source(config.model)
     with tracking.open_run(config.tracking, run_name(config, job), job.sweep_folder) as tracked:
         log_setup(tracked, config, job, {"dtype": str(place.dtype), "device": str(place.device)})
         tracked.log_tags(precision.tags())

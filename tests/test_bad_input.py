@@ -125,8 +125,26 @@ def test_a_corrupt_checkpoint(cli: Cli, tiny_overrides: list[str], tiny_llama: P
     done = cli(*tiny_overrides, f"model.path={broken}")
     assert done.code == 1
     assert "could not be loaded" in done.err
+    assert f"{broken} copied anew" in done.err
+    assert "pip install" not in done.err
     assert "Traceback" not in done.err
     assert unfinished(workplace) == []
+
+
+def test_a_base_that_gives_nan_untrained_is_not_blamed_on_the_learning_rate(
+    cli: Cli, tiny_overrides: list[str], tiny_llama: Path, workplace: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    broken = workplace / "broken"
+    shutil.copytree(tiny_llama, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"].fill_(float("nan"))
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    done = cli(*tiny_overrides, f"model.path={broken}")
+    assert done.code == 1
+    assert "before anything is trained: the base's weights are damaged" in done.err
+    assert "lower optimizer.lr" not in done.err
 
 
 def test_a_loss_that_is_not_finite_keeps_what_was_earned(

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from lora_exp.cache import MANIFEST, cache_folder, cache_root, made_once, written_sha256
+from lora_exp.cache import MANIFEST, cache_folder, cache_root, made_once, read_early, written_sha256
 
 CONTENT = {"weights.bin": b"w" * 4096, "config.json": b'{"a": 1}', "deep/rows.arrow": b"rows" * 99}
 
@@ -103,6 +103,21 @@ def test_what_is_whole_is_not_made_again_and_its_hashes_are_at_hand(tmp_path: Pa
     folder = made_once(tmp_path / "thing", make)
     made_once(folder, lambda _: pytest.fail("made again"))
     assert written_sha256(folder) == {name: hashlib.sha256(raw).hexdigest() for name, raw in CONTENT.items()}
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_what_is_read_early_counts_once(tmp_path: Path, damaged: bool, caplog: pytest.LogCaptureFixture) -> None:
+    folder = made_once(tmp_path / "thing", make)
+    if damaged:
+        _flip(folder / "weights.bin")
+    read_early(folder)
+    made_once(folder, make)
+    assert ("damaged" in caplog.text) == damaged
+    assert content(folder) == CONTENT
+    _flip(folder / "weights.bin")
+    made_once(folder, make)
+    assert content(folder) == CONTENT
+    read_early(tmp_path / "nothing")
 
 
 def test_a_half_made_folder_is_never_seen(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ A kind has ``convert(packaged, folder)``, which makes a folder in hub layout, an
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
@@ -13,15 +14,24 @@ from typing import Any
 
 from torch import nn
 
-from lora_exp.cache import cache_folder, made_once, written_sha256
-from lora_exp.config import ModelConfig, QuantizationConfig
+from lora_exp.cache import cache_folder, made_once, read_early, written_sha256
+from lora_exp.config import ModelConfig, PackagedConfig, QuantizationConfig
 from lora_exp.inputs import model_path_problem
 from lora_exp.models.checkpointing import checkpoint_layers
 from lora_exp.models.source import Source, base_sha256
 from lora_exp.packaged import find_packaged, locate_packaged
 from lora_exp.place import Place
 
-__all__ = ["Source", "base_sha256", "checkpoint_layers", "find_source", "load_base", "load_tokenizer", "unpacked"]
+__all__ = [
+    "Source",
+    "base_sha256",
+    "checkpoint_layers",
+    "find_source",
+    "load_base",
+    "load_tokenizer",
+    "prepare_source",
+    "unpacked",
+]
 
 
 def find_source(section: ModelConfig) -> Source:
@@ -39,6 +49,13 @@ def find_source(section: ModelConfig) -> Source:
     return Source(section.name or "", section.revision, section.trust_remote_code)
 
 
+def prepare_source(section: ModelConfig) -> None:
+    """Begin what ``find_source`` will wait for, the reading of what was unpacked before; other work hides it."""
+    with contextlib.suppress(ValueError, RuntimeError):  # no home for a cache, no room for a thread: said later
+        if section.packaged and not section.path:
+            read_early(_folder(section, section.packaged))
+
+
 def unpacked(section: ModelConfig) -> Path:
     """The packaged file as a folder in hub layout with safetensors, made once in the cache.
 
@@ -52,7 +69,7 @@ def unpacked(section: ModelConfig) -> Path:
         assert file is not None
         _kind(section).convert(file, temporary)
 
-    return made_once(cache_folder("models", section.label, packaged.sha256[:12], section.cache_dir), convert)
+    return made_once(_folder(section, packaged), convert)
 
 
 def load_tokenizer(source: Source, section: ModelConfig) -> Any:
@@ -76,6 +93,10 @@ def load_base(
     stored = quantization or QuantizationConfig("none")
     model: nn.Module = _kind(section).load(source, section, place, shape or {}, stored)
     return model
+
+
+def _folder(section: ModelConfig, packaged: PackagedConfig) -> Path:
+    return cache_folder("models", section.label, packaged.sha256[:12], section.cache_dir)
 
 
 def _kind(section: ModelConfig) -> Any:

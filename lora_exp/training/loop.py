@@ -146,6 +146,11 @@ def _trained(lane: Lane, step: int, loss: Tensor, norm: Tensor, rate: float) -> 
 def _evaluated(forward: Forward, lane: Lane, step: int) -> Record:
     figures = evaluate(forward, lane)
     loss = figures["loss"]
+    if not math.isfinite(loss) and not step:
+        raise DivergedError(
+            f"eval/loss is {loss} (lane {lane.name}) before anything is trained: the base's weights are damaged "
+            "(copy them anew), or overflow in this dtype (try model.dtype=float32)"
+        )
     if not math.isfinite(loss):
         raise DivergedError(f"eval/loss became {loss} at optimizer step {step} (lane {lane.name}): lower optimizer.lr")
     return {"lane": lane.name, "step": step} | {f"eval/{name}": value for name, value in figures.items()}
