@@ -50,15 +50,17 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
     processes the second waits and finds it done. Raises ValueError where the cache cannot be written.
     """
     begun = _being_read.pop(folder, None)
-    if (begun.result() if begun else _damage(folder)) is None:
+    damage = begun.result() if begun else _damage(folder)
+    if damage is None:
         return folder
+    was_there = folder.is_symlink() or folder.exists()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             damage = _damage(folder)
             if damage is None:
                 return folder
-            if folder.is_symlink() or folder.exists():
+            if was_there := folder.is_symlink() or folder.exists():
                 log.warning(f"{folder} is damaged ({damage}): it is made anew")
             _remove_abandoned(folder)
             _make(folder, make)
@@ -66,7 +68,8 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
         reason = _storage_problem(error, folder)
         if reason is None:
             raise
-        raise ValueError(f"The cache {folder.parent} cannot be written ({reason}): {_ELSEWHERE}") from error
+        what = f"{folder} is damaged ({damage}), and" if was_there else "The cache"
+        raise ValueError(f"{what} {folder.parent} cannot be written ({reason}): {_ELSEWHERE}") from error
     return folder
 
 

@@ -267,6 +267,14 @@ def test_a_cache_below_a_file_and_a_lock_that_is_none_name_the_way_out(tmp_path:
         made_once(tmp_path / "thing", make)
 
 
+def test_a_damaged_folder_that_cannot_be_made_anew_is_called_damaged(tmp_path: Path) -> None:
+    folder = made_once(tmp_path / "thing", make)
+    _flip(folder / "weights.bin")
+    with pytest.raises(ValueError, match=r"thing is damaged \(weights.bin .*No space left.*LORA_EXP_CACHE="):
+        made_once(folder, _raise(OSError(28, os.strerror(28))))
+    assert content(folder).keys() == CONTENT.keys()
+
+
 def test_a_file_that_a_maker_cannot_read_is_not_called_the_cache(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         made_once(tmp_path / "cache/thing", lambda _: (tmp_path / "source").read_bytes())

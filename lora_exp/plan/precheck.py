@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 # torch on a CPU, cuBLAS, MPS, the C++ and Rust libraries below us, and the system when it has no room for a thread.
 _SIGNS = re.compile(
     "DefaultCPUAllocator|an't allocate memory|annot allocate memory|bad_alloc|ALLOC_FAILED|MPS backend out of memory|"
-    "Unable to allocate|can't start new thread"
+    "Unable to allocate|can't start new thread|failed to map segment"
 )
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
 
