@@ -65,7 +65,8 @@ def text_files(path: Path) -> tuple[list[Path], list[Path]]:
         return [path], []
     files = sorted(file for file in path.rglob("*") if file.is_file())
     found = [file for file in files if file.suffix.lower() in TEXT_SUFFIXES]
-    return found, [file for file in files if file not in set(found) and not file.name.startswith(".")]
+    others = [file for file in files if file.suffix.lower() not in TEXT_SUFFIXES]
+    return found, [file for file in others if not file.name.startswith(".")]
 
 
 def architecture_facts(section: ModelConfig) -> dict[str, Any]:
