@@ -28,7 +28,7 @@ def logits(model, inputs):
 
 
 def assert_both_ways(base, config, inputs, randomised, folder):
-    """Ours -> PEFT -> ours, the logits being the same at each step; in float64, where order of addition is no excuse."""
+    """Ours -> PEFT -> ours, the same logits at each step; in float64, where order of addition is no excuse."""
     base = base.double()
     plain, ours = copy.deepcopy(base), LoraModel(base, config, verbose=False)
     randomised(ours)
