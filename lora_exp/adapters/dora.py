@@ -71,7 +71,7 @@ class DoraAdapter(LoraAdapter):
         return self.magnitude / self.constant_norm(layer)
 
     def constant_norm(self, layer: LoRALayerBase) -> Tensor:
-        """(out,) the norm without a gradient, kept until an optimizer step changes a factor."""
+        """(out,) the norm without a gradient, kept as long as what it follows from."""
         can_factor = layer.matrices(self.lora_A, self.lora_B) is not None and not self.lora_A.is_meta
         if can_factor and fused_allowed():
             return self._norms.norm(layer, self)

@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .biases import CHILD, TrainedBiases
+from .fingerprints import Fingerprint
 from .layer import LoRALayerBase
 from .packed import constants
 from .walk import base_modules
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """A base's SHA-256, and what the base held when it was computed."""
+
+    sha256: str | None
+    values: Fingerprint
+
+
+def found(model: nn.Module, known: Identity | None) -> Identity:
+    """The identity of `model`'s base: `known`, where it still has those values, else computed anew."""
+    tensors = [tensor for _, parameter in _base(model) for tensor in parameter]
+    if any(tensor.is_meta for tensor in tensors):
+        return Identity(None, Fingerprint([]))
+    if known is not None and known.values.holds(tensors):
+        return known
+    return Identity(base_sha256(model), Fingerprint(tensors))
 
 
 def base_sha256(model: nn.Module) -> str | None:
@@ -21,18 +42,21 @@ def base_sha256(model: nn.Module) -> str | None:
     otherwise, and a quantised copy is another base, packed values and constants included.
     """
     digest = hashlib.sha256()
+    for name, (parameter, *its_constants) in _base(model):
+        if parameter.is_meta:
+            return None
+        digest.update(f"{name}:{tuple(parameter.shape)}".encode())
+        for tensor in (parameter, *its_constants):
+            digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _base(model: nn.Module) -> Iterator[tuple[str, list[Tensor]]]:
+    """(module's name.parameter's key, the base's parameter and what it takes to dequantise it)"""
     for module_name, module in base_modules(model):
         for key in module._parameters:
-            parameter = _own(module, key)
-            if parameter is None:
-                continue
-            if parameter.is_meta:
-                return None
-            digest.update(f"{module_name}.{key}:{tuple(parameter.shape)}".encode())
-            digest.update(_bytes(parameter))
-            for constant in constants(module, parameter):
-                digest.update(_bytes(constant))
-    return digest.hexdigest()
+            if (parameter := _own(module, key)) is not None:
+                yield f"{module_name}.{key}", [parameter, *constants(module, parameter)]
 
 
 def _own(module: nn.Module, key: str) -> Tensor | None:

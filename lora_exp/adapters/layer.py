@@ -176,7 +176,7 @@ class LoRALayerBase(nn.Module):
 
     @property
     def is_merged(self) -> bool:
-        return bool(self.kept)
+        return len(self.kept) > 0  # bool() of a dict is not guarded by torch.compile: a merge would go unnoticed
 
     @property
     def adapter(self) -> LoraAdapter:

@@ -11,11 +11,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from . import contents, files, merging, peft_format
+from . import contents, files, identity, merging, peft_format
 from .config import LoraConfig
 from .counts import count_parameters
 from .gradients import unreached_layers
-from .identity import base_sha256
 from .injection import inject
 from .layer import DEFAULT
 from .merging import MergeReport
@@ -43,7 +42,7 @@ class LoraModel(nn.Module):
         self.wrapped = model
         self.configs: dict[str, LoraConfig] = {}
         self.route_state = Route()
-        self._base_sha256: str | None = None
+        self._identity: identity.Identity | None = None
         with undone_on_failure(model):
             model.requires_grad_(False)
             self.add_adapter(adapter_name, config)
@@ -310,14 +309,13 @@ class LoraModel(nn.Module):
             peft_format.fill(self, name, stored, strict_base)
 
     def base_sha256(self) -> str | None:
-        """Identity of the base weights, computed once; None while they are on the meta device.
+        """Identity of the base weights, computed once for the values that they have; None on the meta device.
 
         Over names, shapes and values rounded to bfloat16, so that it is the same in float32 and bfloat16; not the
         digest of a file.
         """
-        if self._base_sha256 is None:
-            self._base_sha256 = base_sha256(self.wrapped)
-        return self._base_sha256
+        self._identity = identity.found(self.wrapped, self._identity)
+        return self._identity.sha256
 
     # Inside
 

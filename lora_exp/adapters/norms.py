@@ -8,11 +8,15 @@ Letters: N output features, K inputs, r rank. For a row w of W (N, K) and d = sc
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .fingerprints import Fingerprint, place
+from .packed import constants
+from .replay import current_pass
 from .switch import without_autocast
 
 if TYPE_CHECKING:
@@ -20,56 +24,78 @@ if TYPE_CHECKING:
     from .lora import LoraAdapter
 
 _CHUNK = 1 << 20  # elements of W that are float32 at a time
-_SAMPLE = 128
+_CHUNK_OFF_CPU = 1 << 22
 _CANCELLED = 0.01  # below this share of ||w||² + ||d||² a sum of float32 terms has lost too many digits
-Key = tuple[Any, ...]
 
 
 class NormCache:
-    """The norms of one adapter in one layer, computed once for each state of its parameters.
+    """The norms of one adapter in one layer, computed again whenever a value that they follow from may have changed.
 
-    Parameters' versions tell: an optimizer step changes them, a checkpoint replay or a further micro batch
-    does not. A copy of an adapter starts with an empty cache.
+    On a CPU all values are looked at, which takes 1 % of a training pass and tells for certain: a checkpoint's replay
+    or a further micro batch computes nothing. A GPU's host would have to wait for that answer. There a norm lasts for
+    one numbered training pass (see `routing`), inside which no optimizer steps; without a number it is not kept.
+    A copy of an adapter starts with an empty cache.
     """
 
     def __init__(self) -> None:
-        self._base: tuple[Key, Tensor] | None = None  # (N,) ||w||²
-        self._norm: tuple[Key, Tensor] | None = None  # (N,)
+        self._base: tuple[Fingerprint, Tensor] | None = None  # of W, (N,) ||w||²
+        self._norm: tuple[Fingerprint, float, Tensor] | None = None  # of the factors, scale, (N,)
+        self._of_pass: tuple[Any, Tensor] | None = None  # the pass and the places of all that was read, (N,)
 
     def __reduce__(self) -> tuple[type[NormCache], tuple[()]]:
         return NormCache, ()
 
-    @torch.no_grad()
     def norm(self, layer: LoRALayerBase, adapter: LoraAdapter) -> Tensor:
-        """(N,) in the factors' dtype."""
-        base_key = state_of(layer.kept.get("weight", layer.weight))
-        factors = state_of(adapter.lora_A), state_of(adapter.lora_B)
-        key = None if base_key is None or None in factors else (base_key, *factors, adapter.scale)
-        if key is not None and self._norm is not None and self._norm[0] == key:
-            return self._norm[1]
-        matrices = layer.matrices(adapter.lora_A, adapter.lora_B)
-        assert matrices is not None
-        if base_key is None or self._base is None or self._base[0] != base_key:
-            self._base = (base_key or (object(),), squared_rows(matrices[0], adapter.lora_A.dtype))
-        with without_autocast(adapter.lora_A.device.type):
-            norm = factored_norm(*matrices, adapter.scale, self._base[1])
-        self._norm = None if key is None else (key, norm)
+        """(N,) in the factors' dtype, to be met in training even if it was found in inference mode."""
+        ask = self._checked if _answers_at_once(adapter.lora_A) else self._of_this_pass
+        return ask(layer, adapter)
+
+    def _checked(self, layer: LoRALayerBase, adapter: LoraAdapter) -> Tensor:
+        base, factors = _base_values(layer), [adapter.lora_A, adapter.lora_B]
+        known = self._base if self._base is not None and self._base[0].holds(base) else None
+        if known is not None and (found := self._norm) is not None:
+            if found[1] == adapter.scale and found[0].holds(factors):
+                return found[2]
+        with _for_training(adapter):
+            W, A, B = _matrices(layer, adapter)
+            if known is None:
+                known = self._base = Fingerprint(base), squared_rows(W, A.dtype)
+            norm = factored_norm(W, A, B, adapter.scale, known[1])
+            self._norm = Fingerprint(factors), adapter.scale, norm
+        return norm
+
+    def _of_this_pass(self, layer: LoRALayerBase, adapter: LoraAdapter) -> Tensor:
+        places = [place(t) for t in (*_base_values(layer), adapter.lora_A, adapter.lora_B)]
+        key = (number := current_pass()), adapter.scale, places
+        if number is not None and self._of_pass is not None and self._of_pass[0] == key:
+            return self._of_pass[1]
+        with _for_training(adapter):
+            norm = dense_norm(*_matrices(layer, adapter), adapter.scale)
+        self._of_pass = key, norm
         return norm
 
 
-def state_of(tensor: Tensor) -> Key | None:
-    """What changes when a tensor's values do; None if that cannot be told."""
-    if tensor.is_inference() or tensor.is_meta:
-        return None
-    place = (tensor.data_ptr(), tensor._version, tensor.dtype, tensor.device, tuple(tensor.shape))
-    return (*place, *_sample(tensor)) if tensor.device.type == "cpu" else place
+@contextmanager
+def _for_training(adapter: LoraAdapter) -> Iterator[None]:
+    """A constant in full precision, no tensor of inference mode: that one may not be met in training."""
+    with torch.inference_mode(False), torch.no_grad(), without_autocast(adapter.lora_A.device.type):
+        yield
 
 
-def _sample(tensor: Tensor) -> list[float]:
-    """Some values: writing through `.data` leaves the version as it is. Not on a device, where it would wait."""
-    flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().flatten()
-    sampled: list[float] = flat[:: max(1, flat.numel() // _SAMPLE)].tolist()
-    return sampled
+def _answers_at_once(tensor: Tensor) -> bool:
+    """Whether its values can be read without waiting for a device."""
+    return tensor.device.type == "cpu"
+
+
+def _base_values(layer: LoRALayerBase) -> list[Tensor]:
+    weight = layer.kept.get("weight", layer.weight)
+    return [weight, *constants(layer, weight)]
+
+
+def _matrices(layer: LoRALayerBase, adapter: LoraAdapter) -> tuple[Tensor, Tensor, Tensor]:
+    matrices = layer.matrices(adapter.lora_A, adapter.lora_B)
+    assert matrices is not None
+    return matrices
 
 
 def squared_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -88,6 +114,17 @@ def factored_norm(weight: Tensor, A: Tensor, B: Tensor, scale: float, squared: T
         rows = weight[cancelled].to(A.dtype) + scale * (Bt[cancelled] @ A.T)
         total[cancelled] = rows.square().sum(1, dtype=wide)
     return total.clamp_min_(0).sqrt_().to(A.dtype).clamp_min_(torch.finfo(A.dtype).tiny)
+
+
+def dense_norm(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """`factored_norm` with some rows of W + delta at a time: no branch that waits for values, nothing to keep."""
+    step = max(1, _CHUNK_OFF_CPU // weight.shape[1])
+    norms = []
+    for start in range(0, len(weight), step):
+        rows = weight[start : start + step].to(A.dtype)
+        changed = torch.addmm(rows, B[:, start : start + step].T, A.T, alpha=scale)
+        norms.append(torch.linalg.vector_norm(changed, dim=1))
+    return torch.cat(norms).clamp_min_(torch.finfo(A.dtype).tiny)
 
 
 def _chunks(weight: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
