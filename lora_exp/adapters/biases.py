@@ -29,9 +29,13 @@ class TrainedBiases(nn.Module):
         self.values = nn.ParameterDict()
         self.kept: dict[str, nn.Parameter] = {}  # the base's bias while one of ours is merged in
 
+    @property
+    def is_merged(self) -> bool:
+        return len(self.kept) > 0  # see LoRALayerBase.is_merged
+
     def apply_to(self, out: Tensor, base: Tensor) -> Tensor:
         plan = self.route.plan()
-        if self.kept or not any(name in self.values for name in plan.names):
+        if self.is_merged or not any(name in self.values for name in plan.names):
             return out
         if plan.sizes is None:
             return self._changed(plan.names[0], out, base)

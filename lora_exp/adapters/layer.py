@@ -176,7 +176,7 @@ class LoRALayerBase(nn.Module):
 
     @property
     def is_merged(self) -> bool:
-        return len(self.kept) > 0  # bool() of a dict is not guarded by torch.compile: a merge would go unnoticed
+        return len(self.kept) > 0  # torch.compile does not guard bool() of a dict: it would not see a merge
 
     @property
     def adapter(self) -> LoraAdapter:
