@@ -17,11 +17,10 @@ def count_parameters(trained: Iterable[nn.Parameter], everything: Iterable[nn.Pa
 
 def logical_numel(parameter: Any) -> int:
     """A 4-bit weight packs two values into a byte; count the values (peft#1020)."""
+    if (state := getattr(parameter, "quant_state", None)) is not None:
+        return int(state.shape.numel())
     if type(parameter).__name__ != "Params4bit":
         return int(parameter.numel())
-    state = getattr(parameter, "quant_state", None)
-    if state is not None:
-        return int(state.shape.numel())
     return int(parameter.numel() * 2 * parameter.element_size()) if parameter.shape[-1] == 1 else parameter.numel()
 
 

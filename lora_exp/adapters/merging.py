@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .biases import CHILD, remove_biases
 from .layer import LoRALayerBase
-from .packed import is_quantised
+from .packed import is_quantised, moved_to
 from .plain import strip
 from .quantized import as_plain, dense_of
 from .walk import base_modules, biased_modules, lora_layers, saved_modules
@@ -72,10 +72,11 @@ def unmerge(model: nn.Module) -> None:
                     f"the model was cast from {parameter.dtype} to {now.dtype} with an adapter merged in, so "
                     "the base cannot be restored bit for bit; cast it back first, or load the base anew"
                 )
+    moved: dict[int, nn.Parameter] = {}  # once each, so that tied ones stay tied
     for module, parameters in kept:
         for key, parameter in parameters.items():
-            parameter.data = parameter.data.to(getattr(module, key).device)
-            setattr(module, key, parameter)
+            device = getattr(module, key).device
+            setattr(module, key, moved.setdefault(id(parameter), moved_to(parameter, device)))
         parameters.clear()
 
 

@@ -53,9 +53,9 @@ class NormCache:
     def _checked(self, layer: LoRALayerBase, adapter: LoraAdapter) -> Tensor:
         base, factors = _base_values(layer), [adapter.lora_A, adapter.lora_B]
         known = self._base if self._base is not None and self._base[0].holds(base) else None
-        if known is not None and (found := self._norm) is not None:
-            if found[1] == adapter.scale and found[0].holds(factors):
-                return found[2]
+        found = None if known is None else self._norm
+        if found is not None and found[1] == adapter.scale and found[0].holds(factors):
+            return found[2]
         with _for_training(adapter):
             W, A, B = _matrices(layer, adapter)
             if known is None:

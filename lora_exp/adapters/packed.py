@@ -10,10 +10,21 @@ from torch import Tensor, nn
 
 
 def is_quantised(weight: Any) -> bool:
-    """Whether a parameter holds packed 4-bit or 8-bit values of bitsandbytes."""
-    return getattr(weight, "quant_state", None) is not None or (
-        type(weight).__name__ == "Int8Params" and weight.dtype == torch.int8
-    )
+    """Whether a parameter holds packed 4-bit or 8-bit values of bitsandbytes.
+
+    Asked of its attributes: pickle gives back a plain nn.Parameter that has them.
+    """
+    return getattr(weight, "quant_state", None) is not None or (hasattr(weight, "SCB") and weight.dtype == torch.int8)
+
+
+def recover_class(weight: Any) -> None:
+    """Give a quantised parameter the class again that pickle loses: moving, counting and requantising need it."""
+    if type(weight) is nn.Parameter and is_quantised(weight):
+        modules = importlib.import_module("bitsandbytes.nn.modules")
+        is_int8 = weight.dtype == torch.int8 and hasattr(weight, "SCB")
+        weight.__class__ = modules.Int8Params if is_int8 else modules.Params4bit
+        if is_int8 and weight.CB is not None:
+            weight.CB = weight.data  # one memory again, not two
 
 
 def constants(module: Any, weight: Any) -> list[Tensor]:
@@ -25,6 +36,23 @@ def constants(module: Any, weight: Any) -> list[Tensor]:
     if not is_quantised(weight):
         return []
     return [weight.SCB if weight.SCB is not None else module.state.SCB]
+
+
+def bring_constants(weight: Any) -> None:
+    """Bring a quantised weight's constants to the device that its packed values were moved to."""
+    if (state := getattr(weight, "quant_state", None)) is not None:
+        state.to(weight.device)
+    elif is_quantised(weight) and weight.SCB is not None and weight.SCB.device != weight.device:
+        weight.CB, weight.SCB = weight.data, weight.SCB.to(weight.device)
+
+
+def moved_to(parameter: Any, device: torch.device) -> Any:
+    """The parameter itself where it is there already, else a copy, a quantised one with its constants."""
+    if parameter.device == device:
+        return parameter
+    if is_quantised(parameter):
+        return parameter.to(device)
+    return nn.Parameter(parameter.detach().to(device), parameter.requires_grad)
 
 
 def keep_trainable(model: nn.Module) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .layer import DEFAULT
 from .linear import LoRALinear
 from .lora import LoraAdapter
-from .packed import constants, functional, is_quantised, keep_trainable
+from .packed import bring_constants, constants, functional, is_quantised, keep_trainable, recover_class
 from .plain import strip
 from .registry import adapted_class, adapts
 from .routing import Plan, Route
@@ -122,9 +122,15 @@ class _Quantised(LoRALinear):
 
     # Storage
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for weight in (self.weight, self.kept.get("weight")):
+            recover_class(weight)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         was_quantised = is_quantised(self.weight)
         super()._apply(fn, recurse)
+        bring_constants(self.weight)
         if is_quantised(self.weight) and not was_quantised:
             for adapter in self.adapters.values():
                 adapter.base_loaded(self)  # type: ignore[operator]
@@ -236,7 +242,7 @@ def drop_quantisation(layer: nn.Module) -> None:
 
 def as_plain(layer: Any, dtype: torch.dtype | None = None) -> None:
     """Turn a bitsandbytes layer without adapters into nn.Linear, in place, in the dtype that was quantised."""
-    kind: Any = LoRALinear8bit if type(layer.weight).__name__ == "Int8Params" else LoRALinear4bit
+    kind: Any = LoRALinear4bit if getattr(layer.weight, "quant_state", None) is not None else LoRALinear8bit
     layer.__class__ = adapted_class(kind, type(layer))
     layer.adopt(Route(Plan()))
     layer.weight = nn.Parameter(layer.dense_weight().to(dtype or layer.merged_dtype), requires_grad=False)

@@ -2,11 +2,14 @@
 
 import copy
 import gc
+import io
 import logging
+import pickle
 import weakref
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says so where it lacks an optional kernel
@@ -18,6 +21,7 @@ from lora_exp.adapters import (  # noqa: E402
     LoRALinear4bit,
     LoRALinear8bit,
     LoraModel,
+    counts,
     lora,
     packed,
     precision,
@@ -289,6 +293,86 @@ def test_norms_and_identity_notice_a_changed_base(kind, what, randomised):
     torch.testing.assert_close(layer.adapter.constant_norm(layer), expected, rtol=1e-5, atol=0)
 
 
+def through_a_file(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda model: pickle.loads(pickle.dumps(model)), "torch": through_a_file}
+STATES = {
+    "adapted": lambda model: model,
+    "merged": lambda model: model.merge() and model,
+    "requantised": lambda model: model.merge(requantise=True) and model,
+    "unloaded": lambda model: model.merge_and_unload(),
+    "unloaded, requantised": lambda model: model.merge_and_unload(requantise=True),
+}
+
+
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("way", COPIES)
+@BOTH
+def test_a_copy_is_the_same_model(kind, way, state, called, randomised, tmp_path):
+    adapter = LoraModel(
+        Net(kind), LoraConfig(rank=4, target_modules=["up"]), verbose=False
+    )  # down: quantised, not adapted
+    randomised(adapter)
+    x, model = torch.randn(2, 64), STATES[state](adapter)
+    expected = copy.deepcopy(model)(x)
+    if called:  # bitsandbytes moves constants about at a first call
+        model(x)
+    twin = COPIES[way](model)
+    assert torch.equal(twin(x), expected)
+    assert torch.equal(model(x), expected)
+    if "unloaded" in state:
+        return
+    assert twin.parameter_counts() == model.parameter_counts()
+    assert counts.stored_bytes(twin) == counts.stored_bytes(model)
+    twin.save_model(tmp_path / "merged.safetensors", merge_weights=True)
+    plain = Net(None)
+    plain.load_state_dict(load_file(tmp_path / "merged.safetensors"))
+    if state == "adapted":
+        torch.testing.assert_close(plain(x), expected, atol=0.05 if kind == "int8" else 1e-4, rtol=1e-3)
+    else:
+        model.unmerge()
+        twin.unmerge()
+    twin.to("cpu")
+    assert torch.equal(twin(x), model(x))
+    assert twin.base_sha256() == model.base_sha256()
+    twin.merge(requantise=True)
+    model.merge(requantise=True)
+    assert type(twin.wrapped.up.weight) is type(model.wrapped.up.weight)
+    assert torch.equal(twin(x), model(x))
+
+
+def devices_of(weight):
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        return {weight.device, weight.SCB.device}
+    nested = [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
+    return {tensor.device for tensor in (weight, state.absmax, state.code, *nested)}
+
+
+@BOTH
+def test_constants_move_with_their_weight(kind):
+    """To the meta device, for want of another: what matters is that nothing stays behind."""
+    model = adapted(Net(kind), dora=False)
+    model.merge()
+    model.to("meta")
+    model.unmerge()
+    for layer in (model.wrapped.up, model.wrapped.down):
+        assert devices_of(layer.weight) == {torch.device("meta")}
+
+
+def test_int8_constants_follow_values_that_were_moved_alone():
+    """nn.Module.to sets a parameter's data, which leaves attributes where they were."""
+    weight = bnb.nn.Int8Params(torch.empty(3, 4, dtype=torch.int8, device="meta"), False, SCB=torch.ones(3))
+    packed.bring_constants(weight)
+    assert devices_of(weight) == {torch.device("meta")}
+
+
 @METHODS
 @BOTH
 def test_files_hold_for_quantised_and_plain_bases_alike(kind, dora, randomised, tmp_path):
@@ -342,8 +426,6 @@ def test_the_library_imports_no_bitsandbytes():
 @METHODS
 @BOTH
 def test_merging_gives_plain_layers_that_answer_as_the_adapted_ones(kind, dora, randomised, tmp_path):
-    from safetensors.torch import load_file
-
     model = adapted(Net(kind), dora)
     randomised(model)
     x = torch.randn(2, 64)
@@ -371,8 +453,6 @@ def test_merging_gives_plain_layers_that_answer_as_the_adapted_ones(kind, dora, 
 
 @BOTH
 def test_layers_without_an_adapter_become_plain_as_well(kind, randomised, tmp_path):
-    from safetensors.torch import load_file
-
     model = LoraModel(Net(kind), LoraConfig(rank=4, target_modules=["up"]), verbose=False)
     randomised(model)
     x = torch.randn(2, 64)
