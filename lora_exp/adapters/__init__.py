@@ -14,6 +14,7 @@ from .quantized import LoRALinear4bit, LoRALinear8bit
 from .registry import adapts
 from .routing import BASE
 from .switch import use_reference
+from .ties import load_merged
 from .transposed import LoRAConv1D
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "LoraModel",
     "MergeReport",
     "adapts",
+    "load_merged",
     "scaling_factor",
     "use_reference",
 ]

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .walk import base_modules, biased_modules, joined, lora_layers, saved_modules
+from .walk import base_modules, biased_modules, joined, lora_layers, own_parameter, saved_modules
 
 
 def factor_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
@@ -24,11 +24,10 @@ def bias_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     trained_by_base: dict[int, nn.Parameter] = {}
     for _, owner, trained in biased_modules(model):
         if name in trained.values:
-            base: Any = trained.kept.get("bias", owner.bias)
-            trained_by_base[id(base)] = trained.values[name]
+            trained_by_base[id(own_parameter(owner, "bias"))] = trained.values[name]
     found: dict[str, nn.Parameter] = {}
     for module_name, module in base_modules(model) if trained_by_base else ():
-        if (shared := trained_by_base.get(id(module._parameters.get("bias")))) is not None:
+        if (shared := trained_by_base.get(id(own_parameter(module, "bias")))) is not None:
             found[joined(module_name, "bias")] = shared
     return found
 

@@ -10,11 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .biases import CHILD, TrainedBiases
 from .fingerprints import Fingerprint
-from .layer import LoRALayerBase
 from .packed import constants
-from .walk import base_modules
+from .walk import base_modules, own_parameter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,17 +53,8 @@ def _base(model: nn.Module) -> Iterator[tuple[str, list[Tensor]]]:
     """(module's name.parameter's key, the base's parameter and what it takes to dequantise it)"""
     for module_name, module in base_modules(model):
         for key in module._parameters:
-            if (parameter := _own(module, key)) is not None:
+            if (parameter := own_parameter(module, key)) is not None:
                 yield f"{module_name}.{key}", [parameter, *constants(module, parameter)]
-
-
-def _own(module: nn.Module, key: str) -> Tensor | None:
-    """The base's parameter, also while an adapter is merged into it."""
-    trained = module._modules.get(CHILD)
-    kept = module.kept if isinstance(module, LoRALayerBase) else {}
-    if isinstance(trained, TrainedBiases):
-        kept = {**kept, **trained.kept}
-    return kept.get(key, module._parameters[key])
 
 
 def _bytes(parameter: Tensor) -> Any:

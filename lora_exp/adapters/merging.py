@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,7 +13,9 @@ from .layer import LoRALayerBase
 from .packed import is_quantised, moved_to
 from .plain import strip
 from .quantized import as_plain, dense_of
-from .walk import base_modules, biased_modules, lora_layers, saved_modules
+from .routing import Plan
+from .ties import untied_groups, weight_ties
+from .walk import base_modules, biased_modules, joined, lora_layers, own_parameter, saved_modules
 
 
 @dataclasses.dataclass
@@ -33,6 +34,17 @@ class MergeReport:
     survived: float = 1.0
 
 
+@dataclasses.dataclass(frozen=True)
+class Merged:
+    """A merge that holds: of which adapter, as it was asked for, and the plan that was live before."""
+
+    name: str
+    safe: bool
+    requantise: bool
+    before: Plan
+
+
+@torch.inference_mode(False)  # what is made here is trained upon, or restored, outside of it
 def merge(model: nn.Module, name: str, safe: bool, requantise: bool = False) -> MergeReport:
     """Fold adapter `name` into the weights of `model` in place; the base's own parameters are kept."""
     report, lost, wanted, found = MergeReport(), 0.0, 0.0, 0.0
@@ -47,19 +59,16 @@ def merge(model: nn.Module, name: str, safe: bool, requantise: bool = False) -> 
                 lost += error.square().sum().item()
                 wanted += delta.square().sum().item()
                 found += ((delta - error) * delta).sum().item()
-    except ValueError:
+        _fold_biases(model, name)
+    except BaseException:  # memory that ran out, or Ctrl-C: half a merge would be another model
         unmerge(model)
         raise
-    for _, owner, trained in biased_modules(model):
-        if name in trained.values:
-            base: Any = owner.bias
-            trained.kept["bias"] = base
-            owner.bias = nn.Parameter(trained.values[name].detach().to(base.dtype), requires_grad=False)
     report.relative_error = (lost / wanted) ** 0.5 if wanted else 0.0
     report.survived = found / wanted if wanted else 1.0
     return report
 
 
+@torch.inference_mode(False)
 def unmerge(model: nn.Module) -> None:
     """Put the base's own parameters back, bit for bit."""
     kept = [(layer, layer.kept) for _, layer in lora_layers(model) if layer.kept]
@@ -88,6 +97,7 @@ def unload(model: nn.Module, name: str | None) -> nn.Module:
     for module_name, switch in list(saved_modules(model)):
         parent = model.get_submodule(module_name.rpartition(".")[0])
         parent._modules[module_name.rpartition(".")[2]] = _plain_copy(switch, name)
+    _share_biases(model)
     for _, owner, _ in list(biased_modules(model)):
         remove_biases(owner)
     layers = [layer for _, layer in lora_layers(model)]
@@ -112,53 +122,36 @@ def dequantise(model: Any) -> None:
         model.__dict__.pop(key, None)
 
 
-def merged_state(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """The state dict of the original class with adapter `name` merged in; `model` stays as it is."""
-    replaced: dict[str, Tensor] = {}
-    dropped: list[str] = []
+@torch.inference_mode(False)
+def merged_state(model: nn.Module, name: str) -> tuple[dict[str, Tensor], list[list[str]]]:
+    """The state dict of the original class with adapter `name` merged in, and the ties that it undoes.
+
+    `model` stays as it is, whatever is merged into it now.
+    """
+    trained = {id(own_parameter(o, "bias")): t.values[name] for _, o, t in biased_modules(model) if name in t.values}
+    merged: dict[str, Tensor] = {}
+    ours: list[str] = []  # how keys begin that the original class has not
     for prefix, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, LoRALayerBase):
-            dropped.append(f"{prefix}.adapters.".lstrip("."))
-            if name in module.adapters:
-                adapter: Any = module.adapters[name]
-                merged = adapter.merged(module).detach()
-                replaced[f"{prefix}.weight".lstrip(".")] = merged.to(module.merged_dtype)
-        if is_quantised(weight := getattr(module, "weight", None)):
-            dropped += [f"{prefix}.{key}".lstrip(".") for key in ("weight.", "SCB", "weight_format")]
-            replaced.setdefault(f"{prefix}.weight".lstrip("."), dense_of(module, weight))
-        if CHILD in module._modules:
-            trained: Any = module._modules[CHILD]
-            dropped.append(f"{prefix}.{CHILD}.".lstrip("."))
-            if name in trained.values:
-                base: Any = module.bias
-                replaced[f"{prefix}.bias".lstrip(".")] = trained.values[name].detach().to(base.dtype)
-    state = {key: value for key, value in model.state_dict().items() if not key.startswith(tuple(dropped))}
-    return _with_saved({**state, **replaced}, model, name)
+        for key in module._parameters:
+            if (own := own_parameter(module, key)) is not None:
+                merged[joined(prefix, key)] = trained.get(id(own), own).detach().to(own.dtype)
+        if is_quantised(own_parameter(module, "weight")) or isinstance(module, LoRALayerBase):
+            merged[joined(prefix, "weight")] = _merged_weight(module, name)
+            ours += [joined(prefix, key) for key in ("weight.", "SCB", "weight_format", "adapters.")]
+        ours += [joined(prefix, f"{CHILD}.")] if CHILD in module._modules else []
+    state = {**model.state_dict(), **merged}
+    state = _with_saved({key: value for key, value in state.items() if not key.startswith(tuple(ours))}, model, name)
+    return state, untied_groups(state, weight_ties(model))
 
 
-def declare_untied(model: Any, ties: list[set[str]]) -> None:
-    """Tell a transformers config when weights that were tied before merging are two weights now."""
-    now = weight_ties(model)
-    if all(names in now for names in ties):
-        return
-    config: Any = getattr(model, "config", None)
-    inner = config.get_text_config() if hasattr(config, "get_text_config") else config
-    for one in (config, inner):
-        if getattr(one, "tie_word_embeddings", False):
-            one.tie_word_embeddings = False
-
-
-def weight_ties(model: nn.Module) -> list[set[str]]:
-    """Groups of parameter names of the base that are one and the same parameter."""
-    groups: dict[int, set[str]] = {}
-    for name, module in base_modules(model):
-        for key, parameter in _base_parameters(module):
-            groups.setdefault(id(parameter), set()).add(f"{name}.{key}".lstrip("."))
-    return [names for names in groups.values() if len(names) > 1]
-
-
-def _base_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((key, p) for key, p in module._parameters.items() if p is not None)
+def _merged_weight(module: Any, name: str) -> Tensor:
+    """A layer's dense weight, with adapter `name` if it has one."""
+    if isinstance(module, LoRALayerBase) and name in module.adapters:
+        adapter: Any = module.adapters[name]
+        weight: Tensor = adapter.merged(module).detach().to(module.merged_dtype)
+        return weight
+    own: Any = own_parameter(module, "weight")
+    return dense_of(module, own) if is_quantised(own) else own.detach()
 
 
 @torch.no_grad()
@@ -179,6 +172,25 @@ def _fold(layer: LoRALayerBase, layer_name: str, name: str, safe: bool, requanti
         return exact, dense_of(layer, layer.weight)
     layer.weight = nn.Parameter(rounded, requires_grad=False)
     return exact, rounded
+
+
+def _fold_biases(model: nn.Module, name: str) -> None:
+    made: dict[int, nn.Parameter] = {}  # a bias that modules share stays shared
+    for _, owner, trained in biased_modules(model):
+        if name in trained.values:
+            base: Any = owner.bias
+            trained.kept["bias"] = base
+            if id(base) not in made:
+                made[id(base)] = nn.Parameter(trained.values[name].detach().to(base.dtype), requires_grad=False)
+            owner.bias = made[id(base)]
+
+
+def _share_biases(model: nn.Module) -> None:
+    """Give a merged bias to the modules as well that hold the same one without training it (BERT's head)."""
+    merged = {id(t.kept["bias"]): owner.bias for _, owner, t in biased_modules(model) if t.kept}
+    for _, module in base_modules(model) if merged else ():
+        if (bias := merged.get(id(module._parameters.get("bias")))) is not None:
+            module.bias = bias
 
 
 def _plain_copy(switch: Any, name: str | None) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,10 +18,13 @@ from .counts import count_parameters
 from .gradients import unreached_layers
 from .injection import inject
 from .layer import DEFAULT
-from .merging import MergeReport
+from .merging import Merged, MergeReport
 from .routing import BASE, Clock, Plan, Route, draw_seed, sampled_plan, sliced_plan
+from .ties import undo_ties, untied_metadata, weight_ties
 from .undo import undone_on_failure
 from .walk import biased_modules, lora_layers, saved_modules
+
+log = logging.getLogger(__name__)
 
 
 class LoraModel(nn.Module):
@@ -43,6 +47,7 @@ class LoraModel(nn.Module):
         self.configs: dict[str, LoraConfig] = {}
         self.route_state = Route()
         self._identity: identity.Identity | None = None
+        self._merged: Merged | None = None
         with undone_on_failure(model):
             model.requires_grad_(False)
             self.add_adapter(adapter_name, config)
@@ -128,7 +133,7 @@ class LoraModel(nn.Module):
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Exactly the base model, also where an adapter was merged in."""
-        merged = self.merged_adapter
+        merged = self._merged
         if merged is not None:
             self.unmerge()
         try:
@@ -136,7 +141,7 @@ class LoraModel(nn.Module):
                 yield
         finally:
             if merged is not None:
-                self.merge(merged)
+                self.merge(merged.name, merged.safe, merged.requantise)
 
     @contextmanager
     def route(self, sizes: Mapping[str, int]) -> Iterator[None]:
@@ -224,14 +229,16 @@ class LoraModel(nn.Module):
         self._check_unmerged("merge another adapter")
         chosen = self._chosen(name)
         report = merging.merge(self.wrapped, chosen, safe, requantise)
+        self._merged = Merged(chosen, safe, requantise, self.route_state.live)
         self.route_state.live = Plan((chosen,))
         return report
 
     def unmerge(self) -> None:
-        """Restore the base weights bit for bit from the kept copy."""
-        if self.merged_adapter is None:
+        """Restore the base weights bit for bit from the kept copy; the adapter that was active before is again."""
+        if self._merged is None:
             raise ValueError("nothing is merged; call merge() first")
         merging.unmerge(self.wrapped)
+        self.route_state.live, self._merged = self._merged.before, None
 
     def merge_and_unload(self, name: str | None = None, safe: bool = True, requantise: bool = False) -> nn.Module:
         """The original model, of its original classes, with an adapter merged in; this wrapper is done for.
@@ -240,27 +247,39 @@ class LoraModel(nn.Module):
         from now on, and a transformers config says so. A quantised base becomes a plain one of 16 bits or more,
         layers without an adapter included, unless `requantise` is asked for (see `merge`).
         """
-        chosen = self.merged_adapter or self._chosen(name)
-        ties = merging.weight_ties(self.wrapped) if self.merged_adapter is None else []
-        if self.merged_adapter is None:
+        chosen, held = self._chosen(name), self._merged
+        if held is not None and (held.name != chosen or requantise > held.requantise):
+            self.unmerge()  # another one, or the same otherwise, is asked for
+        ties = weight_ties(self.wrapped)
+        if self._merged is None:
             merging.merge(self.wrapped, chosen, safe, requantise)
         plain = merging.unload(self.wrapped, chosen)
-        merging.declare_untied(plain, ties)
+        undo_ties(plain, ties)
         return plain
 
     @property
     def merged_adapter(self) -> str | None:
         """The adapter that is merged into the weights now."""
-        is_merged = any(layer.is_merged for _, layer in lora_layers(self.wrapped))
-        return self.route_state.live.names[0] if is_merged and self.route_state.live.names else None
+        return None if self._merged is None else self._merged.name
 
     # Files
 
     def save_model(self, path: str | Path, merge_weights: bool = False, name: str | None = None) -> None:
-        """One safetensors file: an adapter alone, or the original class's full state with it merged in."""
+        """One safetensors file: an adapter alone, or the original class's full state with it merged in.
+
+        Where one side of tied weights was adapted, the file holds both, and says so: load it with `load_merged`.
+        """
         chosen = self._chosen(name)
         if merge_weights:
-            files.write_tensors(path, merging.merged_state(self.wrapped, chosen), {})
+            state, untied = merging.merged_state(self.wrapped, chosen)
+            files.write_tensors(path, state, untied_metadata(untied))
+            if untied:
+                log.warning(
+                    "%s holds %s, one weight of the base, as different ones: load it with load_merged. load_state_dict "
+                    "would keep one of them in a model that ties them; or write a folder with merge_and_unload()",
+                    path,
+                    " and ".join(untied[0]),
+                )
         else:
             files.save_adapter(path, self.adapter_tensors(chosen), self.configs[chosen])
 

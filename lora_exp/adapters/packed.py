@@ -21,10 +21,10 @@ def recover_class(weight: Any) -> None:
     """Give a quantised parameter the class again that pickle loses: moving, counting and requantising need it."""
     if type(weight) is nn.Parameter and is_quantised(weight):
         modules = importlib.import_module("bitsandbytes.nn.modules")
-        is_int8 = weight.dtype == torch.int8 and hasattr(weight, "SCB")
-        weight.__class__ = modules.Int8Params if is_int8 else modules.Params4bit
-        if is_int8 and weight.CB is not None:
-            weight.CB = weight.data  # one memory again, not two
+        found: Any = weight
+        found.__class__ = modules.Params4bit if hasattr(weight, "quant_state") else modules.Int8Params
+        if getattr(found, "CB", None) is not None:
+            found.CB = found.data  # one memory again, not two
 
 
 def constants(module: Any, weight: Any) -> list[Tensor]:

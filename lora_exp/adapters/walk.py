@@ -33,6 +33,14 @@ def biased_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, TrainedBi
             yield name, module, trained
 
 
+def own_parameter(module: nn.Module, key: str) -> nn.Parameter | None:
+    """The base's parameter `key` of `module`, also while an adapter is merged into it."""
+    kept = module.kept if isinstance(module, LoRALayerBase) else {}
+    if isinstance(trained := module._modules.get(CHILD), TrainedBiases):
+        kept = {**kept, **trained.kept}
+    return kept.get(key, module._parameters.get(key))
+
+
 def joined(*parts: str) -> str:
     """Dotted name out of parts, where the root's name is empty."""
     return ".".join(part for part in parts if part)
