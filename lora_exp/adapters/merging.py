@@ -89,6 +89,13 @@ def unmerge(model: nn.Module) -> None:
         parameters.clear()
 
 
+def kept_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """By dotted name, the base's own parameters in whose place merged ones are now."""
+    kept = [(name, layer.kept) for name, layer in lora_layers(model)]
+    kept += [(name, trained.kept) for name, _, trained in biased_modules(model)]
+    return {joined(name, key): parameter for name, held in kept for key, parameter in held.items()}
+
+
 def unload(model: nn.Module, name: str | None) -> nn.Module:
     """The model in its original classes, in place, with nothing of the library left.
 

@@ -336,6 +336,28 @@ class LoraModel(nn.Module):
         self._identity = identity.found(self.wrapped, self._identity)
         return self._identity.sha256
 
+    # State dicts: while merged they hold the base's own parameters too, as "kept.…"
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, parameter in merging.kept_parameters(self.wrapped).items():
+            destination[f"{prefix}kept.{name}"] = parameter if keep_vars else parameter.detach()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        start = f"{prefix}kept."
+        theirs = {key.removeprefix(start): state_dict.pop(key) for key in [*state_dict] if key.startswith(start)}
+        ours = merging.kept_parameters(self.wrapped)
+        if self._merged is not None and set(theirs) != set(ours):
+            raise ValueError("this state dict is of another merge or of none; call unmerge() before loading it")
+        if not all(tensor.is_floating_point() for tensor in theirs.values()):
+            raise ValueError("this state dict is of an adapter merged into a quantised base; take it after unmerge()")
+        for name, tensor in theirs.items():
+            if name in ours:
+                ours[name].data.copy_(tensor)
+            else:
+                state_dict[f"{prefix}wrapped.{name}"] = tensor
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     # Inside
 
     @contextmanager

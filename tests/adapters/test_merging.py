@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lora_exp.adapters import LoraConfig, LoraModel
+from lora_exp.adapters import LoraAdapter, LoraConfig, LoraModel, merging
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 
@@ -149,6 +149,136 @@ def test_tied_weights_stay_exact(targets, dora, make_transformer, inputs_for, ra
     plain.save_pretrained(tmp_path / "merged")
     reloaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(logits(reloaded, inputs), adapted, **CLOSE)
+
+
+class TwoAdapters:
+    """A model with `a` and `b`, on layers of their own and on one that both adapt; `a` is merged or not."""
+
+    @pytest.fixture(params=["none", "all"])
+    def model(self, request, tiny, randomised):
+        options = {"rank": 2, "bias": request.param}
+        model = LoraModel(
+            tiny, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], **options), "a", False
+        )
+        model.add_adapter(
+            "b", LoraConfig(target_modules=["q_proj", "embed"], layer_types="all", use_dora=True, **options)
+        )
+        for name in model.configs:
+            randomised(model, name)
+        return model.eval()
+
+
+class TestWhileAnotherIsMerged(TwoAdapters):
+    def test_a_file_holds_the_adapter_that_was_named(self, model, make_tiny, tokens, tmp_path):
+        expected = {}
+        for name in model.configs:
+            model.set_adapter(name)
+            expected[name] = model(tokens)
+        model.set_adapter("b")
+        model.merge("a")
+        for name in model.configs:
+            model.save_model(tmp_path / "m.safetensors", merge_weights=True, name=name)
+            plain = make_tiny()
+            plain.load_state_dict(load_file(tmp_path / "m.safetensors"))
+            torch.testing.assert_close(plain(tokens), expected[name], **CLOSE)
+        assert model.merged_adapter == model.active_adapter == "a"
+        torch.testing.assert_close(model(tokens), expected["a"], **CLOSE)
+        model.unmerge()
+        assert model.active_adapter == "b"
+        assert torch.equal(model(tokens), expected["b"])
+
+    @pytest.mark.parametrize("name", ["a", "b", None])
+    def test_unloading_gives_the_adapter_that_was_named(self, model, name, tokens):
+        model.set_adapter(name or "a")
+        expected = model(tokens)
+        model.set_adapter("b")
+        model.merge("a")
+        torch.testing.assert_close(model.merge_and_unload(name)(tokens), expected, **CLOSE)
+
+
+class TestSavingWhileMerged(TwoAdapters):
+    def test_nothing_is_lost(self, model, make_tiny, tokens, tmp_path):
+        model.set_adapter("a")
+        expected, fresh = model(tokens), copy.deepcopy(model)
+        tensors = {key: value.clone() for key, value in model.adapter_tensors("a").items()}
+        model.save_model(tmp_path / "before.safetensors")
+        model.merge("a")
+        assert model.adapter_tensors("a").keys() == tensors.keys()
+        assert all(torch.equal(value, tensors[key]) for key, value in model.adapter_tensors("a").items())
+        model.save_model(tmp_path / "after.safetensors")
+        before, after = (load_file(tmp_path / f"{when}.safetensors") for when in ("before", "after"))
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[key], after[key]) for key in before)
+        model.save_pretrained(tmp_path / "folder")
+        base = make_tiny()
+        with torch.no_grad():
+            for key, value in model.wrapped.state_dict().items():
+                if key in dict(base.named_parameters()):
+                    base.get_parameter(key).copy_(merging.kept_parameters(model.wrapped).get(key, value))
+            base.lm_head.load_state_dict(model.wrapped.lm_head.original.state_dict())
+        again = LoraModel.from_pretrained(base, tmp_path / "folder", strict_base=True, verbose=False)
+        torch.testing.assert_close(again.eval()(tokens), expected, atol=1e-6, rtol=1e-5)
+        for other in (fresh, model):  # an unmerged model, and a merged one
+            state = copy.deepcopy(model.state_dict())
+            with torch.no_grad():
+                for parameter in other.parameters():
+                    parameter.zero_()
+            other.load_state_dict(state)
+            torch.testing.assert_close(other(tokens), expected, **CLOSE)
+        model.unmerge()
+        assert torch.equal(model(tokens), expected)
+
+    def test_a_state_dict_of_another_merge_is_refused(self, model):
+        state = model.state_dict()
+        model.merge("a")
+        with pytest.raises(ValueError, match=r"another merge or of none; call unmerge\(\)"):
+            model.load_state_dict(state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_disabling_puts_the_merge_back_as_it_was_asked_for(dtype, tiny, tokens, randomised):
+    model = LoraModel(tiny.to(dtype), LoraConfig(rank=2), verbose=False)
+    randomised(model)
+    with torch.no_grad():
+        model.adapter_parameters()["layers.1.v_proj.lora_B"][0, 0] = float("inf")
+    model.merge(safe=False)
+    merged = bits(tiny)
+    with model.disable_adapter():
+        assert model(tokens).isfinite().all()
+    assert all(torch.equal(merged[name], value) for name, value in bits(tiny).items())
+
+
+def test_an_interrupted_merge_leaves_no_half(tiny, tokens, randomised, monkeypatch):
+    model = LoraModel(tiny, LoraConfig(rank=2), verbose=False)
+    randomised(model)
+    expected, calls, real = model(tokens), [], LoraAdapter.merged
+
+    def failing(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(LoraAdapter, "merged", failing)
+    with pytest.raises(KeyboardInterrupt):
+        model.merge()
+    assert model.merged_adapter is None
+    assert torch.equal(model(tokens), expected)
+
+
+def test_a_merge_in_inference_mode_can_be_trained_through(tiny, tokens, randomised):
+    model = LoraModel(tiny, LoraConfig(rank=2, bias="all"), verbose=False)
+    randomised(model)
+    with torch.inference_mode():
+        model.merge()
+        with model.disable_adapter():
+            model(tokens)
+    h = torch.ones(1, 16, requires_grad=True)
+    tiny.layers[0](h).sum().backward()
+    with torch.inference_mode():
+        model.unmerge()
+    model(tokens).sum().backward()
+    assert model.check_gradients() == []
 
 
 def test_ties_that_merging_leaves_alone_stay(make_transformer, inputs_for, randomised):
