@@ -29,6 +29,7 @@ class _LoRAConv(LoRALayerBase):
     """
 
     fuses = True
+    own_attributes = (*LoRALayerBase.own_attributes, "geometry")
     fused_path = staticmethod(fused_convolution)
     groups: int
     in_channels: int

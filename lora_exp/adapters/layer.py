@@ -31,6 +31,8 @@ class LoRALayerBase(nn.Module):
     fuses: ClassVar[bool] = False  # whether its gradients are written by hand, in `fused_path`
     fused_path: ClassVar[Callable[..., Tensor | None]] = staticmethod(fused_output)  # a linear layer's
 
+    own_attributes: ClassVar[tuple[str, ...]] = ("route", "kept")  # what the base class has not
+
     compute_dtype: torch.dtype | None = None  # of the base's product; x's own if None
     weight: Any  # the torch layer's own parameters
     bias: Any

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .biases import CHILD, remove_biases
 from .layer import LoRALayerBase
 from .packed import is_quantised, moved_to
-from .plain import strip
+from .plain import allow_fast_paths, strip
 from .quantized import as_plain, dense_of
 from .routing import Plan
 from .ties import untied_groups, weight_ties
@@ -111,6 +111,7 @@ def unload(model: nn.Module, name: str | None) -> nn.Module:
     was_dequantised = any(is_quantised(layer.kept.get("weight")) and not is_quantised(layer.weight) for layer in layers)
     for layer in layers:
         strip(layer)
+    allow_fast_paths(model)
     if was_dequantised:
         dequantise(model)
     return model

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from .fingerprints import Fingerprint, place
 from .packed import constants
-from .replay import current_pass
 from .switch import without_autocast
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ class NormCache:
 
     def _of_this_pass(self, layer: LoRALayerBase, adapter: LoraAdapter) -> Tensor:
         places = [place(t) for t in (*_base_values(layer), adapter.lora_A, adapter.lora_B)]
-        key = (number := current_pass()), adapter.scale, places
+        key = (number := layer.route.pass_at_hand()), adapter.scale, places
         if number is not None and self._of_pass is not None and self._of_pass[0] == key:
             return self._of_pass[1]
         with _for_training(adapter):

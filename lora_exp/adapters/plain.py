@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import TYPE_CHECKING, Any
 
+import torch.nn.functional as F
 from torch import nn
 
 from .biases import CHILD, remove_biases
@@ -18,12 +20,32 @@ def strip(layer: LoRALayerBase) -> nn.Module:
     plain: nn.Module = layer
     original = layer.plain_class()
     del layer.adapters
-    for key in ("route", "kept"):
-        del layer.__dict__[key]
+    for key in layer.own_attributes:
+        layer.__dict__.pop(key, None)
     plain.__class__ = original
     if "_old_forward" in plain.__dict__:  # accelerate's, see injection
         plain.__dict__["_old_forward"] = original.forward.__get__(plain)
     return plain
+
+
+def allow_fast_paths(model: nn.Module) -> None:
+    """Undo what keeps torch's encoder from reading the weights of adapted layers without calling them."""
+    encoders = [module for module in model.modules() if isinstance(module, nn.TransformerEncoder)]
+    for layer in model.modules():
+        if isinstance(layer, nn.TransformerEncoderLayer):
+            act = layer.activation
+            layer.activation_relu_or_gelu = (
+                1
+                if act is F.relu or isinstance(act, nn.ReLU)
+                else 2
+                if act is F.gelu or isinstance(act, nn.GELU)
+                else 0
+            )
+    for encoder in encoders:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch says why a layer has no fast path
+            like: Any = nn.TransformerEncoder(encoder.layers[0], 0, None, encoder.enable_nested_tensor)
+        encoder.use_nested_tensor = like.use_nested_tensor
 
 
 def merged_copy(layer: LoRALayerBase) -> Any:

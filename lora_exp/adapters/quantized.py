@@ -38,6 +38,7 @@ class _Quantised(LoRALinear):
     """
 
     base_name = ""
+    own_attributes = (*LoRALinear.own_attributes, "_shared")
     _shared: Callable[[], Tensor] | None = None  # dq(W) of the forward pass that is running
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -232,11 +233,10 @@ def dense_of(layer: Any, weight: Any) -> Tensor:
 
 def drop_quantisation(layer: nn.Module) -> None:
     """Take off `layer` what bitsandbytes' layers have and nn.Linear has not."""
-    ours = {"adapters", "route", "kept"}
+    ours = _Quantised.own_attributes
     plain = vars(nn.Linear(1, 1, device="meta"))
     for key in [key for key in vars(layer) if key not in plain and key not in ours and not key.startswith("_")]:
         del layer.__dict__[key]
-    layer.__dict__.pop("_shared", None)
     layer._load_state_dict_pre_hooks.clear()
 
 

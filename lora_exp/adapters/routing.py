@@ -100,6 +100,10 @@ class Route:
         with numbered_pass(number):
             yield
 
+    def pass_at_hand(self) -> object | None:
+        """What is the same for all calls of one training pass and their replays, and for no other; None outside."""
+        return current_pass()
+
     @torch.compiler.disable
     def mask_seed(self, name: str, layer_key: int) -> int:
         """The seed of one adapter's dropout mask in one layer, the same when the layer is replayed."""
