@@ -90,10 +90,13 @@ def unmerge(model: nn.Module) -> None:
 
 
 def kept_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """By dotted name, the base's own parameters in whose place merged ones are now."""
-    kept = [(name, layer.kept) for name, layer in lora_layers(model)]
-    kept += [(name, trained.kept) for name, _, trained in biased_modules(model)]
-    return {joined(name, key): parameter for name, held in kept for key, parameter in held.items()}
+    """The base's own parameters in whose place merged ones are now, by their names in the state dict."""
+    found: dict[str, nn.Parameter] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        trained: Any = module._modules.get(CHILD)
+        for owner in (module if isinstance(module, LoRALayerBase) else None, trained):
+            found.update((joined(name, key), kept) for key, kept in (owner.kept.items() if owner is not None else ()))
+    return found
 
 
 def unload(model: nn.Module, name: str | None) -> nn.Module:
@@ -204,8 +207,8 @@ def _share_biases(model: nn.Module) -> None:
 def _plain_copy(switch: Any, name: str | None) -> nn.Module:
     if name is None or name not in switch.copies:
         return switch.original
-    for trained, base in zip(switch.copies[name].parameters(), switch.original.parameters(), strict=True):
-        trained.data = trained.data.to(base.dtype)
+    for key, trained in switch.copies[name].named_parameters():
+        trained.data = trained.data.to(switch.original.get_parameter(key).dtype)
         trained.requires_grad_(False)
     return switch.copies[name]
 

@@ -68,11 +68,14 @@ class Route:
     def __init__(self, plan: Plan | None = None) -> None:
         self.live = plan or Plan()
         self.clocks: dict[str, Clock] = {}
+        self._part: Plan | None = None
         self.trained: tuple[str, ...] = ()  # whom the last training pass served
         self._passes: OrderedDict[int, tuple[Plan, dict[str, int]]] = OrderedDict()
 
     def plan(self) -> Plan:
         """The plan that holds for the layer call at hand, be it live or a replay."""
+        if self._part is not None:
+            return self._part
         if torch.compiler.is_compiling() or not self._passes:
             return self.live
         known = self._passes.get(current_pass() or 0)
@@ -85,6 +88,15 @@ class Route:
             yield
         finally:
             self.live = outer
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """`name` alone, for calls on its slice of the batch, live or in a replay."""
+        outer, self._part = self._part, Plan((name,))
+        try:
+            yield
+        finally:
+            self._part = outer
 
     @contextmanager
     def training_pass(self, draw: bool, drops: bool) -> Iterator[None]:

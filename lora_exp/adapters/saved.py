@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from .biases import CHILD, remove_biases
+from .plain import strip
 from .routing import Plan, Route
+
+if TYPE_CHECKING:
+    from .layer import LoRALayerBase
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -43,7 +48,7 @@ class SavedModule(nn.Module):
         if plan.sizes is None:
             return self._run(plan.names[0], args, kwargs)
         spans = plan.split(_batch_length(plan, args, kwargs))
-        return _concatenated([self._run(name, *_sliced(args, kwargs, a, b, spans[-1][2])) for name, a, b in spans])
+        return _concatenated([self._part(name, *_sliced(args, kwargs, a, b, spans[-1][2])) for name, a, b in spans])
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -56,6 +61,11 @@ class SavedModule(nn.Module):
     def _active(self) -> nn.Module:
         names = self.route.plan().names
         return self.copies[names[0]] if len(names) == 1 and names[0] in self.copies else self.original
+
+    def _part(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What is inside of the original (another adapter's factors or biases) sees one adapter's slice alone."""
+        with self.route.part(name):
+            return self._run(name, args, kwargs)
 
     def _run(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The copy computes in its own float32 where the base is half precision."""
@@ -71,6 +81,11 @@ class SavedModule(nn.Module):
 
 def _trainable_copy(module: nn.Module) -> nn.Module:
     twin = copy.deepcopy(module)
+    for inner in list(twin.modules()):  # what other adapters have in the original is theirs
+        if CHILD in inner._modules:
+            remove_biases(inner)
+        if hasattr(inner, "own_attributes"):
+            strip(cast("LoRALayerBase", inner))
     for parameter in twin.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
