@@ -19,6 +19,7 @@ from .gradients import unreached_layers
 from .injection import inject
 from .layer import DEFAULT
 from .merging import Merged, MergeReport
+from .packed import recover_class
 from .routing import BASE, Clock, Plan, Route, draw_seed, sampled_plan, sliced_plan
 from .ties import undo_ties, untied_metadata, weight_ties
 from .undo import undone_on_failure
@@ -76,6 +77,11 @@ class LoraModel(nn.Module):
             if name == "wrapped":  # not there yet: __init__, or a copy being filled
                 raise
             return getattr(self.wrapped, name)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for module in self.wrapped.modules():
+            recover_class(module._parameters.get("weight"))
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any

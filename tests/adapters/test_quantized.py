@@ -324,6 +324,8 @@ def test_a_copy_is_the_same_model(kind, way, state, called, randomised, tmp_path
     if called:  # bitsandbytes moves constants about at a first call
         model(x)
     twin = COPIES[way](model)
+    if "unloaded" not in state:  # what is not adapted came with its constants too
+        assert torch.equal(copy.deepcopy(twin)(x), expected)
     assert torch.equal(twin(x), expected)
     assert torch.equal(model(x), expected)
     if "unloaded" in state:
@@ -478,6 +480,11 @@ def test_merging_into_four_bits_is_asked_for_and_says_what_survived(kind, random
         assert isinstance(model.wrapped.up.weight, bnb.nn.Params4bit)
         survived[size] = report.survived
         assert report.relative_error > 0.01
+        requantised = model(torch.ones(1, 64))
+        with model.disable_adapter():
+            assert not torch.equal(model(torch.ones(1, 64)), requantised)
+        assert isinstance(model.wrapped.up.weight, bnb.nn.Params4bit)
+        assert torch.equal(model(torch.ones(1, 64)), requantised)
         model.unmerge()
         dense = model.merge()
         assert dense.relative_error < 1e-3
