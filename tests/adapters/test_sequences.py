@@ -1,6 +1,7 @@
 """Any sequence of what a user may do with a model's adapters, against W + delta worked out by hand."""
 
 import copy
+import logging
 import pickle
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 
 from lora_exp.adapters import LoraConfig, LoraModel, load_merged, use_reference
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 TOKENS = torch.arange(12).view(4, 3)
 CLOSE = {"atol": 2e-5, "rtol": 1e-3}
 
@@ -61,14 +63,19 @@ def delta(layer, adapter):
 class Subject:
     """A model under test beside what it should be: its base, and what each adapter makes of it."""
 
+    inputs, fresh = TOKENS, Net
+
     def __init__(self, configs, folder):
         torch.manual_seed(0)
-        self.base, self.folder, self.merged, self.active = Net(), folder, None, "a"
+        self.base, self.folder, self.merged, self.active = self.made(), folder, None, "a"
         self.model = LoraModel(copy.deepcopy(self.base), configs[0], "a", verbose=False)
         self.model.add_adapter("b", configs[1])
         self.configs = dict(zip("ab", configs, strict=True))
         for name in "ab":
             self.scramble(name)
+
+    def made(self):
+        return Net()
 
     def scramble(self, name):
         with torch.no_grad():
@@ -100,8 +107,8 @@ class Subject:
     def check(self):
         assert self.model.merged_adapter == self.merged
         assert self.model.active_adapter == (self.merged or self.active)
-        expected = self.plain(self.merged or self.active)(TOKENS)
-        torch.testing.assert_close(self.model(TOKENS), expected, **CLOSE)
+        expected = self.plain(self.merged or self.active)(self.inputs)
+        torch.testing.assert_close(self.model(self.inputs), expected, **CLOSE)
 
     # What a user does
 
@@ -128,39 +135,39 @@ class Subject:
 
     def disable(self, name):
         with self.model.disable_adapter():
-            torch.testing.assert_close(self.model(TOKENS), self.base(TOKENS), atol=1e-6, rtol=1e-6)
+            torch.testing.assert_close(self.model(self.inputs), self.base(self.inputs), atol=1e-6, rtol=1e-6)
 
     def route(self, name):
         if not self.merged:
             with self.model.route({name: 1, "__base__": 1, "b": 2} if name == "a" else {"b": 3, "a": 1}):
-                out = self.model(TOKENS)
+                out = self.model(self.inputs)
             torch.testing.assert_close(out[:1], self.plain(name)(TOKENS[:1]), **CLOSE)
 
     def merged_file(self, name):
         self.model.save_model(self.folder / "merged.safetensors", merge_weights=True, name=name)
-        loaded = load_merged(Net(), self.folder / "merged.safetensors")
-        torch.testing.assert_close(loaded(TOKENS), self.plain(name)(TOKENS), **CLOSE)
+        loaded = load_merged(self.fresh(), self.folder / "merged.safetensors")
+        torch.testing.assert_close(loaded(self.inputs), self.plain(name)(self.inputs), **CLOSE)
 
     def unloaded_copy(self, name):
         plain = copy.deepcopy(self.model).merge_and_unload(name)
-        torch.testing.assert_close(plain(TOKENS), self.plain(name)(TOKENS), **CLOSE)
+        torch.testing.assert_close(plain(self.inputs), self.plain(name)(self.inputs), **CLOSE)
         assert b"lora_exp" not in pickle.dumps(plain)
 
     def adapter_file(self, name):
         self.model.save_model(self.folder / "adapter.safetensors", name=name)
         twin = LoraModel(copy.deepcopy(self.base), self.configs[name], name, verbose=False)
         twin.load_model(self.folder / "adapter.safetensors")
-        torch.testing.assert_close(twin(TOKENS), self.plain(name)(TOKENS), **CLOSE)
+        torch.testing.assert_close(twin(self.inputs), self.plain(name)(self.inputs), **CLOSE)
 
     def state_dict(self, name):
         state = pickle.loads(pickle.dumps(self.model.state_dict()))
         twin = Subject(list(self.configs.values()), self.folder)
         twin.model.load_state_dict(state)
         twin.model.set_adapter(self.merged or self.active)
-        expected = self.plain(self.merged or self.active)(TOKENS)
-        torch.testing.assert_close(twin.model(TOKENS), expected, **CLOSE)
+        expected = self.plain(self.merged or self.active)(self.inputs)
+        torch.testing.assert_close(twin.model(self.inputs), expected, **CLOSE)
         with twin.model.disable_adapter():
-            torch.testing.assert_close(twin.model(TOKENS), self.base(TOKENS), atol=1e-6, rtol=1e-6)
+            torch.testing.assert_close(twin.model(self.inputs), self.base(self.inputs), atol=1e-6, rtol=1e-6)
 
     def deepcopied(self, name):
         self.model = copy.deepcopy(self.model)
@@ -201,41 +208,122 @@ class Subject:
         for way in (torch.enable_grad, use_reference):
             self.model.zero_grad()
             with way():
-                self.model(TOKENS).square().sum().backward()
+                self.model(self.inputs).square().sum().backward()
             found.append([p.grad for p in self.model.adapter_parameters(self.active).values()])
         for mine, theirs in zip(*found, strict=True):
             torch.testing.assert_close(mine, theirs, atol=1e-3, rtol=1e-3)
         self.model.zero_grad()
 
 
-ACTIONS = [key for key in vars(Subject) if not key.startswith("_") and key not in ("scramble", "plain", "check")]
+class Dense(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.head = nn.Linear(64, 64), nn.Linear(64, 64, bias=False), nn.Linear(64, 5)
+
+    def forward(self, x):
+        return self.head(x + self.down(torch.tanh(self.up(x))))
 
 
-def run(configs, actions, folder):
-    try:
-        subject = Subject(configs, folder)
-    except ValueError as error:
-        if "holds layers of another adapter" in str(error):  # refused, with what to do
-            return
-        raise
+class Quantised(Subject):
+    """4 or 8 bits, against the same adapter on the dense weights that they stand for."""
+
+    inputs, fresh, kind = torch.linspace(-1, 1, 192).view(3, 64), Dense, "nf4"
+
+    def made(self):
+        bnb = pytest.importorskip("bitsandbytes")
+        model = Dense()
+        for name in ("up", "down"):
+            layer = getattr(model, name)
+            if self.kind == "int8":
+                packed = bnb.nn.Linear8bitLt(64, 64, name == "up", has_fp16_weights=False)
+            else:
+                packed = bnb.nn.Linear4bit(64, 64, name == "up", compute_dtype=torch.float32, quant_type=self.kind)
+            packed.load_state_dict(layer.state_dict(), strict=False)
+            setattr(model, name, packed.to("cpu"))
+        return model
+
+    def plain(self, name):
+        twin, dense = (
+            Dense(),
+            LoraModel(copy.deepcopy(self.base), LoraConfig(target_modules=["up", "down"]), verbose=False),
+        )
+        dense.save_model(self.folder / "dense.safetensors", merge_weights=True)  # B is zero: the base itself
+        load_merged(twin, self.folder / "dense.safetensors")
+        if not name:
+            return twin
+        model = LoraModel(twin, self.configs[name], name, verbose=False)
+        with torch.no_grad():
+            for key, value in model.adapter_parameters(name).items():
+                value.copy_(self.model.adapter_parameters(name)[key])
+        return model
+
+    def disable(self, name):
+        before = self.model(self.inputs)
+        with self.model.disable_adapter():
+            torch.testing.assert_close(self.model(self.inputs), self.plain(None)(self.inputs), **CLOSE)
+        assert torch.equal(self.model(self.inputs), before)
+
+
+ACTIONS = [
+    key for key in vars(Subject) if not key.startswith("_") and key not in ("made", "scramble", "plain", "check")
+]
+ACTIONS = [key for key in ACTIONS if callable(getattr(Subject, key)) and key != "fresh"]
+NOT_QUANTISED = ("route", "state_dict", "base_edited", "base_reloaded", "trained")
+
+
+def run(subject, actions):
     subject.check()
     for action, name in actions:
         getattr(subject, action)(name)
         subject.check()
 
 
-steps = st.lists(st.tuples(st.sampled_from(ACTIONS), st.sampled_from("ab")), min_size=1, max_size=8)
-common = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+def run_plain(configs, actions, folder):
+    try:
+        subject = Subject(configs, folder)
+    except ValueError as error:
+        if "holds layers of another adapter" in str(error):  # refused, with what to do
+            return
+        raise
+    run(subject, actions)
 
 
-@settings(max_examples=40, derandomize=True, **common)
-@given(st.lists(configs, min_size=2, max_size=2), steps)
+def steps(actions):
+    return st.lists(st.tuples(st.sampled_from(actions), st.sampled_from("ab")), min_size=1, max_size=8)
+
+
+common = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
+pairs = st.lists(configs, min_size=2, max_size=2)
+
+
+@settings(max_examples=40, **common)
+@given(pairs, steps(ACTIONS))
 def test_any_sequence_of_actions(tmp_path_factory, configs, actions):
-    run(configs, actions, tmp_path_factory.mktemp("files"))
+    run_plain(configs, actions, tmp_path_factory.mktemp("files"))
 
 
 @pytest.mark.slow
-@settings(max_examples=200, derandomize=True, **common)
-@given(st.lists(configs, min_size=2, max_size=2), steps)
+@settings(max_examples=200, **common)
+@given(pairs, steps(ACTIONS))
 def test_many_sequences_of_actions(tmp_path_factory, configs, actions):
-    run(configs, actions, tmp_path_factory.mktemp("files"))
+    run_plain(configs, actions, tmp_path_factory.mktemp("files"))
+
+
+on_linear = st.builds(
+    LoraConfig,
+    rank=st.just(2),
+    target_modules=st.sampled_from([["up"], ["down"], ["up", "down"], ["up", "head"]]),
+    use_dora=st.booleans(),
+    bias=st.sampled_from(["none", "all"]),
+)
+
+
+@settings(max_examples=20, **common)
+@given(
+    st.sampled_from(["nf4", "fp4", "int8"]),
+    st.lists(on_linear, min_size=2, max_size=2),
+    steps([key for key in ACTIONS if key not in NOT_QUANTISED]),
+)
+def test_any_sequence_on_a_quantised_base(tmp_path_factory, kind, configs, actions):
+    subject = type("Of this kind", (Quantised,), {"kind": kind})
+    run(subject(configs, tmp_path_factory.mktemp("files")), actions)
