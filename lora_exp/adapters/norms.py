@@ -32,14 +32,14 @@ class NormCache:
 
     On a CPU all values are looked at, which takes 1 % of a training pass and tells for certain: a checkpoint's replay
     or a further micro batch computes nothing. A GPU's host would have to wait for that answer. There a norm lasts for
-    one numbered training pass (see `routing`), inside which no optimizer steps; without a number it is not kept.
+    one training pass (see `routing`), inside which no optimizer steps; outside of any it is not kept.
     A copy of an adapter starts with an empty cache.
     """
 
     def __init__(self) -> None:
         self._base: tuple[Fingerprint, Tensor] | None = None  # of W, (N,) ||w||²
         self._norm: tuple[Fingerprint, float, Tensor] | None = None  # of the factors, scale, (N,)
-        self._of_pass: tuple[Any, Tensor] | None = None  # the pass and the places of all that was read, (N,)
+        self._of_pass: tuple[Any, Any, Tensor] | None = None  # the pass, scale and places of all that was read, (N,)
 
     def __reduce__(self) -> tuple[type[NormCache], tuple[()]]:
         return NormCache, ()
@@ -64,13 +64,13 @@ class NormCache:
         return norm
 
     def _of_this_pass(self, layer: LoRALayerBase, adapter: LoraAdapter) -> Tensor:
-        places = [place(t) for t in (*_base_values(layer), adapter.lora_A, adapter.lora_B)]
-        key = (number := layer.route.pass_at_hand()), adapter.scale, places
-        if number is not None and self._of_pass is not None and self._of_pass[0] == key:
-            return self._of_pass[1]
+        running, known = layer.route.pass_at_hand(), self._of_pass
+        read = [place(t) for t in (*_base_values(layer), adapter.lora_A, adapter.lora_B)]
+        if running is not None and known is not None and known[0] is running and known[1] == (adapter.scale, read):
+            return known[2]
         with _for_training(adapter):
             norm = dense_norm(*_matrices(layer, adapter), adapter.scale)
-        self._of_pass = key, norm
+        self._of_pass = running, (adapter.scale, read), norm
         return norm
 
 

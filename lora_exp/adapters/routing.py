@@ -113,8 +113,8 @@ class Route:
             yield
 
     def pass_at_hand(self) -> object | None:
-        """What is the same for all calls of one training pass and their replays, and for no other; None outside."""
-        return current_pass()
+        """One object for all calls of one training pass and their replays, and for no other; None outside."""
+        return self._passes.get(current_pass() or 0)
 
     @torch.compiler.disable
     def mask_seed(self, name: str, layer_key: int) -> int:
