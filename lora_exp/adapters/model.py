@@ -53,17 +53,18 @@ class LoraModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped model's forward; in training, its layer calls can be told from other passes'."""
-        live, stochastic = self.route_state.live, self._is_stochastic()
-        if live.sizes is not None:
-            self.route_state.live = live.for_inputs([*args, *kwargs.values()])
+        trains, is_routed = self.wrapped.training, self.route_state.live.sizes is not None
+        if is_routed or (trains and not (torch.compiler.is_compiling() and not self._drops())):
+            return self._pass(*args, **kwargs)
+        return self.wrapped(*args, **kwargs)
+
+    @torch.compiler.disable(recursive=False)
+    def _pass(self, *args: Any, **kwargs: Any) -> Any:
+        scope = self.route_state.enter_pass([*args, *kwargs.values()], self.wrapped.training)
         try:
-            trains = self.wrapped.training or (live.sizes is not None and torch.is_grad_enabled())
-            if not trains or (torch.compiler.is_compiling() and not stochastic):
-                return self.wrapped(*args, **kwargs)
-            with self.route_state.training_pass(draw=stochastic, drops=self.wrapped.training):
-                return self.wrapped(*args, **kwargs)
+            return self.wrapped(*args, **kwargs)
         finally:
-            self.route_state.live = live
+            self.route_state.leave(scope)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -113,6 +114,7 @@ class LoraModel(nn.Module):
         """Remove an adapter; if it was active, the first that remains is, or the base alone."""
         self._check_name(name)
         self._check_unmerged("delete an adapter")
+        self.route_state.check_deletable(name)
         for _, layer in lora_layers(self.wrapped):
             if name in layer.adapters:
                 del layer.adapters[name]
@@ -122,9 +124,8 @@ class LoraModel(nn.Module):
         for _, switch in saved_modules(self.wrapped):
             if name in switch.copies:
                 del switch.copies[name]
-        del self.configs[name], self.route_state.clocks[name]
-        if name in self.route_state.live.names:
-            self.route_state.live = Plan(tuple(self.configs)[:1])
+        del self.configs[name]
+        self.route_state.forget(name, instead=Plan(tuple(self.configs)[:1]))
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -133,7 +134,7 @@ class LoraModel(nn.Module):
         if merged is not None:
             self.unmerge()
         try:
-            with self.route_state.using(Plan()):
+            with self.route_state.using(Plan(), holds=merged):
                 yield
         finally:
             if merged is not None:
@@ -329,11 +330,8 @@ class LoraModel(nn.Module):
         with self.route_state.using(plan):
             yield
 
-    def _is_stochastic(self) -> bool:
-        """Whether a replay of this pass must find its own masks or its own route again."""
-        live = self.route_state.live
-        drops = any(self.configs[name].lora_dropout > 0 for name in live.names if name != BASE)
-        return drops or live.sizes is not None
+    def _drops(self) -> bool:
+        return any(self.configs[name].lora_dropout > 0 for name in self.route_state.live.names if name != BASE)
 
     def _chosen(self, name: str | None) -> str:
         chosen = name or self.active_adapter or next(iter(self.configs), "")
