@@ -103,10 +103,11 @@ class Spans:
         self._forgotten = -1
 
     def note(self, plan: Plan, calls: Calls | None) -> None:
-        last = self._spans[-1] if self._spans else None
-        if last is not None and last.calls is calls and last.plan == plan and last.gone is None:
-            last.last = moment()
-            return
+        if self._spans:
+            last = self._spans[-1]
+            if last.calls is calls and (last.plan is plan or last.plan == plan) and last.gone is None:
+                last.last = moment()
+                return
         self._spans.append(_Span(moment(), plan, calls))
         if len(self._spans) > _REMEMBERED:
             self._forgotten = self._spans[_REMEMBERED // 2 - 1].last

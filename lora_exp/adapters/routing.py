@@ -118,13 +118,16 @@ class Route:
 
     def plan(self) -> Plan:
         """The plan that holds for the layer call at hand, be it live or a replay."""
-        scope = self._local.thread.scopes[-1]
-        is_usual = torch.compiler.is_compiling() or (
-            torch.is_grad_enabled() and graph_task() == scope.task and top_hook() is None
-        )
-        if is_usual:  # neither without gradients nor checkpointed nor a replay
-            return self.chosen if scope.plan is None else scope.plan
-        return self._where()[0]
+        thread = self._local.thread
+        scope = thread.scopes[-1]
+        plan = self.chosen if scope.plan is None else scope.plan
+        if torch.compiler.is_compiling():
+            return plan
+        if graph_task() != scope.task or top_hook() is not None:  # checkpointed or replayed
+            return self._where()[0]
+        if not torch.is_grad_enabled():
+            thread.spans.note(plan, scope.calls)
+        return plan
 
     @property
     def live(self) -> Plan:
@@ -178,9 +181,11 @@ class Route:
     def check_deletable(self, name: str) -> None:
         """Raises if an open context of any thread needs the adapter."""
         for scope in self._scopes():
-            if scope.holds == name or (scope.plan and scope.plan.sizes is not None and name in scope.plan.names):
+            is_routed = scope.plan is not None and scope.plan.sizes is not None and name in scope.plan.names
+            if is_routed or scope.holds == name:
                 raise ValueError(
-                    f"adapter {name!r} is in use by an open context (route or disable_adapter); leave it first"
+                    f"adapter {name!r} is needed by an open context (route, or disable_adapter while it is merged); "
+                    "leave the context, then delete the adapter"
                 )
 
     def forget(self, name: str, instead: Plan) -> None:

@@ -1,6 +1,9 @@
 """Passes and their replays: each call's own mask, each pass's own adapter, whatever happens in between."""
 
 import contextlib
+import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -10,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_exp.adapters import LoraConfig, LoraModel
+from lora_exp.adapters import LoraConfig, LoraModel, LoRALinear
 
 HOWS = ("reentrant", "nonreentrant", "whole", "whole reentrant", "nested", "mixed", "mixed inside out")
 
@@ -326,3 +329,58 @@ def test_reentrant_replays_that_cannot_be_told_are_refused(tokens, randomised):
     model.route_state._threads.clear()
     with pytest.raises(RuntimeError, match="first run this model has not seen"):
         first.backward()
+
+
+def fake_rank(monkeypatch, rank):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: rank is not None)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+
+
+@pytest.mark.parametrize("kind", ["model", "layer", "wrapped"])
+def test_ranks_that_are_seeded_alike_draw_other_masks(kind, tokens, randomised, monkeypatch):
+    def run(rank):
+        fake_rank(monkeypatch, rank)
+        torch.manual_seed(5)
+        if kind == "layer":
+            layer = LoRALinear(8, 8, lora_dropout=0.5)
+            nn.init.normal_(layer.lora_B)
+            return layer(torch.ones(4, 8))
+        model = shared_model(None, randomised)
+        return (model if kind == "model" else model.wrapped)(tokens)
+
+    outs = [run(rank) for rank in (None, 0, 1, 2)]
+    assert torch.equal(outs[0], outs[1])
+    assert not torch.equal(outs[1], outs[2])
+    assert not torch.equal(outs[2], outs[3])
+    assert torch.equal(run(2), outs[3])
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_a_ranks_replays_find_its_masks(how, tokens, randomised, monkeypatch):
+    fake_rank(monkeypatch, 1)
+    test_replays_of_a_shared_layer_find_each_calls_mask(how, tokens, randomised)
+
+
+PROCESS = """
+import sys, torch
+from lora_exp.adapters import LoraConfig, LoraModel
+store = torch.distributed.FileStore(sys.argv[1], 2)
+torch.distributed.init_process_group("gloo", store=store, rank=int(sys.argv[2]), world_size=2)
+torch.manual_seed(0)
+model = LoraModel(torch.nn.Linear(8, 8), LoraConfig(rank=4, lora_dropout=0.5), verbose=False)
+torch.nn.init.normal_(model.wrapped.lora_B)
+
+out = model(torch.ones(4, 8))
+outs = [torch.empty_like(out) for _ in range(2)]
+torch.distributed.all_gather(outs, out.detach())
+assert not torch.equal(*outs)
+out.sum().backward()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_draw_other_masks(tmp_path):
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-c", PROCESS, str(tmp_path / "store")]
+    processes = [subprocess.Popen([*command, str(rank)], env=environment) for rank in range(2)]
+    assert [process.wait(120) for process in processes] == [0, 0]
