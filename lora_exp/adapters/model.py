@@ -35,13 +35,14 @@ class LoraModel(nn.Module):
 
     def __init__(self, model: nn.Module, config: LoraConfig, adapter_name: str = DEFAULT, verbose: bool = True) -> None:
         super().__init__()
+        self.configs: dict[str, LoraConfig] = {}
+        self._check_new_name(adapter_name)
         if (adapted := next(lora_layers(model), None)) is not None:
             raise ValueError(
                 f"the model has adapted layers already ({adapted[0] or 'itself'}); "
                 "use add_adapter of the LoraModel around it, or merge_and_unload() first"
             )
         self.wrapped = model
-        self.configs: dict[str, LoraConfig] = {}
         self.route_state = Route()
         self._base_sha256: str | None = None
         with undone_on_failure(model):
@@ -345,8 +346,13 @@ class LoraModel(nn.Module):
     def _check_new_name(self, name: str) -> None:
         if name in self.configs:
             raise ValueError(f"there is an adapter {name!r} already; choose another name or delete it first")
-        if not re.fullmatch(r"\w[\w-]*", name) or name == BASE or hasattr(nn.ModuleDict, name):
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w-]*", name) or name == BASE:
             raise ValueError(f"adapter name {name!r} cannot be used; take letters, digits, _ and -")
+        if any(hasattr(container, name) for container in (nn.ModuleDict(), nn.ParameterDict())):
+            raise ValueError(
+                f"adapter name {name!r} cannot be used: torch's containers have an attribute of that name; "
+                f"take another, such as {name.strip('_')}_1"
+            )
 
     def _check_unmerged(self, what: str) -> None:
         if (merged := self.merged_adapter) is not None:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_exp.adapters import LoraConfig, LoraModel, LoRALinear
+from lora_exp.adapters import LoraConfig, LoRALinear, LoraModel
 
 HOWS = ("reentrant", "nonreentrant", "whole", "whole reentrant", "nested", "mixed", "mixed inside out")
 
