@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from .injection import inject
 from .layer import DEFAULT
 from .merging import MergeReport
 from .routing import BASE, Clock, Plan, Route, draw_seed, sampled_plan, sliced_plan
+from .signature import class_like, restore
 from .undo import undone_on_failure
 from .walk import biased_modules, lora_layers, saved_modules
 
@@ -33,6 +34,8 @@ class LoraModel(nn.Module):
     takes those of `adapter_parameters(name)`.
     """
 
+    made_from: ClassVar[type[LoraModel] | None] = None  # see class_like
+
     def __init__(self, model: nn.Module, config: LoraConfig, adapter_name: str = DEFAULT, verbose: bool = True) -> None:
         super().__init__()
         self.configs: dict[str, LoraConfig] = {}
@@ -43,6 +46,7 @@ class LoraModel(nn.Module):
                 "use add_adapter of the LoraModel around it, or merge_and_unload() first"
             )
         self.wrapped = model
+        self.__class__ = class_like(type(self), model)
         self.route_state = Route()
         self._base_sha256: str | None = None
         with undone_on_failure(model):
@@ -66,6 +70,20 @@ class LoraModel(nn.Module):
             return self.wrapped(*args, **kwargs)
         finally:
             self.route_state.leave(scope)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return restore, (self.made_from or type(self),), self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__class__ = class_like(type(self), self.wrapped)
+
+    def _get_name(self) -> str:
+        # transformers asks for it to know how a loss is to be computed.
+        return self.wrapped._get_name() if "wrapped" in self._modules else super()._get_name()
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace(self._get_name(), type(self).__name__, 1)
 
     def __getattr__(self, name: str) -> Any:
         try:
