@@ -18,8 +18,9 @@ from .gradients import unreached_layers
 from .identity import base_sha256
 from .injection import inject
 from .layer import DEFAULT
+from .masks import draw_seed
 from .merging import MergeReport
-from .routing import BASE, Clock, Plan, Route, draw_seed, sampled_plan, sliced_plan
+from .routing import BASE, Clock, Plan, Route, sampled_plan, sliced_plan
 from .signature import class_like, restore
 from .undo import undone_on_failure
 from .walk import biased_modules, lora_layers, saved_modules
@@ -58,10 +59,10 @@ class LoraModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped model's forward; in training, its layer calls can be told from other passes'."""
-        trains, is_routed = self.wrapped.training, self.route_state.live.sizes is not None
-        if is_routed or (trains and not (torch.compiler.is_compiling() and not self._drops())):
-            return self._pass(*args, **kwargs)
-        return self.wrapped(*args, **kwargs)
+        plan, trains = self.route_state.plan(), self.wrapped.training
+        if plan.sizes is None and (not trains or (torch.compiler.is_compiling() and not self._drops(plan))):
+            return self.wrapped(*args, **kwargs)
+        return self._pass(*args, **kwargs)
 
     @torch.compiler.disable(recursive=False)
     def _pass(self, *args: Any, **kwargs: Any) -> Any:
@@ -245,7 +246,7 @@ class LoraModel(nn.Module):
         self._check_unmerged("merge another adapter")
         chosen = self._chosen(name)
         report = merging.merge(self.wrapped, chosen, safe, requantise)
-        self.route_state.live = Plan((chosen,))
+        self.route_state.live, self.route_state.merged = Plan((chosen,)), chosen
         return report
 
     def unmerge(self) -> None:
@@ -253,6 +254,7 @@ class LoraModel(nn.Module):
         if self.merged_adapter is None:
             raise ValueError("nothing is merged; call merge() first")
         merging.unmerge(self.wrapped)
+        self.route_state.merged = None
 
     def merge_and_unload(self, name: str | None = None, safe: bool = True, requantise: bool = False) -> nn.Module:
         """The original model, of its original classes, with an adapter merged in; this wrapper is done for.
@@ -349,8 +351,8 @@ class LoraModel(nn.Module):
         with self.route_state.using(plan):
             yield
 
-    def _drops(self) -> bool:
-        return any(self.configs[name].lora_dropout > 0 for name in self.route_state.live.names if name != BASE)
+    def _drops(self, plan: Plan) -> bool:
+        return any(self.configs[name].lora_dropout > 0 for name in plan.names if name != BASE)
 
     def _chosen(self, name: str | None) -> str:
         chosen = name or self.active_adapter or next(iter(self.configs), "")

@@ -58,15 +58,22 @@ class Calls:
 @dataclasses.dataclass
 class Place:
     """Where a checkpointed part began: under which plan, after how many calls of which pass; `inner` are
-    the passes that began inside it. `gone` names a deleted adapter that the plan needs."""
+    the passes that began inside it. `merged` was in the weights; `gone` names a deleted adapter that the plan needs."""
 
     plan: Plan
     calls: Calls | None
-    position: int = 0
+    position: int
+    merged: str | None
     inner: list[Calls] = dataclasses.field(default_factory=list)
     gone: str | None = None
 
-    def replay(self) -> Replay:
+    def replay(self, merged: str | None) -> Replay:
+        """`merged` is in the weights now."""
+        if merged != self.merged:
+            raise ValueError(
+                f"a checkpointed pass was made with {self.merged or 'no adapter'} merged into the weights, and now "
+                f"{merged or 'none'} is, so backward cannot repeat it; call backward() before merge() or unmerge()"
+            )
         if self.gone is not None:
             raise ValueError(
                 f"a checkpointed pass went through adapter {self.gone!r}, which was deleted before the backward "
@@ -92,7 +99,12 @@ class _Span:
     last: int
     plan: Plan
     calls: Calls | None
+    merged: str | None
     gone: str | None = None
+
+    def continues(self, plan: Plan, calls: Calls | None, merged: str | None) -> bool:
+        is_same = self.calls is calls and (self.plan is plan or self.plan == plan)
+        return is_same and self.merged == merged and self.gone is None
 
 
 class Spans:
@@ -102,13 +114,11 @@ class Spans:
         self._spans: list[_Span] = []
         self._forgotten = -1
 
-    def note(self, plan: Plan, calls: Calls | None) -> None:
-        if self._spans:
-            last = self._spans[-1]
-            if last.calls is calls and (last.plan is plan or last.plan == plan) and last.gone is None:
-                last.last = moment()
-                return
-        self._spans.append(_Span(moment(), plan, calls))
+    def note(self, plan: Plan, calls: Calls | None, merged: str | None) -> None:
+        if self._spans and self._spans[-1].continues(plan, calls, merged):
+            self._spans[-1].last = moment()
+            return
+        self._spans.append(_Span(moment(), plan, calls, merged))
         if len(self._spans) > _REMEMBERED:
             self._forgotten = self._spans[_REMEMBERED // 2 - 1].last
             del self._spans[: _REMEMBERED // 2]
@@ -127,8 +137,8 @@ class Spans:
         begun = [s.calls for s in self._spans[first:] if s.calls is not None and s.calls.started > time]
         inner = list({id(calls): calls for calls in begun}.values())
         if span.calls is None or span.calls.started > time:
-            return Place(span.plan, None, 0, inner, span.gone)
-        return Place(span.plan, span.calls, span.calls.since(time), inner, span.gone)
+            return Place(span.plan, None, 0, span.merged, inner, span.gone)
+        return Place(span.plan, span.calls, span.calls.since(time), span.merged, inner, span.gone)
 
     def forget(self, name: str) -> None:
         for span in self._spans:

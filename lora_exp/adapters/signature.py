@@ -32,7 +32,7 @@ def class_like(kind: type, wrapped: nn.Module) -> type:
     return made if is_own else _MADE.setdefault((kind, type(wrapped)), made)
 
 
-def restore(kind: type) -> Any:
+def restore(kind: Any) -> Any:
     """An empty model of `kind`, for pickle and deepcopy to fill."""
     return kind.__new__(kind)
 

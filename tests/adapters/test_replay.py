@@ -116,6 +116,30 @@ def test_replays_of_a_shared_layer_find_each_calls_mask(how, tokens, randomised)
     same_gradients(run(how), run(None))
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("how", ["whole", "whole reentrant"])
+def test_a_routed_pass_is_replayed_outside_of_its_context(how, training, tokens, randomised):
+    class Flat(Shared):
+        def part(self, h):
+            return super().part(h.flatten(0, 1)).view_as(h)
+
+    def run(how):
+        model = LoraModel(Flat(None), LoraConfig(rank=2, target_modules=["fc"], lora_dropout=0.3), "a", verbose=False)
+        model.add_adapter("b", LoraConfig(rank=2, target_modules=["out"], lora_dropout=0.3))
+        for name in ("a", "b"):
+            randomised(model, name)
+        model.train(training)
+        with model.route({"a": 3, "b": 1}):
+            out = caller(model, how, tokens)
+        out.square().mean().backward()
+        return adapter_gradients(model)
+
+    torch.manual_seed(3)
+    expected = run(None)
+    torch.manual_seed(3)
+    same_gradients(run(how), expected)
+
+
 @pytest.mark.parametrize("how", HOWS)
 def test_replays_of_the_wrapped_model_draw_their_masks_again(how, tokens, randomised):
     def run(how):
@@ -190,6 +214,19 @@ def test_a_deleted_adapters_pass_cannot_be_replayed(how, mode, tokens, randomise
     model.set_adapter("a")
     with pytest.raises(ValueError, match="adapter 'a', which was deleted before the backward pass"):
         out.square().mean().backward()
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_a_pass_cannot_be_replayed_with_other_weights(how, tokens, randomised):
+    model = shared_model(how, randomised)
+    loss = caller(model, how, tokens).square().mean()
+    model.merge()
+    with pytest.raises(ValueError, match="made with no adapter merged into the weights, and now a is"):
+        loss.backward()
+    loss = caller(model, how, tokens).square().mean()
+    model.unmerge()
+    with pytest.raises(ValueError, match="made with a merged into the weights, and now none is"):
+        loss.backward()
 
 
 def test_a_pass_leaves_the_global_generator_alone(tokens, randomised):
@@ -326,7 +363,7 @@ def test_reentrant_replays_that_cannot_be_told_are_refused(tokens, randomised):
     with pytest.raises(ValueError, match="use_reentrant=False"):
         first.backward()
     first = in_threads(partial(forward, "a"))[0]
-    model.route_state._threads.clear()
+    model.route_state._traces.threads.clear()
     with pytest.raises(RuntimeError, match="first run this model has not seen"):
         first.backward()
 
