@@ -92,7 +92,7 @@ class Replay:
     inner: Iterator[Calls]
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class _Span:
     """Calls without gradients that followed each other under one plan in one pass, the last of them at `last`."""
 
@@ -101,10 +101,6 @@ class _Span:
     calls: Calls | None
     merged: str | None
     gone: str | None = None
-
-    def continues(self, plan: Plan, calls: Calls | None, merged: str | None) -> bool:
-        is_same = self.calls is calls and (self.plan is plan or self.plan == plan)
-        return is_same and self.merged == merged and self.gone is None
 
 
 class Spans:
@@ -115,9 +111,12 @@ class Spans:
         self._forgotten = -1
 
     def note(self, plan: Plan, calls: Calls | None, merged: str | None) -> None:
-        if self._spans and self._spans[-1].continues(plan, calls, merged):
-            self._spans[-1].last = moment()
-            return
+        if self._spans:
+            last = self._spans[-1]
+            is_same = last.calls is calls and (last.plan is plan or last.plan == plan)
+            if is_same and last.merged == merged and last.gone is None:
+                last.last = moment()
+                return
         self._spans.append(_Span(moment(), plan, calls, merged))
         if len(self._spans) > _REMEMBERED:
             self._forgotten = self._spans[_REMEMBERED // 2 - 1].last

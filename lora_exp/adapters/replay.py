@@ -29,6 +29,11 @@ moment: Callable[[], int] = torch._C._autograd._get_sequence_nr
 """The number that the next node of this thread's graph will have."""
 
 
+def saves_plainly() -> bool:
+    """Whether no hook packs saved tensors here, so that no checkpoint (but a reentrant one) is at work."""
+    return _get_hooks(False) is None
+
+
 def top_hook() -> Hook | None:
     """What packs saved tensors here; another object for each checkpointed block and each of its replays."""
     hooks = _get_hooks(False)

@@ -17,7 +17,7 @@ import torch
 
 from .masks import distinct_seed, draw_seed, rank, seed_from
 from .passes import Calls, Replay
-from .replay import graph_task, top_hook
+from .replay import graph_task, saves_plainly, top_hook
 from .threads import Local, Scope
 from .traces import Traces
 
@@ -83,7 +83,7 @@ class Route:
         if torch.compiler.is_compiling():
             return plan
         scope = thread.scopes[-1]
-        if graph_task() != scope.task or top_hook() is not None:  # checkpointed or replayed
+        if graph_task() != scope.task or not saves_plainly():  # checkpointed or replayed
             return self._where()[0]
         if not torch.is_grad_enabled():
             thread.spans.note(plan, scope.calls, self.merged)
@@ -134,7 +134,9 @@ class Route:
     @torch.compiler.disable
     def mask_seed(self, name: str, layer_key: int) -> int:
         """The seed of one adapter's dropout mask for a call of a layer, the same when the call is replayed."""
-        calls = self._where()[1]
+        scope = self._local.thread.scopes[-1]
+        is_usual = graph_task() == scope.task and saves_plainly()  # what the layer's own plan() has noted
+        calls = scope.calls if is_usual else self._where()[1]
         if calls is None or name not in calls.numbers:
             return distinct_seed(draw_seed())  # no LoraModel around: the global RNG, as nn.Dropout
         seed, passes = calls.numbers[name]

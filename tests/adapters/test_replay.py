@@ -359,7 +359,8 @@ def test_reentrant_replays_that_cannot_be_told_are_refused(tokens, randomised):
         with model.route({name: 4}):
             return model(tokens).square().mean()
 
-    first, _ = in_threads(partial(forward, "a"), partial(forward, "b"))
+    barrier = threading.Barrier(2)
+    first, _ = in_threads(*(lambda name=name: (barrier.wait(), forward(name))[1] for name in ("a", "b")))
     with pytest.raises(ValueError, match="use_reentrant=False"):
         first.backward()
     first = in_threads(partial(forward, "a"))[0]
