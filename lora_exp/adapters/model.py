@@ -62,6 +62,9 @@ class LoraModel(nn.Module):
         plan, trains = self.route_state.plan(), self.wrapped.training
         if plan.sizes is None and (not trains or (torch.compiler.is_compiling() and not self._drops(plan))):
             return self.wrapped(*args, **kwargs)
+        if torch.compiler.is_compiling() and not trains:
+            with self.route_state.using(plan.for_inputs([*args, *kwargs.values()])):
+                return self.wrapped(*args, **kwargs)
         return self._pass(*args, **kwargs)
 
     @torch.compiler.disable(recursive=False)
@@ -125,7 +128,7 @@ class LoraModel(nn.Module):
             self.route_state.clocks[name] = Clock(draw_seed())
 
     def set_adapter(self, name: str) -> None:
-        """Let one adapter serve the whole batch."""
+        """Let one adapter serve the whole batch, in this thread and in those that have chosen none themselves."""
         self._check_name(name)
         self._check_unmerged("switch adapters")
         self.route_state.live = Plan((name,))

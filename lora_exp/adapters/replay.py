@@ -41,9 +41,10 @@ def top_hook() -> Hook | None:
 
 
 def node_number() -> int | None:
-    """The moment at which the node that backward is at was made, in the thread that made it."""
+    """The moment at which the node that backward is at was made, in the thread that made it; None if it is not a
+    Function written in Python: only those run a model's code again."""
     node: Any = torch._C._current_autograd_node()
-    return None if node is None else node._sequence_nr()
+    return node._sequence_nr() if isinstance(node, torch.autograd.function.BackwardCFunction) else None
 
 
 def is_at_checkpoint() -> bool:

@@ -79,6 +79,15 @@ def test_a_compiled_model_is_not_compiled_anew_for_each_pass(routed, tiny, token
     assert len(graphs) == known
 
 
+def test_a_routed_model_is_one_graph_in_inference(tiny, tokens, randomised):
+    model = LoraModel(tiny, LoraConfig(rank=2, lora_dropout=0.3), verbose=False).eval()
+    randomised(model)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for sizes in ({"default": 3, "__base__": 1}, {"__base__": 2, "default": 2}):
+        with model.route(sizes), torch.no_grad():
+            torch.testing.assert_close(compiled(tokens), model(tokens))
+
+
 def test_autocast(tiny, tokens, randomised):
     model = LoraModel(tiny, LoraConfig(rank=2, use_dora=True, lora_dropout=0.1), verbose=False)
     randomised(model)

@@ -155,9 +155,6 @@ def test_replays_of_the_wrapped_model_draw_their_masks_again(how, tokens, random
 
 @pytest.mark.parametrize("how", HOWS)
 def test_without_the_generators_state_replays_find_their_masks_too(how, tokens, randomised, monkeypatch):
-    import torch.utils.checkpoint as module
-
-    monkeypatch.setattr(module, "checkpoint", partial(checkpoint, preserve_rng_state=False))
     monkeypatch.setitem(globals(), "checkpoint", partial(checkpoint, preserve_rng_state=False))
     test_replays_of_a_shared_layer_find_each_calls_mask(how, tokens, randomised)
 
@@ -227,6 +224,22 @@ def test_a_pass_cannot_be_replayed_with_other_weights(how, tokens, randomised):
     model.unmerge()
     with pytest.raises(ValueError, match="made with a merged into the weights, and now none is"):
         loss.backward()
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_a_pass_made_in_a_backward_hook_is_no_replay(how, tokens, randomised):
+    model = shared_model(how, randomised)
+    h = torch.randn(3, requires_grad=True)
+    loss = caller(model, how, tokens).square().mean() + h.sin().sum()
+    model.set_adapter("b")
+    with torch.no_grad():
+        model.eval()(tokens)
+        model.set_adapter("a")
+        expected, found = model(tokens), []
+    h.register_hook(lambda grad: found.append(model(tokens).detach()))
+    model.train(False)
+    torch.autograd.grad(loss, h)
+    assert torch.equal(found[0], expected)
 
 
 def test_a_pass_leaves_the_global_generator_alone(tokens, randomised):
