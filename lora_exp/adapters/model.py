@@ -75,6 +75,10 @@ class LoraModel(nn.Module):
         finally:
             self.route_state.leave(scope)
 
+    def train(self, mode: bool = True) -> LoraModel:
+        self.route_state.evaluates = not mode
+        return super().train(mode)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return restore, (self.made_from or type(self),), self.__dict__
 

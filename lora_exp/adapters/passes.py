@@ -67,12 +67,17 @@ class Place:
     inner: list[Calls] = dataclasses.field(default_factory=list)
     gone: str | None = None
 
-    def replay(self, merged: str | None) -> Replay:
-        """`merged` is in the weights now."""
+    def replay(self, merged: str | None, evaluates: bool) -> Replay:
+        """`merged` is in the weights now; `evaluates`: the model is in eval mode now."""
         if merged != self.merged:
             raise ValueError(
                 f"a checkpointed pass was made with {self.merged or 'no adapter'} merged into the weights, and now "
                 f"{merged or 'none'} is, so backward cannot repeat it; call backward() before merge() or unmerge()"
+            )
+        if evaluates and any(calls is not None and len(calls) for calls in (self.calls, *self.inner)):
+            raise ValueError(
+                "a checkpointed pass was made in training mode, with dropout, and now the model is in eval mode, so "
+                "backward cannot repeat its masks; call backward() before eval(), or train() before backward()"
             )
         if self.gone is not None:
             raise ValueError(

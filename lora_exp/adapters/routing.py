@@ -74,6 +74,7 @@ class Route:
         self.clocks: dict[str, Clock] = {}
         self.trained: tuple[str, ...] = ()  # whom the last training pass served
         self.merged: str | None = None  # the adapter in the weights, which replays must find as their pass did
+        self.evaluates = False  # whether the model was last set to eval mode
         self._forget_threads()
 
     def plan(self) -> Plan:
@@ -178,7 +179,7 @@ class Route:
         thread, task = self._local.thread, graph_task()
         if task == thread.scopes[-1].task:
             return None
-        return self._traces.replay(thread, top_hook(), task, self.merged)
+        return self._traces.replay(thread, top_hook(), task, self.merged, self.evaluates)
 
     def _calls_of_pass(self, plan: Plan) -> Calls:
         replay = self._replay()
@@ -207,7 +208,7 @@ class Route:
 
     def __getstate__(self) -> dict[str, Any]:
         base = self._local.thread.scopes[0].plan
-        kept = {key: getattr(self, key) for key in ("clocks", "trained", "merged")}
+        kept = {key: getattr(self, key) for key in ("clocks", "trained", "merged", "evaluates")}
         return {"chosen": base or self.chosen, **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

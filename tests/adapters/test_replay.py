@@ -242,6 +242,25 @@ def test_a_pass_made_in_a_backward_hook_is_no_replay(how, tokens, randomised):
     assert torch.equal(found[0], expected)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("how", HOWS)
+def test_a_pass_with_dropout_cannot_be_replayed_in_eval_mode(how, dropout, tokens, randomised):
+    model = shared_model(how, randomised, dropout)
+    loss = caller(model, how, tokens).square().mean()
+    model.eval()
+    with torch.no_grad():
+        model(tokens)
+    if dropout:
+        with pytest.raises(ValueError, match="now the model is in eval mode"):
+            loss.backward()
+        model.train()
+        loss = caller(model, how, tokens).square().mean()
+        model.eval()
+        model.train()
+    loss.backward()
+    model.check_gradients()
+
+
 def test_a_pass_leaves_the_global_generator_alone(tokens, randomised):
     seen = []
 
