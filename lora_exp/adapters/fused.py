@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .dora import DoraAdapter
 from .lora import LoraAdapter
-from .once import first_derivative_only
+from .once import first_derivative_only, no_forward_mode
 from .products import add_product, runs_wide, times_transposed, uses_onednn
 from .shares import Share, add_share, as_dtype, share_gradients
 from .switch import autocast_dtype, fused_allowed, is_plain, without_autocast
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .routing import Plan
 
 _AS_IT_IS = nullcontext()
+_INSTEAD = "run forward inside lora_exp.adapters.use_reference()"
 
 
 def fused_output(layer: LoRALayerBase, x: Tensor, plan: Plan) -> Tensor | None:
@@ -113,8 +114,10 @@ class _Adapted(torch.autograd.Function):
         # Detached, so that it is no view to autograd, which forbids to write to views that a Function returns.
         return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1]).detach()
 
+    jvp = staticmethod(no_forward_mode(_INSTEAD))
+
     @staticmethod
-    @first_derivative_only("run forward inside lora_exp.adapters.use_reference()")
+    @first_derivative_only(_INSTEAD)
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         grad = grads[0]
         with without_autocast(grad.device.type):

@@ -25,13 +25,15 @@ from .conv_ways import Way, by_group, is_exact, shortest
 from .dora import DoraAdapter
 from .fused import autocast_input, is_known, trains_base
 from .lora import LoraAdapter
-from .once import first_derivative_only
+from .once import first_derivative_only, no_forward_mode
 from .shares import Share, as_dtype
 from .switch import autocast_dtype, fused_allowed, is_plain, without_autocast
 
 if TYPE_CHECKING:
     from .layer import LoRALayerBase
     from .routing import Plan
+
+_INSTEAD = "run forward inside lora_exp.adapters.use_reference()"
 
 
 def fused_convolution(layer: Any, x: Tensor, plan: Plan) -> Tensor | None:
@@ -93,8 +95,10 @@ class _Convolved(torch.autograd.Function):
         ctx.save_for_backward(weight, *factors, *kept)
         return out
 
+    jvp = staticmethod(no_forward_mode(_INSTEAD))
+
     @staticmethod
-    @first_derivative_only("run forward inside lora_exp.adapters.use_reference()")
+    @first_derivative_only(_INSTEAD)
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         weight, A, B, magnitude, x, *kept = ctx.saved_tensors
         shape, dtype = ctx.like

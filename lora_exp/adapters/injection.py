@@ -21,7 +21,7 @@ from .packed import keep_trainable
 from .registry import adapted_class, layer_class_for
 from .routing import Route
 from .saved import add_copies
-from .targets import Targets, find_targets, saved_names, value_for
+from .targets import Targets, find_targets, parents, saved_names, value_for
 from .walk import base_modules
 
 log = logging.getLogger(__name__)
@@ -37,10 +37,10 @@ def inject(model: nn.Module, config: LoraConfig, name: str, route: Route) -> Tar
     keep_trainable(model)
     for layer_name, module in targets.layers.items():
         layer = adopted(module, route)
-        _call_instead_of_fuse(modules.get(layer_name.rpartition(".")[0]))
         layer.add_adapter(make_adapter(config, name, layer_name, layer))
     add_biases(owners, name, route)
     add_copies(model, saved, name, route)
+    _call_instead_of_fuse(modules, [*targets.layers, *saved, *(owner for owner, _, _ in owners)])
     if targets.skipped:
         some = "; ".join(f"{layer}: {reason}" for layer, reason in list(targets.skipped.items())[:3])
         log.warning("%d layers cannot be adapted and stay as they are, such as %s", len(targets.skipped), some)
@@ -76,10 +76,14 @@ def _outside(modules: dict[str, nn.Module], saved: list[str]) -> dict[str, nn.Mo
     return {name: m for name, m in modules.items() if name not in saved and not name.startswith(inside)}
 
 
-def _call_instead_of_fuse(parent: nn.Module | None) -> None:
-    """torch's encoder layer has a fused path for inference that reads weights without calling layers."""
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        parent.activation_relu_or_gelu = 0  # the fused path's own precondition
+def _call_instead_of_fuse(modules: dict[str, nn.Module], changed: list[str]) -> None:
+    """torch's encoder has a fused path for inference that reads weights without calling the layers."""
+    for name in {parent for inner in changed for parent in ["", inner, *parents(inner)]}:
+        module = modules.get(name)
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # the fused path's own precondition
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # only the fused path understands them
 
 
 def _rebind(module: nn.Module) -> None:

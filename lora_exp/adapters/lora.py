@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import check_factors, scaling_factor
@@ -70,6 +71,8 @@ class LoraAdapter(nn.Module):
     def dropped(self, layer: LoRALayerBase, x: Tensor) -> Tensor:
         if not self.drops:
             return x
+        if torch.jit.is_tracing():  # a trace would keep one mask for ever
+            return F.dropout(x, self.dropout)
         return x * dropout_noise(x, self.dropout, layer.route.mask_seed(self.name, self.layer_key))
 
     @property

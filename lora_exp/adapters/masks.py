@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import Tensor
 
@@ -31,3 +33,25 @@ def dropout_mask(x: Tensor, p: float, seed: int) -> Tensor:
 def dropout_noise(x: Tensor, p: float, seed: int) -> Tensor:
     """`dropout_mask` over its expectation: what x is multiplied with."""
     return dropout_mask(x, p, seed).div_(keep_share(p))
+
+
+def draw_seed() -> int:
+    """A seed from the global random generator."""
+    return int(torch.randint(0, 2**62, ()))
+
+
+def seed_from(*numbers: int) -> int:
+    """A seed that follows from all of the numbers."""
+    text = ":".join(map(str, numbers))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def distinct_seed(seed: int) -> int:
+    """A seed of this process's own where several are seeded alike."""
+    return seed_from(seed, own) if (own := rank()) else seed
+
+
+def rank() -> int:
+    """Which process of a distributed run this is: processes that are seeded alike must not share their masks."""
+    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_rank() if is_distributed else 0

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,11 @@ from .counts import count_parameters
 from .gradients import unreached_layers
 from .injection import inject
 from .layer import DEFAULT
+from .masks import draw_seed
 from .merging import Merged, MergeReport
 from .packed import recover_class
-from .routing import BASE, Clock, Plan, Route, draw_seed, sampled_plan, sliced_plan
+from .routing import BASE, Clock, Plan, Route, sampled_plan, sliced_plan
+from .signature import class_like, restore
 from .ties import undo_ties, untied_metadata, weight_ties
 from .undo import undone_on_failure
 from .walk import biased_modules, lora_layers, saved_modules
@@ -37,15 +39,19 @@ class LoraModel(nn.Module):
     takes those of `adapter_parameters(name)`.
     """
 
+    made_from: ClassVar[type[LoraModel] | None] = None  # see class_like
+
     def __init__(self, model: nn.Module, config: LoraConfig, adapter_name: str = DEFAULT, verbose: bool = True) -> None:
         super().__init__()
+        self.configs: dict[str, LoraConfig] = {}
+        self._check_new_name(adapter_name)
         if (adapted := next(lora_layers(model), None)) is not None:
             raise ValueError(
                 f"the model has adapted layers already ({adapted[0] or 'itself'}); "
                 "use add_adapter of the LoraModel around it, or merge_and_unload() first"
             )
         self.wrapped = model
-        self.configs: dict[str, LoraConfig] = {}
+        self.__class__ = class_like(type(self), model)
         self.route_state = Route()
         self._identity: identity.Identity | None = None
         self._merged: Merged | None = None
@@ -58,17 +64,41 @@ class LoraModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped model's forward; in training, its layer calls can be told from other passes'."""
-        live, stochastic = self.route_state.live, self._is_stochastic()
-        if live.sizes is not None:
-            self.route_state.live = live.for_inputs([*args, *kwargs.values()])
+        plan, trains = self.route_state.plan(), self.wrapped.training
+        if plan.sizes is None and (not trains or (torch.compiler.is_compiling() and not self._drops(plan))):
+            return self.wrapped(*args, **kwargs)
+        if torch.compiler.is_compiling() and not trains:
+            with self.route_state.using(plan.for_inputs([*args, *kwargs.values()])):
+                return self.wrapped(*args, **kwargs)
+        return self._pass(*args, **kwargs)
+
+    @torch.compiler.disable(recursive=False)
+    def _pass(self, *args: Any, **kwargs: Any) -> Any:
+        scope = self.route_state.enter_pass([*args, *kwargs.values()], self.wrapped.training)
         try:
-            trains = self.wrapped.training or (live.sizes is not None and torch.is_grad_enabled())
-            if not trains or (torch.compiler.is_compiling() and not stochastic):
-                return self.wrapped(*args, **kwargs)
-            with self.route_state.training_pass(draw=stochastic, drops=self.wrapped.training):
-                return self.wrapped(*args, **kwargs)
+            return self.wrapped(*args, **kwargs)
         finally:
-            self.route_state.live = live
+            self.route_state.leave(scope)
+
+    def train(self, mode: bool = True) -> LoraModel:
+        self.route_state.evaluates = not mode
+        return super().train(mode)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return restore, (self.made_from or type(self),), self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__class__ = class_like(type(self), self.wrapped)
+        for module in self.wrapped.modules():
+            recover_class(module._parameters.get("weight"))
+
+    def _get_name(self) -> str:
+        # transformers asks for it to know how a loss is to be computed.
+        return self.wrapped._get_name() if "wrapped" in self._modules else super()._get_name()
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace(self._get_name(), type(self).__name__, 1)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -77,11 +107,6 @@ class LoraModel(nn.Module):
             if name == "wrapped":  # not there yet: __init__, or a copy being filled
                 raise
             return getattr(self.wrapped, name)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for module in self.wrapped.modules():
-            recover_class(module._parameters.get("weight"))
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
@@ -114,7 +139,7 @@ class LoraModel(nn.Module):
             self.route_state.clocks[name] = Clock(draw_seed())
 
     def set_adapter(self, name: str) -> None:
-        """Let one adapter serve the whole batch."""
+        """Let one adapter serve the whole batch, in this thread and in those that have chosen none themselves."""
         self._check_name(name)
         self._check_unmerged("switch adapters")
         self.route_state.live = Plan((name,))
@@ -123,6 +148,7 @@ class LoraModel(nn.Module):
         """Remove an adapter; if it was active, the first that remains is, or the base alone."""
         self._check_name(name)
         self._check_unmerged("delete an adapter")
+        self.route_state.check_deletable(name)
         for _, layer in lora_layers(self.wrapped):
             if name in layer.adapters:
                 del layer.adapters[name]
@@ -132,9 +158,8 @@ class LoraModel(nn.Module):
         for _, switch in saved_modules(self.wrapped):
             if name in switch.copies:
                 del switch.copies[name]
-        del self.configs[name], self.route_state.clocks[name]
-        if name in self.route_state.live.names:
-            self.route_state.live = Plan(tuple(self.configs)[:1])
+        del self.configs[name]
+        self.route_state.forget(name, instead=Plan(tuple(self.configs)[:1]))
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -143,7 +168,7 @@ class LoraModel(nn.Module):
         if merged is not None:
             self.unmerge()
         try:
-            with self.route_state.using(Plan()):
+            with self.route_state.using(Plan(), holds=None if merged is None else merged.name):
                 yield
         finally:
             if merged is not None:
@@ -236,7 +261,7 @@ class LoraModel(nn.Module):
         chosen = self._chosen(name)
         report = merging.merge(self.wrapped, chosen, safe, requantise)
         self._merged = Merged(chosen, safe, requantise, self.route_state.live)
-        self.route_state.live = Plan((chosen,))
+        self.route_state.live, self.route_state.merged = Plan((chosen,)), chosen
         return report
 
     def unmerge(self) -> None:
@@ -244,7 +269,7 @@ class LoraModel(nn.Module):
         if self._merged is None:
             raise ValueError("nothing is merged; call merge() first")
         merging.unmerge(self.wrapped)
-        self.route_state.live, self._merged = self._merged.before, None
+        self.route_state.live, self._merged, self.route_state.merged = self._merged.before, None, None
 
     def merge_and_unload(self, name: str | None = None, safe: bool = True, requantise: bool = False) -> nn.Module:
         """The original model, of its original classes, with an adapter merged in; this wrapper is done for.
@@ -374,11 +399,8 @@ class LoraModel(nn.Module):
         with self.route_state.using(plan):
             yield
 
-    def _is_stochastic(self) -> bool:
-        """Whether a replay of this pass must find its own masks or its own route again."""
-        live = self.route_state.live
-        drops = any(self.configs[name].lora_dropout > 0 for name in live.names if name != BASE)
-        return drops or live.sizes is not None
+    def _drops(self, plan: Plan) -> bool:
+        return any(self.configs[name].lora_dropout > 0 for name in plan.names if name != BASE)
 
     def _chosen(self, name: str | None) -> str:
         chosen = name or self.active_adapter or next(iter(self.configs), "")
@@ -392,8 +414,13 @@ class LoraModel(nn.Module):
     def _check_new_name(self, name: str) -> None:
         if name in self.configs:
             raise ValueError(f"there is an adapter {name!r} already; choose another name or delete it first")
-        if not re.fullmatch(r"\w[\w-]*", name) or name == BASE or hasattr(nn.ModuleDict, name):
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w-]*", name) or name == BASE:
             raise ValueError(f"adapter name {name!r} cannot be used; take letters, digits, _ and -")
+        if any(hasattr(container, name) for container in (nn.ModuleDict(), nn.ParameterDict())):
+            raise ValueError(
+                f"adapter name {name!r} cannot be used: torch's containers have an attribute of that name; "
+                f"take another, such as {name.strip('_')}_1"
+            )
 
     def _check_unmerged(self, what: str) -> None:
         if (merged := self.merged_adapter) is not None:

@@ -21,13 +21,50 @@ def first_derivative_only(instead: str) -> Callable[[Backward], Backward]:
         @functools.wraps(backward)
         def run(ctx: Any, *grads: Any) -> tuple[Any, ...]:
             if not torch.is_grad_enabled():  # no create_graph
-                return backward(ctx, *grads)
+                try:
+                    return backward(ctx, *grads)
+                except RuntimeError as error:
+                    if not _is_batched(grads):
+                        raise
+                    raise RuntimeError(f"this gradient is written by hand, for one at a time; {instead}") from error
+            once = _ReadOnce(ctx)
             with torch.no_grad():
-                found = backward(ctx, *grads)
+                found = backward(once, *grads)
             message = f"this gradient is written by hand and cannot be differentiated again; {instead}"
-            refuse: Any = torch._C._functions.DelayedError(message.encode(), len(found))
-            return refuse(*[None if value is None else value.detach().requires_grad_() for value in found])
+            values = [None if value is None else value.detach().requires_grad_() for value in found]
+            # What it depends on goes in as well, so that whoever differentiates along there comes past the refusal.
+            needed = [x for x in (*once.saved_tensors, *grads) if isinstance(x, torch.Tensor) and x.requires_grad]
+            refuse: Any = torch._C._functions.DelayedError(message.encode(), len(values) + len(needed))
+            return refuse(*values, *needed)[: len(values)]
 
         return run
 
     return decorate
+
+
+def no_forward_mode(instead: str) -> Callable[..., Any]:
+    """A Function's jvp that names what to do `instead`."""
+
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise RuntimeError(f"this layer's gradients are written by hand, for backward alone; {instead}")
+
+    return jvp
+
+
+class _ReadOnce:
+    """A Function's context whose saved tensors can be asked for twice: a checkpoint hands each out once."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx = ctx
+        self.saved_tensors = ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
+def _is_batched(grads: tuple[Any, ...]) -> bool:
+    """Whether gradients come several at a time (is_grads_batched, vmap)."""
+    kinds = torch._C._functorch
+    return any(
+        isinstance(x, torch.Tensor) and (kinds.is_batchedtensor(x) or kinds.is_legacy_batchedtensor(x)) for x in grads
+    )

@@ -56,15 +56,23 @@ class SavedModule(nn.Module):
         except AttributeError:
             if name in ("original", "copies"):
                 raise
-            return getattr(self._active(), name)
+            return self._read(name)
 
-    def _active(self) -> nn.Module:
+    def _read(self, attribute: str) -> Any:
+        """Of the copy that serves the whole batch, for a parent that reads weights instead of calling."""
         names = self.route.plan().names
-        return self.copies[names[0]] if len(names) == 1 and names[0] in self.copies else self.original
+        chosen = self.copies[names[0]] if len(names) == 1 and names[0] in self.copies else self.original
+        value = getattr(chosen, attribute)
+        if isinstance(value, Tensor) and len(names) > 1 and any(name in self.copies for name in names):
+            raise ValueError(
+                f"{attribute} of a saved module is read without calling the module, so no slice of the batch can get a "
+                f"copy of its own ({', '.join(names)}); save the module that reads it, or run one adapter at a time"
+            )
+        return value
 
     def _part(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What is inside of the original (another adapter's factors or biases) sees one adapter's slice alone."""
-        with self.route.part(name):
+        with self.route.using(Plan((name,))):
             return self._run(name, args, kwargs)
 
     def _run(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -129,7 +129,7 @@ def _named(modules: dict[str, nn.Module], config: LoraConfig) -> dict[str, bool]
         return {name: True for name in modules if name in hits and _is_layer(modules[name])}
     chosen, of_kind = {}, _of_kind(config.layer_types)
     for name, module in modules.items():
-        inside = any(parent in hits for parent in _parents(name))
+        inside = any(parent in hits for parent in parents(name))
         if name in hits and (_is_layer(module) or not any(module.children())):
             chosen[name] = True
         elif inside and of_kind(module):
@@ -162,7 +162,7 @@ def _without_excluded(chosen: dict[str, bool], modules: dict[str, nn.Module], co
     return {
         name: named
         for name, named in chosen.items()
-        if name not in out and not any(parent in out for parent in _parents(name))
+        if name not in out and not any(parent in out for parent in parents(name))
     }
 
 
@@ -234,7 +234,7 @@ def suffixes(name: str) -> Iterable[str]:
         name = name.partition(".")[2]
 
 
-def _parents(name: str) -> Iterable[str]:
+def parents(name: str) -> Iterable[str]:
     """a.b.c -> a.b, a"""
     while "." in name:
         name = name.rpartition(".")[0]

@@ -1,5 +1,7 @@
 """generate, gradient checkpointing of transformers, accelerate, DDP, torch.compile, autocast."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
@@ -60,6 +62,30 @@ def test_compile_with_dropout(tiny, tokens, randomised):
     compiled = torch.compile(model, backend="aot_eager")
     for out in expected:
         torch.testing.assert_close(compiled(tokens), out)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo's own
+@pytest.mark.parametrize("routed", [False, True])
+def test_a_compiled_model_is_not_compiled_anew_for_each_pass(routed, tiny, tokens, randomised):
+    model = LoraModel(tiny, LoraConfig(rank=2, lora_dropout=0.0 if routed else 0.3), verbose=False)
+    randomised(model)
+    graphs = []
+    compiled = torch.compile(model, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    for i in range(5):
+        if i == 3:
+            known = len(graphs)
+        with model.route({"default": 3, "__base__": 1}) if routed else contextlib.nullcontext():
+            compiled(tokens)
+    assert len(graphs) == known
+
+
+def test_a_routed_model_is_one_graph_in_inference(tiny, tokens, randomised):
+    model = LoraModel(tiny, LoraConfig(rank=2, lora_dropout=0.3), verbose=False).eval()
+    randomised(model)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for sizes in ({"default": 3, "__base__": 1}, {"__base__": 2, "default": 2}):
+        with model.route(sizes), torch.no_grad():
+            torch.testing.assert_close(compiled(tokens), model(tokens))
 
 
 def test_autocast(tiny, tokens, randomised):

@@ -1,6 +1,8 @@
 """Named adapters and routing: routed equals separate, in outputs and in gradients."""
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -201,6 +203,66 @@ def test_deleting(model, tokens):
         model.set_adapter("a")
     model.delete_adapter("b")
     assert {name for name, _ in model.wrapped.named_parameters() if "adapters" in name} == set()
+
+
+def test_deleting_inside_a_context(model, tokens):
+    model.eval()
+    model.set_adapter("b")
+    expected = model(tokens)
+    model.set_adapter("a")
+    with model.disable_adapter():
+        model.delete_adapter("a")
+        assert model.active_adapter is None
+    assert model.active_adapter == "b"
+    assert torch.equal(model(tokens), expected)
+    with model.route({"b": 2, "c": 2}):
+        before = model(tokens)
+        for name in ("b", "c"):
+            with pytest.raises(ValueError, match=f"adapter '{name}' is needed by an open context"):
+                model.delete_adapter(name)
+        assert torch.equal(model(tokens), before)
+    with model.disable_adapter(), model.route_samples(["b", BASE, BASE, "b"]), pytest.raises(ValueError, match="open"):
+        model.delete_adapter("b")
+    model.delete_adapter("c")
+    with model.route({"b": 4}), model.disable_adapter(), pytest.raises(ValueError, match="open context"):
+        model.delete_adapter("b")
+    with model.disable_adapter():
+        model.delete_adapter("b")
+        base = model(tokens)
+    assert torch.equal(model(tokens), base)
+    assert model.active_adapter is None
+
+
+def test_deleting_what_is_merged_outside_of_a_context(model, tokens):
+    model.eval()
+    model.set_adapter("a")
+    model.merge()
+    merged = model(tokens)
+    with model.disable_adapter():
+        with pytest.raises(ValueError, match="adapter 'a' is needed by an open context"):
+            model.delete_adapter("a")
+        model.delete_adapter("c")
+    assert torch.equal(model(tokens), merged)
+
+
+def test_a_chosen_adapter_that_was_deleted_elsewhere(model, tokens):
+    model.eval()
+    chosen, deleted = threading.Event(), threading.Event()
+
+    def serve():
+        model.set_adapter("b")
+        chosen.set()
+        deleted.wait(10)
+        return model.active_adapter, model(tokens)
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(serve)
+        assert chosen.wait(10)
+        model.delete_adapter("b")
+        deleted.set()
+        active, out = future.result()
+    assert active == "a"
+    assert torch.equal(out, model(tokens))
 
 
 def test_bad_routes(model, tokens):
