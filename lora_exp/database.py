@@ -20,18 +20,19 @@ from filelock import FileLock
 
 log = logging.getLogger(__name__)
 _PREFIX = "sqlite:///"
+_SIGNS = "?%"
 _FIRST_TABLES = {"experiments", "alembic_version"}
 _AT_WORK_S = 10.0  # a half-built file that was changed since may be another program's at this moment
 
 
 def address(file: Path) -> str:
-    """The SQLAlchemy address of ``file``. Such an address takes ``?`` for the start of its options and has no way to
-    write one: a path that holds one is given as seen from the current folder."""
+    """The SQLAlchemy address of ``file``. It has no way to write a ``?``, which begins its options, and newer versions
+    decode ``%20``: a path with one of them is given as seen from the current folder."""
     path = str(file.resolve())
-    if "?" in path:
+    if any(sign in path for sign in _SIGNS):
         path = os.path.relpath(path)
-    if "?" in path:
-        raise ValueError(f"{file} cannot be a database, because of the ? in its path: rename that folder")
+    if any(sign in path for sign in _SIGNS):
+        raise ValueError(f"{file} cannot be a database's address, because of the ? or % in it: rename that folder")
     return _PREFIX + path
 
 

@@ -147,6 +147,8 @@ def open_run(section: TrackingConfig, name: str, sweep_folder: Path | None = Non
     if not section.enabled:
         yield NoRun()
         return
+    with signals.at_once():
+        import mlflow.tracking  # noqa: F401  # seconds
     with signals.while_closing():  # but for its block: a run that has begun must be known, to be ended
         with _said_clearly(section):
             client = _client(section)
@@ -194,8 +196,7 @@ def _client(section: TrackingConfig) -> MlflowClient:
     _check_reachable(uri)
     for key, value in _DEFAULTS.items():
         os.environ.setdefault(key, value)
-    with signals.at_once():
-        from mlflow.tracking import MlflowClient
+    from mlflow.tracking import MlflowClient
 
     _send_name_alone()
     for noisy in ("mlflow", "alembic"):  # after the import, which sets mlflow's own level
