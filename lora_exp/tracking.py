@@ -193,6 +193,11 @@ def tracking_uri(section: TrackingConfig) -> str:
 def _client(section: TrackingConfig) -> MlflowClient:
     adopt_login()
     uri = tracking_uri(section)
+    if uri.startswith("http") and urlsplit(uri).query:
+        raise TrackingError(
+            "The tracking address has a query (?…), which MLflow cannot use: leave it out, and put a token into "
+            "MLFLOW_TRACKING_TOKEN"
+        )
     _check_reachable(uri)
     for key, value in _DEFAULTS.items():
         os.environ.setdefault(key, value)

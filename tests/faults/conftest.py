@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -82,3 +83,18 @@ def _sent(forking: subprocess.Popen[str], order: dict[str, Any], place: Path) ->
     forking.stdout.readline()
     code = json.loads(forking.stdout.readline())["code"]
     return Ended(code, (place / "out").read_text(), (place / "err").read_text(), place)
+
+
+@pytest.fixture
+def fake_server(tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Start a tracking server that may ask for a login, or go away at a call."""
+    started: list[Any] = []
+    build = runpy.run_path(str(FORKED.with_name("fake_server.py")))["FakeServer"]
+
+    def start(**how: Any) -> Any:
+        started.append(build(tmp_path / "server", **how))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.close()
