@@ -50,7 +50,8 @@ def forking() -> Iterator[subprocess.Popen[str]]:
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     yield process
-    process.communicate(timeout=60)
+    process.kill()
+    process.communicate()
 
 
 @pytest.fixture
