@@ -84,7 +84,7 @@ def train(forward: Forward, lanes: list[Lane], section: TrainConfig) -> Iterator
             watch.note(step, loss, norm)
         is_logged = step % section.log_every == 0 or step == section.steps
         is_evaluated = step % section.eval_every == 0 or step == section.steps
-        if is_logged or is_evaluated or forward.device.type == "cpu":
+        if is_logged or is_evaluated or _answers_at_once(forward.device):
             for watch in watches:
                 watch.check()
         for lane in lanes:
@@ -151,6 +151,11 @@ def _trained(lane: Lane, step: int, loss: Tensor, norm: Tensor, rate: float) -> 
 def all_finite(parameters: list[nn.Parameter]) -> bool:
     """Whether no value is a NaN or infinite. One copy from the device."""
     return bool(torch.stack([parameter.detach().isfinite().all() for parameter in parameters]).all().item())
+
+
+def _answers_at_once(device: torch.device) -> bool:
+    """Whether to read a value costs nothing: elsewhere the host would wait for the device at each step."""
+    return device.type == "cpu"
 
 
 class _Watch:
