@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import gc
 import logging
 import os
@@ -151,6 +152,9 @@ def _finish(
 def _explain(error: Exception, job: Job) -> str:
     """The message for a person. What we raise ourselves is one already; the rest is named, its traceback filed."""
     message = redacted(str(error))
+    if _says_full(error):
+        reason = message.splitlines()[0]
+        return f"The disk is full ({reason}): make room; what was finished before is in {job.folder}"
     if isinstance(error, ValueError) and message:
         return message
     if isinstance(error, OSError) and error.strerror:
@@ -161,6 +165,12 @@ def _explain(error: Exception, job: Job) -> str:
     except OSError:
         return f"{type(error).__name__}: {message}"
     return f"{type(error).__name__}: {message}\nThe traceback is in {job.folder / 'traceback.txt'}"
+
+
+def _says_full(error: Exception) -> bool:
+    """Every library has its own error for it; the system's words are in all of them."""
+    is_full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    return is_full or any(words in str(error) for words in (os.strerror(errno.ENOSPC), "disk is full"))
 
 
 def _suggest_keys(arguments: list[str]) -> None:

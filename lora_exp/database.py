@@ -13,13 +13,14 @@ import shutil
 import sqlite3
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from filelock import FileLock
 
 log = logging.getLogger(__name__)
 _PREFIX = "sqlite:///"
+_ROOM_BYTES = 1 << 17  # an update of a run, with SQLite's journal
 _SIGNS = "?%"
 _FIRST_TABLES = {"experiments", "alembic_version"}
 _AT_WORK_S = 10.0  # a half-built file that was changed since may be another program's at this moment
@@ -60,6 +61,19 @@ def ensure(file: Path, build: Callable[[str], object]) -> None:
                 (temporary / "whole.db").replace(file)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def room_to_close(file: Path | None) -> Iterator[Callable[[], None]]:
+    """Hold back a little room beside ``file`` and yield what gives it free: a full disk must not keep a run from being
+    marked as failed. The room has no name, so that it goes with the process, however that ends."""
+    if file is None:
+        yield lambda: None
+        return
+    with tempfile.TemporaryFile(dir=file.parent) as held:
+        held.write(b"\0" * _ROOM_BYTES)
+        held.flush()
+        yield held.close
 
 
 def _is_whole(file: Path) -> bool:

@@ -149,12 +149,14 @@ def open_run(section: TrackingConfig, name: str, sweep_folder: Path | None = Non
         return
     with signals.at_once():
         import mlflow.tracking  # noqa: F401  # seconds
-    with signals.while_closing():  # but for its block: a run that has begun must be known, to be ended
+    with contextlib.ExitStack() as stack:  # but for the block: a run that has begun must be known, to be ended
+        stack.enter_context(signals.while_closing())
         with _said_clearly(section):
             client = _client(section)
             tags = _parent_tags(client, section, sweep_folder) if sweep_folder else {}
             experiment = _experiment_id(client, section)
             created = client.create_run(experiment, tags=tags, run_name=section.run_name or name)
+            make_room = stack.enter_context(database.room_to_close(database.file_of(tracking_uri(section))))
         run = MlflowRun(client, created.info.run_id, section)
         try:
             with signals.between_steps():
@@ -163,6 +165,7 @@ def open_run(section: TrackingConfig, name: str, sweep_folder: Path | None = Non
         except BaseException as error:
             stop = signals.stop_behind(error)
             status = "KILLED" if stop is not None or not isinstance(error, Exception) else "FAILED"
+            make_room()
             _close(run, status, str(stop or error) or type(error).__name__)
             raise
         run.end("FINISHED")
@@ -205,7 +208,7 @@ def _client(section: TrackingConfig) -> MlflowClient:
 
     _send_name_alone()
     for noisy in ("mlflow", "alembic"):  # after the import, which sets mlflow's own level
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)  # errors are raised too, and said once
     if (file := database.file_of(uri)) is not None:
         database.ensure(file, lambda address: MlflowClient(address).search_experiments(max_results=1))
     return MlflowClient(uri)
@@ -327,8 +330,8 @@ def _said_clearly(section: TrackingConfig) -> Iterator[None]:
     except TrackingError:
         raise
     except Exception as error:
-        where = redacted(tracking_uri(section))
+        where, reason = redacted(tracking_uri(section)), str(error).partition("\n[SQL")[0]
         raise TrackingError(
-            f"MLflow at {where} failed ({redacted(str(error))[:500]}). What was trained is in the job's folder; "
+            f"MLflow at {where} failed ({redacted(reason)[:500]}). What was trained is in the job's folder; "
             "mend the server, or run without it by tracking=none"
         ) from error

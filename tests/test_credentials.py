@@ -69,7 +69,7 @@ def test_what_is_no_login_passes_unchanged(text: str) -> None:
 
 
 def test_a_key_that_names_a_secret_is_refused_but_not_its_interpolation() -> None:
-    with pytest.raises(CredentialError, match="env_set.MLFLOW_TRACKING_PASSWORD holds"):
+    with pytest.raises(CredentialError, match=r"env_set\.MLFLOW_TRACKING_PASSWORD holds"):
         refuse_in_arguments(["+hydra.job.env_set.MLFLOW_TRACKING_PASSWORD=S3cretPw"])
     refuse_in_arguments(["+hydra.job.env_set.MLFLOW_TRACKING_PASSWORD=${oc.env:PW}", "data.tokens=5"])
 

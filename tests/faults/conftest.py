@@ -60,8 +60,8 @@ def forked(forking: subprocess.Popen[str], workplace: Path, empty_database: Path
     made = 0
 
     def call(
-        *arguments: str, folder: Path | None = None, has_database: bool = True, environment: dict[str, str] | None = None,
-        **aim: Any,
+        *arguments: str, folder: Path | None = None, terminal: Path | None = None, has_database: bool = True,
+        environment: dict[str, str] | None = None, **aim: Any,
     ) -> Ended:  # fmt: skip
         nonlocal made
         made += 1
@@ -69,21 +69,28 @@ def forked(forking: subprocess.Popen[str], workplace: Path, empty_database: Path
         (place / "outputs").mkdir(parents=True, exist_ok=True)
         if has_database and not (place / "outputs/mlflow.db").exists():
             shutil.copy(empty_database, place / "outputs/mlflow.db")
-        order = {"arguments": arguments, "folder": str(place), "environment": environment or {}, **aim}
+        shown = terminal or place
+        order = {
+            "arguments": arguments,
+            "folder": str(place),
+            "terminal": str(shown),
+            "environment": environment or {},
+            **aim,
+        }
         order["environment"].setdefault("LORA_EXP_CACHE", str(workplace / "cache"))
-        return _sent(forking, order, place)
+        return _sent(forking, order, place, shown)
 
     return call
 
 
-def _sent(forking: subprocess.Popen[str], order: dict[str, Any], place: Path) -> Ended:
+def _sent(forking: subprocess.Popen[str], order: dict[str, Any], place: Path, shown: Path) -> Ended:
     assert forking.stdin is not None
     assert forking.stdout is not None
     forking.stdin.write(json.dumps(order) + "\n")
     forking.stdin.flush()
     forking.stdout.readline()
     code = json.loads(forking.stdout.readline())["code"]
-    return Ended(code, (place / "out").read_text(), (place / "err").read_text(), place)
+    return Ended(code, (shown / "out").read_text(), (shown / "err").read_text(), place)
 
 
 @pytest.fixture

@@ -70,8 +70,13 @@ class FakeServer:
         if call == "runs/create":
             run_id = f"{len(self.runs):032x}"
             place = (self.folder / run_id / "artifacts").as_uri()
-            info = {"run_id": run_id, "experiment_id": given["experiment_id"], "status": "RUNNING",
-                    "lifecycle_stage": "active", "artifact_uri": place, "run_name": given.get("run_name", "")}  # fmt: skip
+            info = {
+                "run_id": run_id,
+                "experiment_id": given["experiment_id"],
+                "status": "RUNNING",
+                "lifecycle_stage": "active",
+                "artifact_uri": place,
+            }
             self.runs[run_id] = {"info": info, "data": {"tags": given.get("tags", [])}}
             return 200, {"run": self.runs[run_id]}
         if call == "runs/get":

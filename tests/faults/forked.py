@@ -1,7 +1,8 @@
 """A process that has everything imported and forks one child a command line, with one aimed fault inside it.
 
-Reads JSON lines: ``arguments``, ``folder`` (where it stands and where ``out`` and ``err`` go), ``environment``, and the
-aim: at the call number ``at`` of ``target`` (``module:name``) ``do`` happens. Answers ``pid``, then ``code``.
+Reads JSON lines: ``arguments``, ``folder`` (where it stands), ``terminal`` (where ``out`` and ``err`` go),
+``environment``, and the aim: at the call number ``at`` of ``target`` (``module:name``) ``do`` happens. Answers
+``pid``, then ``code``.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def _child(order: dict[str, Any]) -> int:
     os.chdir(folder)
     os.environ.update(order.get("environment", {}))
     for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
+        os.dup2(os.open(Path(order.get("terminal", ".")) / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
