@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 from importlib import metadata
 
+from lora_exp.credentials import redacted as redacted
+
 LIBRARIES = ("lora_exp", "torch", "transformers", "datasets", "peft", "hydra-core", "mlflow")
 
 

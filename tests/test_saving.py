@@ -7,9 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from lora_exp import saving
+from lora_exp.backends import Adapted
+from lora_exp.run import _save
 from lora_exp.saving import recover, replace_folder
+from lora_exp.training.loop import DivergedError
 
 
 class Killed(BaseException):
@@ -101,3 +105,15 @@ def test_linux_exchanges_in_one_step(tmp_path: Path) -> None:
     assert saving._exchanged(one, other)
     assert (version_of(one), version_of(other)) == ("2", "1")
     assert not saving._exchanged(one, tmp_path / "absent")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_adapter_that_holds_no_number_is_never_saved_over_a_good_one(value: float, tmp_path: Path) -> None:
+    parameters = [torch.nn.Parameter(torch.ones(2, 2)) for _ in range(3)]
+    adapted = Adapted(torch.nn.Module(), parameters, 12, 12, lambda new: write(str(parameters[1].sum().item()), new))
+    folder = tmp_path / "adapter"
+    _save(adapted, folder)
+    parameters[1].data[1, 0] = value
+    with pytest.raises(DivergedError, match=r"lower optimizer\.lr"):
+        _save(adapted, folder)
+    assert version_of(folder) == "4.0"

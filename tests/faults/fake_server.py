@@ -12,10 +12,11 @@ from urllib.parse import parse_qs, urlsplit
 
 
 class FakeServer:
-    """``login`` as ``user:password``. ``fails_after`` requests the server is gone. Artifacts land in ``folder``."""
+    """``login`` as ``user:password``. At the call ``fails_at``, after ``spared`` of them, it goes away for good.
+    Artifacts land in ``folder``."""
 
-    def __init__(self, folder: Path, login: str | None = None, fails_at: str | None = None) -> None:
-        self.folder, self.login, self.fails_at = folder, login, fails_at
+    def __init__(self, folder: Path, login: str | None = None, fails_at: str | None = None, spared: int = 0) -> None:
+        self.folder, self.login, self.fails_at, self.spared = folder, login, fails_at, spared
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.experiments: dict[str, dict[str, Any]] = {}
         self.runs: dict[str, dict[str, Any]] = {}
@@ -45,7 +46,8 @@ class FakeServer:
         self._http.server_close()
 
     def answer(self, handler: BaseHTTPRequestHandler, path: str, given: dict[str, Any]) -> None:
-        if self.fails_at and self.fails_at in path:
+        self.spared -= bool(self.fails_at) and self.fails_at in path
+        if self.spared < 0:
             threading.Thread(target=self.close, daemon=True).start()
             handler.connection.close()
             return

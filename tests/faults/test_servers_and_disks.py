@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,26 @@ def test_a_server_that_goes_away_takes_no_result_with_it(
         assert outcome.result is not None
         assert outcome.result.eval_loss < outcome.result.eval_loss_before
         assert (done.folder / "outputs/job/adapter/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_a_server_that_goes_away_in_the_middle_is_not_waited_for_once_a_metric(
+    forked: Forked, fake_server: Callable[..., Any], tiny_overrides: list[str]
+) -> None:
+    """Sixty batches wait for it, each of which would be tried again for seconds."""
+    server = fake_server(fails_at="runs/log-batch", spared=12)
+    began = time.monotonic()
+    done = forked(*tiny_overrides, "train.steps=60", "train.eval_every=20", IN_JOB, environment={
+        "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{server.port}", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+        "MLFLOW_ASYNC_LOGGING_BUFFERING_SECONDS": "0",
+    })  # fmt: skip
+    assert time.monotonic() - began < 90
+    assert done.code == 1
+    outcome = read_outcome(done.folder / "outputs/job")
+    assert outcome is not None
+    assert outcome.result is not None
+    assert len((done.folder / "outputs/job/metrics.jsonl").read_text().splitlines()) == 64
+    assert (done.folder / "outputs/job/adapter/adapter_model.safetensors").is_file()
 
 
 @pytest.fixture
