@@ -42,7 +42,8 @@ def run(config: Config, job: Job) -> Result:
     """
     started = time.monotonic()
     is_quantised = config.quantization.name != "none"
-    precision = take_precision(config.machine, resolve_device(config.device))
+    with signals.at_once():
+        precision = take_precision(config.machine, resolve_device(config.device))
     place = resolve_place(config.device, config.model.dtype, not uses_factors(config), is_quantised)
     prepare_backends(place)
     reset_peak(place.device)

@@ -25,7 +25,8 @@ PLAN_FILE = "plan.json"
 def run_plan(config: Config, job: Job) -> PlanResult:
     """Plan, show, write, track. Raises ValueError for an architecture that cannot be had or a target without match."""
     if config.device == "cpu":
-        take_precision(config.machine, torch.device("cpu"))
+        with signals.at_once():
+            take_precision(config.machine, torch.device("cpu"))
     with tracking.open_run(config.tracking, run_name(config, job), job.sweep_folder) as tracked:
         with signals.at_once():
             planner = Planner(config)
