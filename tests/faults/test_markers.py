@@ -77,7 +77,8 @@ def test_from_the_environment_it_works_and_is_nowhere_to_be_seen(
 ) -> None:  # fmt: skip
     server = fake_server(login=login if is_right else "another:login")
     environment = {name: value.replace("PORT", str(server.port)) for name, value in environment.items()}
-    done = forked(*tiny_overrides, environment={**environment, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"})
+    full = {} if is_right else {"HYDRA_FULL_ERROR": "1"}  # whole tracebacks
+    done = forked(*tiny_overrides, environment={**environment, **full, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"})
     assert found_in(done) == []
     assert MARK not in str(server.requests)
     if is_right:
