@@ -75,7 +75,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("left_kib", [0, 200])
+@pytest.mark.parametrize("left_kib", [pytest.param(0, marks=pytest.mark.slow), 200])
 def test_a_full_disk_keeps_the_earlier_adapter_and_says_so(
     left_kib: int, small_disk: Path, forked: Forked, tiny_overrides: list[str], workplace: Path
 ) -> None:

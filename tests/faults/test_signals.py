@@ -24,8 +24,18 @@ AIMS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("aim", AIMS)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+SLOW = [
+    pytest.param(aim, number, marks=pytest.mark.slow)
+    for aim in AIMS
+    for number in (signal.SIGTERM, signal.SIGHUP)
+    if aim != "evaluation"
+]
+
+
+@pytest.mark.parametrize(
+    ("aim", "number"),
+    [*((aim, signal.SIGINT) for aim in AIMS), ("evaluation", signal.SIGTERM), ("evaluation", signal.SIGHUP), *SLOW],
+)
 def test_no_signal_is_swallowed(aim: str, number: int, forked: Forked, tiny_overrides: list[str]) -> None:
     done = forked(*tiny_overrides, "hydra.run.dir=outputs/job", signal=int(number), **AIMS[aim])
     assert done.code == 128 + number, done.err
@@ -36,7 +46,7 @@ def test_no_signal_is_swallowed(aim: str, number: int, forked: Forked, tiny_over
     assert (outcome.status, outcome.error) == ("KILLED", signal.Signals(number).name)
 
 
-@pytest.mark.parametrize("again_s", [0.5, 1.0])
+@pytest.mark.parametrize("again_s", [0.5, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_a_second_signal_ends_at_once_and_still_closes_the_runs(
     again_s: float, forked: Forked, tiny_overrides: list[str]
 ) -> None:
