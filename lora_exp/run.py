@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from lora_exp import models, signals, tracking
 from lora_exp.backends import Adapted, Origin, adapt
