@@ -52,9 +52,7 @@ _state = _State()
 
 def install() -> None:
     """Note signals from now on. One that is ignored (``nohup``, the background of a shell) stays ignored."""
-    global _state
     uninstall()
-    _state = _State()
     if threading.current_thread() is not threading.main_thread():
         return
     for name in _NAMES:
@@ -65,11 +63,13 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """What ``install`` found is in force again."""
+    """What ``install`` found is in force again, and what came since is forgotten."""
+    global _state
     while _state.previous:
         signal.signal(*_state.previous.popitem())
     if sys.unraisablehook is _quiet_about_signals:
         sys.unraisablehook = _state.hook
+    _state = _State()
 
 
 @contextlib.contextmanager

@@ -105,14 +105,15 @@ def test_an_address_names_its_file_and_no_other(
     name: str, workplace: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The old tests stood in folders with plain names alone, where a path and its address are the same text."""
-    folder = workplace / name
-    folder.mkdir()
+    place = workplace / "place"
+    folder = place / name
+    folder.mkdir(parents=True)
     monkeypatch.chdir(folder)
     database.ensure(folder / "x.db", lambda address: shutil.copy(empty_database, database.file_of(address)))
     engine = sqlalchemy.create_engine(database.address(folder / "x.db"))
     assert "spans" in sqlalchemy.inspect(engine).get_table_names()
     engine.dispose()
-    assert {path.name for path in workplace.rglob("*")} <= {name, "x.db", "x.db.lock"}
+    assert {path.name for path in place.rglob("*")} <= {name, "x.db", "x.db.lock"}
     monkeypatch.chdir(workplace)
     with pytest.raises(ValueError, match="rename that folder"):
         database.address(folder / "x.db")

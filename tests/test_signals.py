@@ -112,3 +112,11 @@ def test_what_a_library_made_of_it_is_known() -> None:
     assert found is not None
     assert found.code == 143
     assert signals.stop_behind(ValueError("another")) is None
+
+
+def test_a_signal_to_one_job_of_a_worker_is_not_the_next_ones() -> None:
+    with signals.noted(), signals.between_steps():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received() == signal.SIGTERM
+    with signals.noted(), signals.at_once():
+        assert signals.received() is None

@@ -20,7 +20,7 @@ AIMS = {
     "step": {"target": "lora_exp.training.loop:_accumulate", "at": 2, "do": "signal"},
     "saving": {"target": "lora_exp.run:replace_folder", "do": "signal"},
     "loading": {"target": "lora_exp.models:load_base", "do": "signal"},
-    "between the files of an adapter": {"target": "lora_exp.adapters.peft_format:_write_text", "do": "signal"},
+    "between the files of an adapter": {"target": "lora_exp.adapters.peft_format:write_text", "do": "signal"},
 }  # fmt: skip
 
 
