@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import gc
 import logging
 import os
-import signal
 import sys
 import traceback
 from dataclasses import fields
@@ -20,11 +20,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lora_exp import claims, signals
 from lora_exp.checks import check
 from lora_exp.config import Config, conf_folder, flat_values, register, to_config
-from lora_exp.job import Job, Outcome, PlanResult, Result, write_outcome
+from lora_exp.credentials import CredentialError, adopt_login, redacted, refuse_in_arguments
+from lora_exp.job import RESULT_FILE, SWEEP_FILE, Job, Outcome, PlanResult, Result, write_outcome
 from lora_exp.machine.waiting import wait_briefly
-from lora_exp.provenance import redacted
 from lora_exp.sweep.callback import begun
 
 log = logging.getLogger("lora_exp")
@@ -39,43 +40,66 @@ class JobError(CompactHydraException):
 @hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")
 def hydra_main(composed: DictConfig) -> float:
     """One Hydra job. Returns what a sweeper can minimise: validation loss, or a plan's GiB."""
-    job = _job(composed)
+    with signals.noted(), signals.between_steps():
+        signals.obey()
+        job = _job(composed)
+        try:
+            with claims.claimed(job.folder, "hydra.sweep.dir" if job.sweep_folder else "hydra.run.dir"):
+                return _finished(job, composed)
+        except claims.FolderInUseError as error:  # no word of it into a folder that is another's
+            raise JobError(str(error)) from error
+
+
+def main() -> None:
+    """``python -m lora_exp`` and the console script ``lora-exp``."""
+    signals.install()
+    try:
+        refuse_in_arguments(sys.argv[1:])
+    except CredentialError as error:
+        sys.exit(str(error))
+    adopt_login()
+    try:
+        with signals.at_once():
+            hydra_main()
+    except signals.Stopped:
+        sys.stderr.write("Interrupted: what was finished is kept.\n")
+        raise
+    except SystemExit as end:
+        if end.code not in (0, None):
+            _suggest_keys(sys.argv[1:])
+        raise
+    finally:
+        try:
+            with signals.while_closing():
+                _report_sweeps(signals.received() is not None)
+        finally:
+            claims.release_all()
+            signals.over()
+
+
+def _finished(job: Job, composed: DictConfig) -> float:
+    """The job's objective, once its end is written down, whatever that is."""
     values: dict[str, Any] = {}
+    (job.folder / RESULT_FILE).unlink(missing_ok=True)  # an earlier job's, which this one replaces
     try:
         config = to_config(composed)
         values = flat_values(config)
         check(config)
         result = _run(config, job)
-    except Exception as error:
-        message = _explain(error, job)
-        _finish(job, values, "FAILED", error=message)
-        if job.sweep_folder is not None:
-            log.error(message)
-        raise JobError(message) from error
-    except BaseException as error:  # SIGINT, SIGTERM
-        _finish(job, values, "KILLED", error=type(error).__name__)
-        raise
-    _finish(job, values, "FINISHED", result=result)
+    except BaseException as error:
+        with signals.while_closing():
+            stop = signals.stop_behind(error)
+            if stop is not None or not isinstance(error, Exception):
+                _finish(job, values, "KILLED", error=str(stop or type(error).__name__))
+                raise stop or error from None
+            message = _explain(error, job)
+            _finish(job, values, "FAILED", getattr(error, "result", None), error=message)
+            if job.sweep_folder is not None:
+                log.error(message)
+            raise JobError(message) from error
+    with signals.while_closing():
+        _finish(job, values, "FINISHED", result=result)
     return result.objective
-
-
-def main() -> None:
-    """``python -m lora_exp`` and the console script ``lora-exp``."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    interrupted = False
-    try:
-        hydra_main()
-    except SystemExit as end:
-        interrupted = end.code == 128 + signal.SIGTERM
-        if end.code not in (0, None) and not interrupted:
-            _suggest_keys(sys.argv[1:])
-        raise
-    except KeyboardInterrupt:
-        interrupted = True
-        sys.stderr.write("Interrupted: what was finished is kept.\n")
-        sys.exit(128 + signal.SIGINT)
-    finally:
-        _report_sweeps(interrupted)
 
 
 def _run(config: Config, job: Job) -> Result | PlanResult:
@@ -84,10 +108,12 @@ def _run(config: Config, job: Job) -> Result | PlanResult:
     gc.disable()
     try:
         if config.task == "plan":
-            from lora_exp.plan.run import run_plan
+            with signals.at_once():
+                from lora_exp.plan.run import run_plan
 
             return run_plan(config, job)
-        from lora_exp.run import run
+        with signals.at_once():
+            from lora_exp.run import run
 
         return run(config, job)
     finally:
@@ -126,6 +152,9 @@ def _finish(
 def _explain(error: Exception, job: Job) -> str:
     """The message for a person. What we raise ourselves is one already; the rest is named, its traceback filed."""
     message = redacted(str(error))
+    if _says_full(error):
+        reason = message.splitlines()[0]
+        return f"The disk is full ({reason}): make room; what was finished before is in {job.folder}"
     if isinstance(error, ValueError) and message:
         return message
     if isinstance(error, OSError) and error.strerror:
@@ -136,6 +165,12 @@ def _explain(error: Exception, job: Job) -> str:
     except OSError:
         return f"{type(error).__name__}: {message}"
     return f"{type(error).__name__}: {message}\nThe traceback is in {job.folder / 'traceback.txt'}"
+
+
+def _says_full(error: Exception) -> bool:
+    """Every library has its own error for it; the system's words are in all of them."""
+    is_full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    return is_full or any(words in str(error) for words in (os.strerror(errno.ENOSPC), "disk is full"))
 
 
 def _suggest_keys(arguments: list[str]) -> None:
@@ -154,7 +189,7 @@ def _report_sweeps(interrupted: bool) -> None:
     failed = False
     while begun:
         folder = begun.pop()
-        if not any(folder.glob("**/result.json")):
+        if not any(folder.glob("**/result.json")) and not (folder / SWEEP_FILE).exists():
             continue
         try:
             from lora_exp.sweep.report import report_sweep

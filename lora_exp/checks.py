@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from dataclasses import asdict
 from typing import Any
-from urllib.parse import urlsplit
 
 from lora_exp.config import (
     BLOCK_SIZES,
@@ -16,6 +16,7 @@ from lora_exp.config import (
     resolve_alpha,
     uses_factors,
 )
+from lora_exp.credentials import login_problems
 from lora_exp.inputs import architecture_facts, path_problems
 from lora_exp.positions import length_problem
 
@@ -89,11 +90,7 @@ def _place_problems(config: Config) -> list[str]:
     problems += _quantization_problems(config)
     if not (config.data.path or config.data.packaged):
         problems.append(f"data={config.data.label} names no files: add data.path=FILE_OR_FOLDER")
-    if config.tracking.uri and urlsplit(config.tracking.uri).password:
-        problems.append(
-            "tracking.uri holds a password, which would be written to disk: put the address in MLFLOW_TRACKING_URI, "
-            "or the login in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-        )
+    problems += login_problems(asdict(config))
     return problems
 
 

@@ -11,8 +11,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lora_exp.credentials import redacted
+
 RESULT_FILE = "result.json"
 METRICS_FILE = "metrics.jsonl"
+SWEEP_FILE = "sweep.json"  # of a sweep's folder: its parent run
 
 
 @dataclass(frozen=True)
@@ -96,10 +99,20 @@ class Outcome:
 
 
 def write_outcome(folder: Path, outcome: Outcome) -> None:
-    """Write ``result.json`` whole or not at all."""
-    temporary = folder / f".{RESULT_FILE}.tmp"
-    temporary.write_text(json.dumps(asdict(outcome), indent=2) + "\n")
-    temporary.replace(folder / RESULT_FILE)
+    """Write ``result.json``, in which no login may stand."""
+    text = json.dumps(asdict(outcome), indent=2)
+    write_whole(folder / RESULT_FILE, redacted(text) + "\n")
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write ``file`` whole or not at all."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        temporary.write_text(text)
+        temporary.replace(file)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def read_outcome(folder: Path) -> Outcome | None:

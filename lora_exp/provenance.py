@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 from importlib import metadata
+
+from lora_exp.credentials import redacted as redacted
 
 LIBRARIES = ("lora_exp", "torch", "transformers", "datasets", "peft", "hydra-core", "mlflow")
 
@@ -17,11 +18,6 @@ def provenance_tags() -> dict[str, str]:
         tags["git.revision"] = revision
         tags["git.dirty"] = str(bool(_git("status", "--porcelain", "--untracked-files=no"))).lower()
     return tags
-
-
-def redacted(text: str) -> str:
-    """``text`` without the password of any URL in it."""
-    return re.sub(r"(://[^/\s:@]*:)[^/\s@]+@", r"\1***@", text)
 
 
 def _version(name: str) -> str | None:

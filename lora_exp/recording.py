@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lora_exp.config import Config, flat_values, uses_factors
+from lora_exp.credentials import redacted
 from lora_exp.job import Job
-from lora_exp.provenance import provenance_tags, redacted
+from lora_exp.provenance import provenance_tags
 from lora_exp.tracking import Run
 
 

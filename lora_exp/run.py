@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import json
 import logging
-import shutil
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
-from lora_exp import models, tracking
+from lora_exp import models, signals, tracking
 from lora_exp.backends import Adapted, Origin, adapt
 from lora_exp.cache import file_sha256
 from lora_exp.config import Config, uses_factors
@@ -23,8 +23,9 @@ from lora_exp.place import Place, prepare_backends, resolve_device, resolve_plac
 from lora_exp.plan.precheck import check_fits, memory_errors_explained
 from lora_exp.progress import TrainingProgress
 from lora_exp.recording import log_setup, run_name
+from lora_exp.saving import recover, replace_folder
 from lora_exp.training.batches import check_evaluation, check_rows, evaluation_batches, training_batches
-from lora_exp.training.loop import Forward, Lane, Record, train
+from lora_exp.training.loop import DivergedError, Forward, Lane, Record, all_finite, train
 from lora_exp.training.memory import peak_gib, reset_peak
 from lora_exp.training.objectives import OBJECTIVES
 from lora_exp.training.optimizers import build_optimizer, build_schedule
@@ -41,38 +42,51 @@ def run(config: Config, job: Job) -> Result:
     """
     started = time.monotonic()
     is_quantised = config.quantization.name != "none"
-    precision = take_precision(config.machine, resolve_device(config.device))
+    with signals.at_once():
+        precision = take_precision(config.machine, resolve_device(config.device))
     place = resolve_place(config.device, config.model.dtype, not uses_factors(config), is_quantised)
     prepare_backends(place)
     reset_peak(place.device)
     set_seed(config.seed)
-    models.prepare_source(config.model)
-    with tracking.open_run(config.tracking, run_name(config, job), job.sweep_folder) as tracked:
-        log_setup(tracked, config, job, {"dtype": str(place.dtype), "device": str(place.device)})
-        tracked.log_tags(precision.tags())
-        with memory_errors_explained(config, place):
-            check_fits(config, place)
-            adapted, data = _prepare(tracked, config, place)
-            lane = _lane(adapted, data, config, place)
-            rate = precision.rate(place.autocast or place.dtype)
-            share = Utilisation.of(adapted.model, rate, trains_base=not uses_factors(config))
-            records = _train(tracked, adapted, lane, config, job, place, share)
-        result = _summarise(tracked, adapted, records, job, place, time.monotonic() - started)
+    with signals.at_once():
+        models.prepare_source(config.model)
+    recover(job.folder / "adapter")
+    result: Result | None = None
+    try:
+        with tracking.open_run(config.tracking, run_name(config, job), job.sweep_folder) as tracked:
+            log_setup(tracked, config, job, {"dtype": str(place.dtype), "device": str(place.device)})
+            tracked.log_tags(precision.tags())
+            with memory_errors_explained(config, place):
+                with signals.at_once():
+                    check_fits(config, place)
+                adapted, data = _prepare(tracked, config, place)
+                lane = _lane(adapted, data, config, place)
+                rate = precision.rate(place.autocast or place.dtype)
+                share = Utilisation.of(adapted.model, rate, trains_base=not uses_factors(config))
+                records = _train(tracked, adapted, lane, config, job, place, share)
+            result = _summarise(tracked, adapted, records, job, place, time.monotonic() - started)
+            _log_files(tracked, job, records)
+            _log_result(tracked, result, records, job)
+    except tracking.TrackingError as error:
+        error.result = result  # what was trained is trained, though the server did not take it
+        raise
     _report(result)
     return result
 
 
 def _prepare(tracked: tracking.Run, config: Config, place: Place) -> tuple[Adapted, Data]:
-    source = models.find_source(config.model)
-    tokenizer = functools.cache(lambda: models.load_tokenizer(source, config.model))
-    data = load_data(config.data, tokenizer)
+    with signals.at_once():
+        source = models.find_source(config.model)
+        tokenizer = functools.cache(lambda: models.load_tokenizer(source, config.model))
+        data = load_data(config.data, tokenizer)
     train, validation = len(data.train), len(data.validation)  # type: ignore[arg-type]
     log.info(f"data   {config.data.label}: {train:,} training and {validation:,} validation {data.rows}")
     check_rows(data.train, config.train.micro_batch_size)
     check_evaluation(data.validation)
     _resume_collection()
-    base = models.load_base(source, config.model, place, data.shape, config.quantization)
-    digest = models.base_sha256(base, source)
+    with signals.at_once():
+        base = models.load_base(source, config.model, place, data.shape, config.quantization)
+        digest = models.base_sha256(base, source)
     tracked.log_tags({"base_sha256": digest})
     dtype = str(place.dtype).removeprefix("torch.")
     stored = dtype if config.quantization.name == "none" else f"{config.quantization.name} and {dtype}"
@@ -139,6 +153,7 @@ def _train(
         check_gradients=adapted.check_gradients,
         metrics=objective.metrics,
         unit=objective.unit,
+        between_batches=signals.obey,
     )
     records: list[Record] = []
     file = job.folder / METRICS_FILE
@@ -150,9 +165,12 @@ def _train(
                 progress.show(record)
                 records.append(record)
                 if "eval/loss" in record and record["step"]:
-                    _save(adapted.save, job.folder / "adapter")  # what is earned so far outlives a later failure
-    finally:
-        _log_files(tracked, job, records)
+                    _save(adapted, job.folder / "adapter")  # what is earned so far outlives a later failure
+                signals.obey()
+    except BaseException:
+        with contextlib.suppress(Exception):  # the first error is the one to report
+            _log_files(tracked, job, records)
+        raise
     return records
 
 
@@ -165,16 +183,12 @@ def _keep(record: Record, stream: TextIO, tracked: tracking.Run) -> None:
     tracked.log_metrics(metrics, step=int(record["step"]))
 
 
-def _save(write: Any, folder: Path) -> None:
-    """Replace ``folder`` by what ``write`` puts into a new one, so that a failure leaves the old one whole."""
-    new, old = folder.with_name(".adapter.new"), folder.with_name(".adapter.old")
-    for stale in (new, old):
-        shutil.rmtree(stale, ignore_errors=True)
-    write(new)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+def _save(adapted: Adapted, folder: Path) -> None:
+    """Replace the adapter in ``folder``, but never a good one by one that holds a NaN."""
+    if not all_finite(adapted.parameters):
+        raise DivergedError("A trained value is no longer finite: lower optimizer.lr; an adapter saved before is kept")
+    with signals.while_closing():
+        replace_folder(folder, adapted.save)
 
 
 def _log_files(tracked: tracking.Run, job: Job, records: list[Record]) -> None:
@@ -184,7 +198,9 @@ def _log_files(tracked: tracking.Run, job: Job, records: list[Record]) -> None:
 
     picture = job.folder / "loss_curve.png"
     loss_curve(_points(records, "train/loss"), _points(records, "eval/loss"), picture)
-    for path, folder in ((job.folder / METRICS_FILE, None), (picture, None), (job.folder / "adapter", "adapter")):
+    has_saved = any("eval/loss" in record and record["step"] for record in records)  # else it is an earlier run's
+    adapter = [(job.folder / "adapter", "adapter")] if has_saved else []
+    for path, folder in ((job.folder / METRICS_FILE, None), (picture, None), *adapter):
         if path.exists():
             tracked.log_artifact(path, folder)
 
@@ -193,14 +209,13 @@ def _summarise(
     tracked: tracking.Run, adapted: Adapted, records: list[Record], job: Job, place: Place, wall_s: float
 ) -> Result:
     evaluated = [record for record in records if "eval/loss" in record]
-    weights = sorted((job.folder / "adapter").glob("*.safetensors"))
-    result = Result(
+    return Result(
         eval_loss=float(evaluated[-1]["eval/loss"]),
         eval_loss_before=float(evaluated[0]["eval/loss"]),
         eval_perplexity=evaluated[-1].get("eval/perplexity"),
         trainable=adapted.trainable,
         total=adapted.total,
-        adapter_bytes=sum(file.stat().st_size for file in weights),
+        adapter_bytes=sum(file.stat().st_size for file in _weights(job)),
         peak_memory_gib=peak_gib(place.device),
         wall_s=wall_s,
         adapter=str(job.folder / "adapter"),
@@ -208,10 +223,16 @@ def _summarise(
         eval_accuracy=evaluated[-1].get("eval/accuracy"),
         base_weight_bytes=adapted.base_weight_bytes,
     )
+
+
+def _log_result(tracked: tracking.Run, result: Result, records: list[Record], job: Job) -> None:
     sizes = {name: getattr(result, name) for name in ("adapter_bytes", "peak_memory_gib", "wall_s")}
-    tracked.log_metrics(sizes, step=int(evaluated[-1]["step"]))
-    tracked.log_tags({"adapter_sha256": ",".join(file_sha256(file) for file in weights)})
-    return result
+    tracked.log_metrics(sizes, step=int(records[-1]["step"]))
+    tracked.log_tags({"adapter_sha256": ",".join(file_sha256(file) for file in _weights(job))})
+
+
+def _weights(job: Job) -> list[Path]:
+    return sorted((job.folder / "adapter").glob("*.safetensors"))
 
 
 def _report(result: Result) -> None:

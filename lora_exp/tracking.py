@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import logging
@@ -15,16 +16,17 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock
 
+from lora_exp import database, signals
 from lora_exp.config import TrackingConfig
+from lora_exp.credentials import NAME_ALONE, adopt_login, redacted
+from lora_exp.job import SWEEP_FILE, write_whole
 from lora_exp.network import refusal
-from lora_exp.provenance import redacted
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 log = logging.getLogger(__name__)
 
-SWEEP_FILE = "sweep.json"
 DEFAULT_FOLDER = Path("outputs")
 _DEFAULTS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -33,14 +35,23 @@ _DEFAULTS = {
     # One writer that collects a second's worth: SQLite has one writer anyway, and training never waits.
     "MLFLOW_ASYNC_LOGGING_THREADPOOL_SIZE": "1",
     "MLFLOW_ASYNC_LOGGING_BUFFERING_SECONDS": "1",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it prints the address with the login in it
 }
+
+# For a server that is gone: what is still queued for it fails soon, one by one.
+_WITHOUT_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "2"}
 
 # The UI then opens on training runs and not on its pages for language-model applications.
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 
 
 class TrackingError(ValueError):
-    """The tracking server cannot be reached, or would not take what it was given."""
+    """The tracking server cannot be reached, or would not take what it was given.
+
+    ``result``: what the job found before that, if it came so far.
+    """
+
+    result: Any = None
 
 
 class Run(Protocol):
@@ -79,16 +90,19 @@ class NoRun:
 
 @dataclass
 class MlflowRun:
-    """A run in MLflow. Metrics go out in the background; ``flush`` waits for them."""
+    """A run in MLflow. Metrics go out in the background; ``flush`` waits for them. All raise ``TrackingError``."""
 
     client: MlflowClient
     run_id: str
+    section: TrackingConfig
     _pending: list[Any] = field(default_factory=list)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
 
-        self.client.log_batch(self.run_id, params=[Param(key, str(value)[:500]) for key, value in params.items()])
+        listed = [Param(key, redacted(str(value))[:500]) for key, value in params.items()]
+        with _said_clearly(self.section):
+            self.client.log_batch(self.run_id, params=listed)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         from mlflow.entities import Metric
@@ -100,16 +114,27 @@ class MlflowRun:
     def log_tags(self, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
 
-        self.client.log_batch(self.run_id, tags=[RunTag(key, redacted(value)) for key, value in tags.items()])
+        listed = [RunTag(key, redacted(value)) for key, value in tags.items()]
+        with _said_clearly(self.section):
+            self.client.log_batch(self.run_id, tags=listed)
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
         send = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
-        send(self.run_id, str(path), folder)
+        with _said_clearly(self.section):
+            send(self.run_id, str(path), folder)
 
     def flush(self) -> None:
         pending, self._pending = self._pending, []
-        for operation in pending:
-            operation.wait()
+        is_gone = bool(pending) and refusal(tracking_uri(self.section)) is not None
+        with _said_clearly(self.section), _environment(_WITHOUT_PATIENCE if is_gone else {}):
+            for operation in pending:
+                operation.wait()
+
+    def end(self, status: str) -> None:
+        """Set the status, which needs nothing else to have been taken."""
+        is_gone = refusal(tracking_uri(self.section)) is not None
+        with _said_clearly(self.section), _environment(_WITHOUT_PATIENCE if is_gone else {}):
+            self.client.set_terminated(self.run_id, status)
 
 
 @contextlib.contextmanager
@@ -122,63 +147,90 @@ def open_run(section: TrackingConfig, name: str, sweep_folder: Path | None = Non
     if not section.enabled:
         yield NoRun()
         return
-    with _said_clearly(section):
-        client = _client(section)
-        tags = _parent_tags(client, section, sweep_folder) if sweep_folder else {}
-        experiment = _experiment_id(client, section)
-        created = client.create_run(experiment, tags=tags, run_name=section.run_name or name)
-    run = MlflowRun(client, created.info.run_id)
-    try:
-        yield run
+    with signals.at_once():
+        import mlflow.tracking  # noqa: F401  # seconds
+    with contextlib.ExitStack() as stack:  # but for the block: a run that has begun must be known, to be ended
+        stack.enter_context(signals.while_closing())
         with _said_clearly(section):
-            run.flush()
-    except BaseException as error:
-        status = "FAILED" if isinstance(error, Exception) else "KILLED"
-        with contextlib.suppress(Exception):  # the first error is the one to report, tracking or not
-            run.flush()
-        _terminate(run, status, str(error) or type(error).__name__)
-        raise
-    _terminate(run, "FINISHED")
+            client = _client(section)
+            tags = _parent_tags(client, section, sweep_folder) if sweep_folder else {}
+            experiment = _experiment_id(client, section)
+            created = client.create_run(experiment, tags=tags, run_name=section.run_name or name)
+            make_room = stack.enter_context(database.room_to_close(database.file_of(tracking_uri(section))))
+        run = MlflowRun(client, created.info.run_id, section)
+        try:
+            with signals.between_steps():
+                yield run
+                run.flush()
+        except BaseException as error:
+            stop = signals.stop_behind(error)
+            status = "KILLED" if stop is not None or not isinstance(error, Exception) else "FAILED"
+            make_room()
+            _close(run, status, str(stop or error) or type(error).__name__)
+            raise
+        run.end("FINISHED")
 
 
-def close_sweep(folder: Path, status: str, table: str, files: list[Path]) -> None:
-    """End the sweep's parent run, if a job ever opened it, with the comparison as its description."""
-    known = _read_sweep(folder)
-    if not known.get("parent_run_id"):
+def end_sweep(folder: Path, status: str) -> None:
+    """Set the status of the sweep's parent run, if a job ever opened one."""
+    if (run := _parent(folder)) is not None:
+        run.end(status)
+
+
+def describe_sweep(folder: Path, table: str, files: list[Path]) -> None:
+    """Give the sweep's parent run, if a job ever opened one, the comparison as its description."""
+    if (run := _parent(folder)) is None:
         return
-    section = TrackingConfig(uri=known["uri"], experiment=known["experiment"])
-    with _said_clearly(section):
-        run = MlflowRun(_client(section), known["parent_run_id"])
-        for file in files:
-            run.log_artifact(file)
-        run.log_tags({"mlflow.note.content": table})
-        run.client.set_terminated(run.run_id, status)
+    run.log_tags({"mlflow.note.content": table})
+    for file in files:
+        run.log_artifact(file)
 
 
 def tracking_uri(section: TrackingConfig) -> str:
     """``tracking.uri``, else $MLFLOW_TRACKING_URI, else SQLite in ./outputs."""
     if section.uri or os.environ.get("MLFLOW_TRACKING_URI"):
         return section.uri or os.environ["MLFLOW_TRACKING_URI"]
-    return f"sqlite:///{(DEFAULT_FOLDER / 'mlflow.db').resolve()}"
+    return database.address(DEFAULT_FOLDER / "mlflow.db")
 
 
 def _client(section: TrackingConfig) -> MlflowClient:
+    adopt_login()
     uri = tracking_uri(section)
+    if uri.startswith("http") and urlsplit(uri).query:
+        raise TrackingError(
+            "The tracking address has a query (?…), which MLflow cannot use: leave it out, and put a token into "
+            "MLFLOW_TRACKING_TOKEN"
+        )
     _check_reachable(uri)
     for key, value in _DEFAULTS.items():
         os.environ.setdefault(key, value)
     from mlflow.tracking import MlflowClient
 
+    _send_name_alone()
     for noisy in ("mlflow", "alembic"):  # after the import, which sets mlflow's own level
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    database = _database(uri)
-    if database is None:
-        return MlflowClient(uri)
-    database.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{database}.lock"):  # two processes that both create the schema break it
-        client = MlflowClient(uri)
-        client.search_experiments(max_results=1)
-    return client
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)  # errors are raised too, and said once
+    if (file := database.file_of(uri)) is not None:
+        database.ensure(file, lambda address: MlflowClient(address).search_experiments(max_results=1))
+    return MlflowClient(uri)
+
+
+def _send_name_alone() -> None:
+    """A login that is a token in the place of the user: MLflow has no variable for it, but takes headers."""
+    if not os.environ.get(NAME_ALONE):
+        return
+    from mlflow.tracking.request_header import registry
+    from mlflow.tracking.request_header.abstract_request_header_provider import RequestHeaderProvider
+
+    class NameAlone(RequestHeaderProvider):
+        def in_context(self) -> bool:
+            return bool(os.environ.get(NAME_ALONE))
+
+        def request_headers(self) -> dict[str, str]:
+            login = base64.b64encode(f"{os.environ[NAME_ALONE]}:".encode()).decode()
+            return {"Authorization": f"Basic {login}"}
+
+    if not any(type(known).__name__ == NameAlone.__name__ for known in registry._request_header_provider_registry):
+        registry._request_header_provider_registry.register(NameAlone)
 
 
 def _check_reachable(uri: str) -> None:
@@ -196,8 +248,8 @@ def _experiment_id(client: MlflowClient, section: TrackingConfig) -> str:
 
     found = client.get_experiment_by_name(section.experiment)
     if found is None:
-        database = _database(tracking_uri(section))
-        place = (database.parent / "mlartifacts").as_uri() if database else None
+        file = database.file_of(tracking_uri(section))
+        place = (file.parent / "mlartifacts").as_uri() if file else None
         try:
             return str(client.create_experiment(section.experiment, artifact_location=place, tags=_EXPERIMENT_TAGS))
         except MlflowException:  # another process was first
@@ -228,7 +280,7 @@ def _parent_tags(client: MlflowClient, section: TrackingConfig, folder: Path) ->
                 "uri": section.uri,
                 "experiment": section.experiment,
             }
-            (folder / SWEEP_FILE).write_text(json.dumps(known, indent=2) + "\n")
+            write_whole(folder / SWEEP_FILE, json.dumps(known, indent=2) + "\n")
     return {"mlflow.parentRunId": known["parent_run_id"], "sweep_id": known["sweep_id"]}
 
 
@@ -237,17 +289,38 @@ def _read_sweep(folder: Path) -> dict[str, Any]:
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
-def _terminate(run: MlflowRun, status: str, error: str | None = None) -> None:
+def _parent(folder: Path) -> MlflowRun | None:
+    known = _read_sweep(folder)
+    if not known.get("parent_run_id"):
+        return None
+    section = TrackingConfig(uri=known["uri"], experiment=known["experiment"])
+    with _said_clearly(section):
+        return MlflowRun(_client(section), known["parent_run_id"], section)
+
+
+def _close(run: MlflowRun, status: str, error: str) -> None:
+    """End a run that did not finish. Its status is what must be true: no tag and no lost metric comes before it."""
+    # A second signal ends the waiting; the first error is the one to report, tracking or not.
+    with contextlib.suppress(Exception, signals.Stopped), signals.between_steps():
+        run.flush()
     try:
-        if error:
-            run.log_tags({"error": error[:5000]})
-        run.client.set_terminated(run.run_id, status)
-    except Exception as problem:
-        log.warning("MLflow run %s could not be marked %s: %s", run.run_id, status, redacted(str(problem)))
+        run.end(status)
+        run.log_tags({"error": error[:5000]})
+    except TrackingError as problem:
+        log.warning("MLflow run %s could not be marked %s: %s", run.run_id, status, problem)
 
 
-def _database(uri: str) -> Path | None:
-    return Path(uri.removeprefix("sqlite:///")).resolve() if uri.startswith("sqlite:///") else None
+@contextlib.contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 @contextlib.contextmanager
@@ -257,8 +330,8 @@ def _said_clearly(section: TrackingConfig) -> Iterator[None]:
     except TrackingError:
         raise
     except Exception as error:
-        where = redacted(tracking_uri(section))
+        where, reason = redacted(tracking_uri(section)), str(error).partition("\n[SQL")[0]
         raise TrackingError(
-            f"MLflow at {where} failed ({redacted(str(error))[:500]}). What was trained is in the job's folder; "
+            f"MLflow at {where} failed ({redacted(reason)[:500]}). What was trained is in the job's folder; "
             "mend the server, or run without it by tracking=none"
         ) from error

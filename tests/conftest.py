@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,6 +130,7 @@ def cli(
     workplace: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Callable[..., Finished]:
     """Call ``lora-exp`` with arguments, in this process and in a folder that holds no run yet."""
+    from lora_exp import signals
     from lora_exp.__main__ import main
 
     (workplace / "outputs").mkdir()
@@ -141,6 +143,10 @@ def cli(
             main()
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
+            if isinstance(end.code, str):
+                sys.stderr.write(end.code)
+        finally:
+            signals.uninstall()
         out, err = capfd.readouterr()
         return Finished(code, out, err)
 

@@ -15,7 +15,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from lora_exp.config import TrackingConfig
-from lora_exp.tracking import NoRun, close_sweep, open_run, tracking_uri
+from lora_exp.tracking import NoRun, describe_sweep, end_sweep, open_run, tracking_uri
 
 SECTION = TrackingConfig()
 
@@ -72,7 +72,8 @@ def test_switched_off_it_takes_everything_and_does_nothing(workplace: Path) -> N
 
 
 def test_a_sweep_that_no_job_joined_needs_no_closing(workplace: Path) -> None:
-    close_sweep(workplace / "sweep", "FINISHED", "", [])
+    end_sweep(workplace / "sweep", "FINISHED")
+    describe_sweep(workplace / "sweep", "", [])
     assert not (workplace / "outputs").exists()
 
 

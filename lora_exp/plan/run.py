@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from lora_exp import tracking
+from lora_exp import signals, tracking
 from lora_exp.config import Config
 from lora_exp.job import Job, PlanResult
 from lora_exp.machine.precision import take_precision
@@ -25,11 +25,13 @@ PLAN_FILE = "plan.json"
 def run_plan(config: Config, job: Job) -> PlanResult:
     """Plan, show, write, track. Raises ValueError for an architecture that cannot be had or a target without match."""
     if config.device == "cpu":
-        take_precision(config.machine, torch.device("cpu"))
+        with signals.at_once():
+            take_precision(config.machine, torch.device("cpu"))
     with tracking.open_run(config.tracking, run_name(config, job), job.sweep_folder) as tracked:
-        planner = Planner(config)
-        plan = planner.plan()
-        found = fit(planner, plan, config)
+        with signals.at_once():
+            planner = Planner(config)
+            plan = planner.plan()
+            found = fit(planner, plan, config)
         result = _result(plan, found, tracked.run_id)
         log_setup(tracked, config, job, {"dtype": plan.dtype, "device": plan.device_type})
         tracked.log_metrics(_metrics(result), step=0)

@@ -10,20 +10,34 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from lora_exp.claims import FolderInUseError, claim
+from lora_exp.credentials import CredentialError, refuse_in_config
+
 # The sweep this process has begun and not yet reported: Hydra has no hook for one that ends in an error.
 begun: list[Path] = []
 
 
 class SweepCallback(Callback):
-    """Checks the output folder, and notes the sweep for ``lora_exp.__main__`` to close."""
+    """Looks before Hydra writes anything, and notes the sweep for ``lora_exp.__main__`` to close."""
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        _require_writable(Path(config.hydra.run.dir))
+        _prepare(config, Path(config.hydra.run.dir), "hydra.run.dir")
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
-        _require_writable(folder)
+        _prepare(config, folder, "hydra.sweep.dir")
         begun.append(folder.resolve())
+
+
+def _prepare(config: DictConfig, folder: Path, setting: str) -> None:
+    try:
+        refuse_in_config(config)
+        _require_writable(folder)
+        claim(folder, setting)
+    except (CredentialError, FolderInUseError) as error:
+        # SystemExit: Hydra turns any other exception of a callback into a warning and runs on.
+        sys.stderr.write(f"{error}\n")
+        sys.exit(1)
 
 
 def _require_writable(folder: Path) -> None:
@@ -32,7 +46,6 @@ def _require_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             return
     except OSError as error:
-        # SystemExit: Hydra turns any other exception of a callback into a warning and runs on.
         sys.stderr.write(
             f"Results cannot be written to {folder} ({error.strerror}): make it writable, stand in another folder, "
             "or set hydra.run.dir (hydra.sweep.dir for a sweep)\n"

@@ -52,9 +52,12 @@ class JobReport:
 def report_sweep(folder: Path, interrupted: bool) -> bool:
     """Print the table, write it and the pictures beside the jobs, and end the sweep's parent run.
 
-    Returns whether every job finished. Does nothing when no job got as far as an outcome.
+    Returns whether every job finished. There is no table when no job got as far as an outcome.
     """
     jobs = collect(folder)
+    finished = all(job.outcome.status == "FINISHED" for job in jobs)
+    status = "KILLED" if interrupted else "FINISHED" if finished and jobs else "FAILED"
+    tracking.end_sweep(folder, status)  # before what a full disk or a slow server can stop
     if not jobs:
         return not interrupted
     varying = differing(jobs)
@@ -66,10 +69,8 @@ def report_sweep(folder: Path, interrupted: bool) -> bool:
     markdown = _markdown(header, rows)
     (folder / "comparison.md").write_text(markdown)
     pictures = draw(folder, jobs, varying)
-    finished = all(job.outcome.status == "FINISHED" for job in jobs)
-    status = "KILLED" if interrupted else "FINISHED" if finished else "FAILED"
     files = [folder / "comparison.csv", folder / "comparison.md", *pictures]
-    tracking.close_sweep(folder, status, markdown, files)
+    tracking.describe_sweep(folder, markdown, files)
     return finished and not interrupted
 
 

@@ -42,7 +42,8 @@ class Forward:
     """How a batch becomes losses: the model, the objective, and the contexts around a pass.
 
     ``count`` tells a batch's predictions a row, (B,), before the pass. ``route`` gets rows by lane name;
-    ``check_gradients`` is called after the first backward pass. ``metrics`` are an evaluation's, by name.
+    ``check_gradients`` is called after the first backward pass, ``between_batches`` before every micro batch and every
+    evaluation batch: it may raise to end the training. ``metrics`` are an evaluation's, by name.
     """
 
     model: nn.Module
@@ -54,6 +55,7 @@ class Forward:
     check_gradients: Callable[[], object] = lambda: None
     metrics: Mapping[str, Metric] = field(default_factory=lambda: CAUSAL_LM_METRICS)
     unit: str = "tokens"
+    between_batches: Callable[[], object] = lambda: None
 
 
 class DivergedError(ValueError):
@@ -64,25 +66,35 @@ def train(forward: Forward, lanes: list[Lane], section: TrainConfig) -> Iterator
     """Train every lane for ``section.steps`` optimizer steps and yield its metrics as they become known.
 
     Yields ``eval/*`` records at step 0, each ``eval_every`` steps and at the end, ``train/*`` records each
-    ``log_every`` steps. Between logged steps nothing is copied from the device. Raises ``DivergedError``
-    at the first logged step whose loss is not finite.
+    ``log_every`` steps. Between these nothing is copied from the device. Raises ``DivergedError`` that names the first
+    step whose loss or gradient norm is not finite: on the CPU before that step changes a parameter, elsewhere before
+    the next record.
     """
     yield from (_evaluated(forward, lane, 0) for lane in lanes)
     forward.model.train()
-    clock = _Clock()
+    clock, watches = _Clock(), [_Watch(lane) for lane in lanes]
     for step in range(1, section.steps + 1):
         losses, tokens = _accumulate(forward, lanes, section.grad_accum_steps)
         if step == 1:
             forward.check_gradients()
         clock.count(tokens)
         rates = [float(lane.schedule.get_last_lr()[0]) for lane in lanes]
-        norms = [_update(lane, section.max_grad_norm) for lane in lanes]
-        if step % section.log_every == 0 or step == section.steps:
+        norms = [nn.utils.clip_grad_norm_(lane.parameters, section.max_grad_norm) for lane in lanes]
+        for watch, loss, norm in zip(watches, losses, norms, strict=True):
+            watch.note(step, loss, norm)
+        is_logged = step % section.log_every == 0 or step == section.steps
+        is_evaluated = step % section.eval_every == 0 or step == section.steps
+        if is_logged or is_evaluated or _answers_at_once(forward.device):
+            for watch in watches:
+                watch.check()
+        for lane in lanes:
+            _update(lane)
+        if is_logged:
             logged = zip(lanes, losses, norms, rates, strict=True)
             records = [_trained(lane, step, loss, norm, rate) for lane, loss, norm, rate in logged]
             speed = clock.lap() / len(lanes)
             yield from ({**record, f"train/{forward.unit}_per_s": speed} for record in records)
-        if step % section.eval_every == 0 or step == section.steps:
+        if is_evaluated:
             clock.pause()
             yield from (_evaluated(forward, lane, step) for lane in lanes)
             forward.model.train()
@@ -95,6 +107,7 @@ def evaluate(forward: Forward, lane: Lane) -> dict[str, float]:
     forward.model.eval()
     sums = Sums()
     for batch in lane.evaluation:
+        forward.between_batches()
         here = _to_device(batch, forward.device)
         with forward.compute(), forward.route({lane.name: _rows(batch)}):
             sums = sums.plus(forward.losses(forward.model, here))
@@ -107,6 +120,7 @@ def _accumulate(forward: Forward, lanes: list[Lane], micro_steps: int) -> tuple[
     counts = [sum(int(forward.count(micro[i]).sum()) for micro in drawn) for i in range(len(lanes))]
     losses = [torch.zeros((), device=forward.device) for _ in lanes]
     for micro in drawn:
+        forward.between_batches()
         rows = {lane.name: _rows(batch) for lane, batch in zip(lanes, micro, strict=True)}
         batch = _to_device(_concatenate(micro), forward.device)
         with forward.compute(), forward.route(rows):
@@ -123,24 +137,50 @@ def _accumulate(forward: Forward, lanes: list[Lane], micro_steps: int) -> tuple[
     return losses, sum(_tokens(batch) for micro in drawn for batch in micro)
 
 
-def _update(lane: Lane, max_norm: float) -> Tensor:
-    norm = torch.nn.utils.clip_grad_norm_(lane.parameters, max_norm)
+def _update(lane: Lane) -> None:
     lane.optimizer.step()
     lane.schedule.step()
     lane.optimizer.zero_grad(set_to_none=True)
-    return norm
 
 
 def _trained(lane: Lane, step: int, loss: Tensor, norm: Tensor, rate: float) -> Record:
-    values: Record = {"train/loss": loss.item(), "train/grad_norm": norm.item(), "train/lr": rate}
-    bad = next((name for name, value in values.items() if not math.isfinite(float(value))), None)
-    if bad:
-        raise DivergedError(
-            f"{bad} became {values[bad]} at optimizer step {step} (lane {lane.name}): "
-            f"lower optimizer.lr (it is {lane.optimizer.defaults['lr']:g}) or train.max_grad_norm, "
-            "or use model.dtype=float32"
-        )
+    values = {"train/loss": loss.item(), "train/grad_norm": norm.item(), "train/lr": rate}
     return {"lane": lane.name, "step": step, **values}
+
+
+def all_finite(parameters: list[nn.Parameter]) -> bool:
+    """Whether no value is a NaN or infinite. One copy from the device."""
+    return bool(torch.stack([parameter.detach().isfinite().all() for parameter in parameters]).all().item())
+
+
+def _answers_at_once(device: torch.device) -> bool:
+    """Whether to read a value costs nothing: elsewhere the host would wait for the device at each step."""
+    return device.type == "cpu"
+
+
+class _Watch:
+    """A lane's losses and gradient norms since the last ``check``, left on the device until then."""
+
+    def __init__(self, lane: Lane) -> None:
+        self._lane = lane
+        self._steps: list[int] = []
+        self._values: list[Tensor] = []
+
+    def note(self, step: int, loss: Tensor, norm: Tensor) -> None:
+        self._steps.append(step)
+        self._values += [loss.detach(), norm.detach()]
+
+    def check(self) -> None:
+        values = torch.stack([value.float() for value in self._values]).tolist()
+        for step, loss, norm in zip(self._steps, values[::2], values[1::2], strict=True):
+            bad = {name: value for name, value in (("loss", loss), ("grad_norm", norm)) if not math.isfinite(value)}
+            for name, value in bad.items():
+                raise DivergedError(
+                    f"train/{name} became {value} at optimizer step {step} (lane {self._lane.name}): "
+                    f"lower optimizer.lr (it is {self._lane.optimizer.defaults['lr']:g}) or train.max_grad_norm, "
+                    "or use model.dtype=float32"
+                )
+        self._steps, self._values = [], []
 
 
 def _evaluated(forward: Forward, lane: Lane, step: int) -> Record:

@@ -218,3 +218,76 @@ def test_a_loss_that_nothing_trained_reaches_is_an_error(tiny_llama: Path) -> No
     idle = torch.nn.Parameter(torch.zeros(1))
     with pytest.raises(ValueError, match="The loss depends on no trained parameter"):
         list(train(forward(model), [lane("default", [idle], micro_batches(0, 2), section())], section()))
+
+
+def poisoned(model: LoraModel, after: int, count: int) -> Iterator[Any]:
+    """Batches, and one value of the adapter is a NaN from the one of that number on."""
+    for number, batch in enumerate(micro_batches(0, count), start=1):
+        if number == after:
+            next(iter(model.adapter_parameters().values())).data[0, 0] = torch.nan
+        yield batch
+
+
+@pytest.mark.parametrize("answers_at_once", [True, False])
+@pytest.mark.parametrize(("bad_step", "log_every", "eval_every"), [(1, 50, 50), (4, 50, 6), (7, 3, 50), (12, 50, 50)])
+def test_the_step_that_diverged_is_named_before_anything_can_be_saved(
+    answers_at_once: bool, bad_step: int, log_every: int, eval_every: int, tiny_llama: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The old test logged each step, where a loss that is looked at when it is logged is looked at in time."""
+    monkeypatch.setattr("lora_exp.training.loop._answers_at_once", lambda device: answers_at_once)
+    model = LoraModel(base(tiny_llama), LoraConfig(rank=4, target_modules=TARGETS), verbose=False)
+    plan = section(steps=12, log_every=log_every, eval_every=eval_every, warmup_steps=0)
+    parameters = list(model.adapter_parameters().values())
+    here = lane("a", parameters, micro_batches(1, 2), plan)
+    here.batches = poisoned(model, bad_step, 12)
+    seen: list[Record] = []
+    with pytest.raises(DivergedError, match=rf"nan at optimizer step {bad_step} \(lane a\)"):
+        seen.extend(train(forward(model), [here], plan))
+    evaluated = [record["step"] for record in seen if "eval/loss" in record]
+    assert max(evaluated) < bad_step
+    steps = {int(here.optimizer.state[p]["step"]) for p in parameters if p in here.optimizer.state} or {0}
+    if answers_at_once:  # the step that diverged has changed no parameter
+        assert steps == {bad_step - 1}
+
+
+def test_between_records_nothing_is_read_from_a_device_that_does_not_answer_at_once(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_exp.training.loop._answers_at_once", lambda device: False)
+    checks: list[int] = []
+    monkeypatch.setattr("lora_exp.training.loop._Watch.check", lambda watch: checks.append(len(watch._steps)))
+    model = LoraModel(base(tiny_llama), LoraConfig(rank=2, target_modules=TARGETS), verbose=False)
+    plan = section(steps=9, log_every=4, eval_every=9, warmup_steps=0)
+    here = lane("a", list(model.adapter_parameters().values()), micro_batches(1, 9), plan)
+    list(train(forward(model), [here], plan))
+    assert checks == [4, 8, 9]  # (what this stand-in for `check` does not empty)
+
+
+def test_batches_are_where_a_training_may_be_ended(tiny_llama: Path) -> None:
+    """Called before every micro batch and every evaluation batch; what it raises ends the training there."""
+
+    class Ended(BaseException): ...
+
+    model = LoraModel(base(tiny_llama), LoraConfig(rank=2, target_modules=TARGETS), verbose=False)
+    plan = section(steps=4, eval_every=2, grad_accum_steps=2, warmup_steps=0)
+    calls = [0]
+
+    def count(most: int) -> None:
+        calls[0] += 1
+        if calls[0] > most:
+            raise Ended
+
+    def run(most: int) -> list[Record]:
+        calls[0] = 0
+        here = lane("a", list(model.adapter_parameters().values()), micro_batches(1, 9), plan)
+        seen: list[Record] = []
+        with contextlib.suppress(Ended):
+            seen.extend(train(forward(model, between_batches=lambda: count(most)), [here], plan))
+        return seen
+
+    run(1000)
+    assert calls[0] == 3 * 2 + 4 * 2  # evaluations of two batches, steps of two micro batches
+    assert len(run(1)) == 0  # inside the first evaluation
+    assert len(run(3)) == 1  # inside the first step
+    assert [record["step"] for record in run(7)] == [0, 1, 2]  # inside the second evaluation

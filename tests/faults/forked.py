@@ -1,0 +1,149 @@
+"""A process that has everything imported and forks one child a command line, with one aimed fault inside it.
+
+Reads JSON lines: ``arguments``, ``folder`` (where it stands), ``terminal`` (where ``out`` and ``err`` go),
+``environment``, and the aim: at the call number ``at`` of ``target`` (``module:name``) ``do`` happens. Answers
+``pid``, then ``code``.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    for module in (
+        "lora_exp.__main__", "lora_exp.run", "lora_exp.sweep.report", "lora_exp.models.causal_lm", "lora_exp.data.text",
+        "lora_exp.backends", "lora_exp.adapters", "lora_exp.plots", "mlflow.tracking", "mlflow.store.db.utils",
+        "mlflow.store.tracking.sqlalchemy_store", "transformers.models.llama.modeling_llama", "sqlalchemy",
+    ):  # fmt: skip
+        importlib.import_module(module)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        order = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            os._exit(_child(order))
+        print(json.dumps({"pid": pid}), flush=True)
+        print(json.dumps({"code": os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}), flush=True)
+
+
+def _child(order: dict[str, Any]) -> int:
+    folder = Path(order["folder"])
+    folder.mkdir(parents=True, exist_ok=True)
+    os.chdir(folder)
+    os.environ.update(order.get("environment", {}))
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(Path(order.get("terminal", ".")) / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    if "target" in order:
+        _aim(order)
+    sys.argv = ["lora-exp", *order["arguments"]]
+    return _run()
+
+
+def _run() -> int:
+    from lora_exp.__main__ import main as command
+
+    try:
+        command()
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            return end.code or 0
+        print(end.code, file=sys.stderr)
+        return 1
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return 0
+
+
+def _aim(order: dict[str, Any]) -> None:
+    module, _, name = order["target"].partition(":")
+    *owners, last = name.split(".")
+    owner: Any = importlib.import_module(module)
+    for part in owners:
+        owner = getattr(owner, part)
+    original, calls = getattr(owner, last), [0]
+
+    def aimed(*given: Any, **named: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == order.get("at", 1):
+            DEEDS[order["do"]](order)
+        result = original(*given, **named)
+        if calls[0] == order.get("at", 1) and order.get("after"):
+            DEEDS[order["after"]](order)
+        return result
+
+    setattr(owner, last, aimed)
+
+
+def _signal(order: dict[str, Any]) -> None:
+    os.kill(os.getpid(), order["signal"])
+
+
+def _signal_later(order: dict[str, Any]) -> None:
+    """From another thread, after ``delays``: one signal each."""
+
+    def send() -> None:
+        for delay in order["delays"]:
+            time.sleep(delay)
+            os.kill(os.getpid(), order["signal"])
+
+    threading.Thread(target=send, daemon=True).start()
+
+
+class _Litter:
+    """What a collection finds, and in whose finaliser the signal comes."""
+
+    def __init__(self, order: dict[str, Any]) -> None:
+        self.itself = self
+        self.order = order
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), self.order["signal"])
+        sum(range(1000))
+
+
+def _signal_in_finaliser(order: dict[str, Any]) -> None:
+    was = gc.isenabled()
+    gc.disable()
+    if order.get("weak"):
+        litter = _Litter({"signal": 0})
+        weakref.finalize(litter, os.kill, os.getpid(), order["signal"])
+    else:
+        _Litter(order)
+    if was:
+        gc.enable()
+
+
+def _nothing(order: dict[str, Any]) -> None:
+    del order
+
+
+DEEDS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "signal": _signal,
+    "signal later": _signal_later,
+    "signal in a finaliser": _signal_in_finaliser,
+    "nothing": _nothing,
+}
+
+if __name__ == "__main__":
+    main()
