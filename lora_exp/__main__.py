@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import gc
 import logging
 import os
 import signal
 import sys
 import traceback
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lora_exp import composing
 from lora_exp.checks import check
 from lora_exp.config import Config, conf_folder, flat_values, register, to_config
 from lora_exp.job import Job, Outcome, PlanResult, Result, write_outcome
@@ -64,11 +63,11 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     interrupted = False
     try:
-        hydra_main()
+        with composing.plainly():
+            composing.check_arguments(sys.argv[1:])
+            hydra_main()
     except SystemExit as end:
         interrupted = end.code == 128 + signal.SIGTERM
-        if end.code not in (0, None) and not interrupted:
-            _suggest_keys(sys.argv[1:])
         raise
     except KeyboardInterrupt:
         interrupted = True
@@ -136,18 +135,6 @@ def _explain(error: Exception, job: Job) -> str:
     except OSError:
         return f"{type(error).__name__}: {message}"
     return f"{type(error).__name__}: {message}\nThe traceback is in {job.folder / 'traceback.txt'}"
-
-
-def _suggest_keys(arguments: list[str]) -> None:
-    """After a failure, name the known key nearest to each unknown one."""
-    known = [field.name for field in fields(Config)]
-    for argument in arguments:
-        key = argument.partition("=")[0].lstrip("+~").partition("@")[0].partition(".")[0]
-        if "=" not in argument or argument.startswith("-") or key in (*known, "hydra", "experiment") or "/" in key:
-            continue
-        near = difflib.get_close_matches(key, known, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
-        sys.stderr.write(f"{key} is not a key of the config: {hint}\n")
 
 
 def _report_sweeps(interrupted: bool) -> None:

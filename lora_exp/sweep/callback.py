@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
+
+from lora_exp.composing import check_composed, check_mode
+from lora_exp.config import ConfigError
 
 # The sweep this process has begun and not yet reported: Hydra has no hook for one that ends in an error.
 begun: list[Path] = []
@@ -18,12 +22,24 @@ class SweepCallback(Callback):
     """Checks the output folder, and notes the sweep for ``lora_exp.__main__`` to close."""
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        _require(check_composed, config)
+        _require(check_mode, config)
         _require_writable(Path(config.hydra.run.dir))
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        _require(check_composed, config)
         folder = Path(config.hydra.sweep.dir)
         _require_writable(folder)
         begun.append(folder.resolve())
+
+
+def _require(check: Callable[[DictConfig], None], config: DictConfig) -> None:
+    try:
+        check(config)
+    except ConfigError as error:
+        # SystemExit: Hydra turns any other exception of a callback into a warning and runs on.
+        sys.stderr.write(f"{error}\n")
+        sys.exit(1)
 
 
 def _require_writable(folder: Path) -> None:
