@@ -49,7 +49,7 @@ def check_composed(composed: DictConfig) -> None:
 
 
 def check_mode(composed: DictConfig) -> None:
-    """Raise ``ConfigError`` for a single run of a file that names a sweep's values, unless the run chooses among them."""
+    """Raise ``ConfigError`` for a single run of what a file wants swept, unless the run chooses one."""
     params = OmegaConf.select(composed, "hydra.sweeper.params") or {}
     given = {override.get_key_element().lstrip("+~") for override in _parsed(composed.hydra.overrides.task)}
     left = {key: value for key, value in params.items() if key.lstrip("+~") not in given}
