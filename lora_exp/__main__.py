@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lora_exp import composing
 from lora_exp.checks import check
 from lora_exp.config import Config, conf_folder, flat_values, register, to_config
-from lora_exp.job import Job, Outcome, PlanResult, Result, write_outcome
+from lora_exp.job import Job, Outcome, PlanResult, Result, read_swept, write_outcome
 from lora_exp.machine.waiting import wait_briefly
 from lora_exp.provenance import redacted
 from lora_exp.sweep.callback import begun
@@ -103,6 +103,7 @@ def _job(composed: DictConfig) -> Job:
         choices={group: str(choice) for group, choice in settings.runtime.choices.items() if "/" not in group},
         config_yaml=_yaml(composed),
         sweep_folder=Path(settings.sweep.dir).resolve() if multirun else None,
+        swept=read_swept(Path(settings.sweep.dir)) if multirun else (),
     )
 
 

@@ -61,6 +61,14 @@ def check_mode(composed: DictConfig) -> None:
         )
 
 
+def swept_keys(composed: DictConfig) -> list[str]:
+    """The keys that differ between the jobs of a composed sweep, as they were typed."""
+    params = OmegaConf.select(composed, "hydra.sweeper.params") or {}
+    given = _parsed([*(f"{key}={value}" for key, value in params.items()), *composed.hydra.overrides.task])
+    varying = {override.get_key_element(): override.is_sweep_override() for override in given}  # the last one counts
+    return [key.lstrip("+~") for key, is_swept in varying.items() if is_swept]
+
+
 @contextlib.contextmanager
 def plainly() -> Iterator[None]:
     """For Hydra's main: say in our words what is wrong, and exit with 1."""

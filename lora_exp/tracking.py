@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -15,7 +16,9 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock
 
+from lora_exp import artifacts, lineage, system_metrics
 from lora_exp.config import TrackingConfig
+from lora_exp.links import where_to_look
 from lora_exp.network import refusal
 from lora_exp.provenance import redacted
 
@@ -57,6 +60,10 @@ class Run(Protocol):
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None: ...
 
+    def log_dataset(self, facts: Mapping[str, str]) -> None: ...
+
+    def log_model(self, name: str, params: Mapping[str, Any], step: int) -> None: ...
+
 
 @dataclass
 class NoRun:
@@ -75,6 +82,12 @@ class NoRun:
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
         del path, folder
+
+    def log_dataset(self, facts: Mapping[str, str]) -> None:
+        del facts
+
+    def log_model(self, name: str, params: Mapping[str, Any], step: int) -> None:
+        del name, params, step
 
 
 @dataclass
@@ -103,8 +116,21 @@ class MlflowRun:
         self.client.log_batch(self.run_id, tags=[RunTag(key, redacted(value)) for key, value in tags.items()])
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
+        if (place := self._local_artifacts) is not None:
+            artifacts.store(path, place / (folder or ""))
+            return
         send = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
         send(self.run_id, str(path), folder)
+
+    def log_dataset(self, facts: Mapping[str, str]) -> None:
+        lineage.log_dataset(self.client, self.run_id, facts)
+
+    def log_model(self, name: str, params: Mapping[str, Any], step: int) -> None:
+        lineage.log_model(self.client, self.run_id, name, params, step)
+
+    @functools.cached_property
+    def _local_artifacts(self) -> Path | None:
+        return artifacts.local_folder(self.client.get_run(self.run_id).info.artifact_uri)
 
     def flush(self) -> None:
         pending, self._pending = self._pending, []
@@ -113,23 +139,27 @@ class MlflowRun:
 
 
 @contextlib.contextmanager
-def open_run(section: TrackingConfig, name: str, sweep_folder: Path | None = None) -> Iterator[Run]:
+def open_run(
+    section: TrackingConfig, name: str, sweep_folder: Path | None = None, sweep_name: str | None = None
+) -> Iterator[Run]:
     """A run that ends as its block ends: FINISHED, FAILED (an exception) or KILLED (SIGINT, SIGTERM).
 
-    In a sweep it is a child of the sweep's run. Raises TrackingError before anything else happens when the
-    server cannot be reached.
+    In a sweep it is a child of the sweep's run, which is called ``sweep_name``. Raises TrackingError before anything
+    else happens when the server cannot be reached.
     """
     if not section.enabled:
         yield NoRun()
         return
     with _said_clearly(section):
         client = _client(section)
-        tags = _parent_tags(client, section, sweep_folder) if sweep_folder else {}
+        origin = lineage.origin_tags()
+        tags = _parent_tags(client, section, sweep_folder, sweep_name, origin) if sweep_folder else {}
         experiment = _experiment_id(client, section)
-        created = client.create_run(experiment, tags=tags, run_name=section.run_name or name)
+        created = client.create_run(experiment, tags=origin | tags, run_name=name)
     run = MlflowRun(client, created.info.run_id)
     try:
-        yield run
+        with system_metrics.sampled(run.log_metrics):
+            yield run
         with _said_clearly(section):
             run.flush()
     except BaseException as error:
@@ -139,6 +169,8 @@ def open_run(section: TrackingConfig, name: str, sweep_folder: Path | None = Non
         _terminate(run, status, str(error) or type(error).__name__)
         raise
     _terminate(run, "FINISHED")
+    if sweep_folder is None:
+        log.info(where_to_look(tracking_uri(section), experiment, run.run_id))
 
 
 def close_sweep(folder: Path, status: str, table: str, files: list[Path]) -> None:
@@ -153,6 +185,41 @@ def close_sweep(folder: Path, status: str, table: str, files: list[Path]) -> Non
             run.log_artifact(file)
         run.log_tags({"mlflow.note.content": table})
         run.client.set_terminated(run.run_id, status)
+
+
+def sum_up_sweep(folder: Path, best_run_id: str | None, params: Mapping[str, Any]) -> None:
+    """Give the sweep's parent run ``params`` and its best child's metrics, and say where to look at it."""
+    known = _read_sweep(folder)
+    if not known.get("parent_run_id"):
+        return
+    section = TrackingConfig(uri=known["uri"], experiment=known["experiment"])
+    with _said_clearly(section):
+        run = MlflowRun(_client(section), known["parent_run_id"])
+        run.log_params(params)
+        if best_run_id:
+            best = run.client.get_run(best_run_id)
+            metrics = {name: value for name, value in best.data.metrics.items() if not name.startswith("system/")}
+            run.log_metrics(metrics, step=0)
+            run.log_tags({"best_run_id": best_run_id, "best_run_name": best.info.run_name})
+            run.flush()
+        log.info(where_to_look(tracking_uri(section), _experiment_id(run.client, section), run.run_id))
+
+
+def connect(section: TrackingConfig) -> MlflowClient:
+    """A client of ``section``'s store, whose address is put into it."""
+    section.uri = tracking_uri(section)
+    with _said_clearly(section):
+        return _client(section)
+
+
+def newest_experiments(client: MlflowClient) -> list[tuple[str, str]]:
+    """Number and name of each experiment with a run, that with the newest first."""
+    named = {experiment.experiment_id: experiment.name for experiment in client.search_experiments()}
+    newest = {}
+    for number in named:
+        for run in client.search_runs([number], max_results=1, order_by=["attributes.start_time DESC"]):
+            newest[number] = run.info.start_time
+    return [(number, named[number]) for number in sorted(newest, key=lambda number: -newest[number])]
 
 
 def tracking_uri(section: TrackingConfig) -> str:
@@ -212,15 +279,18 @@ def _experiment_id(client: MlflowClient, section: TrackingConfig) -> str:
     return str(found.experiment_id)
 
 
-def _parent_tags(client: MlflowClient, section: TrackingConfig, folder: Path) -> dict[str, str]:
+def _parent_tags(
+    client: MlflowClient, section: TrackingConfig, folder: Path, name: str | None, origin: Mapping[str, str]
+) -> dict[str, str]:
     """Tags that make a run a child of the sweep in ``folder``, whose own run the first job opens."""
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(str(folder / ".sweep.lock")):
         known = _read_sweep(folder)
         if not known.get("parent_run_id"):
             sweep_id = known.get("sweep_id") or f"{folder.parent.name}_{folder.name}"
-            tags = {"sweep_id": sweep_id, "lora_exp.kind": "sweep"}
-            parent = client.create_run(_experiment_id(client, section), tags=tags, run_name=f"sweep {sweep_id}")
+            tags = {**origin, "sweep_id": sweep_id, "lora_exp.kind": "sweep"}
+            title = name or f"sweep {sweep_id}"
+            parent = client.create_run(_experiment_id(client, section), tags=tags, run_name=title)
             known = {
                 "sweep_id": sweep_id,
                 "parent_run_id": parent.info.run_id,

@@ -16,7 +16,7 @@ from lora_exp.machine.precision import take_precision
 from lora_exp.plan.estimate import GIB, Plan, Planner
 from lora_exp.plan.fit import Fit, fit
 from lora_exp.plan.show import show
-from lora_exp.recording import log_setup, run_name
+from lora_exp.recording import log_setup, run_name, sweep_name
 
 log = logging.getLogger(__name__)
 PLAN_FILE = "plan.json"
@@ -26,7 +26,8 @@ def run_plan(config: Config, job: Job) -> PlanResult:
     """Plan, show, write, track. Raises ValueError for an architecture that cannot be had or a target without match."""
     if config.device == "cpu":
         take_precision(config.machine, torch.device("cpu"))
-    with tracking.open_run(config.tracking, run_name(config, job), job.sweep_folder) as tracked:
+    names = run_name(config, job), job.sweep_folder, sweep_name(config, job)
+    with tracking.open_run(config.tracking, *names) as tracked:
         planner = Planner(config)
         plan = planner.plan()
         found = fit(planner, plan, config)

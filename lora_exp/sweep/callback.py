@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from collections.abc import Callable
@@ -11,8 +12,9 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from lora_exp.composing import check_composed, check_mode
+from lora_exp.composing import check_composed, check_mode, swept_keys
 from lora_exp.config import ConfigError
+from lora_exp.job import SWEPT_FILE
 
 # The sweep this process has begun and not yet reported: Hydra has no hook for one that ends in an error.
 begun: list[Path] = []
@@ -31,6 +33,12 @@ class SweepCallback(Callback):
         folder = Path(config.hydra.sweep.dir)
         _require_writable(folder)
         begun.append(folder.resolve())
+        write_swept(folder, config)
+
+
+def write_swept(folder: Path, config: DictConfig) -> None:
+    """Note what differs between the jobs, for those in other processes too: it is what they are named by."""
+    (folder / SWEPT_FILE).write_text(json.dumps(swept_keys(config)) + "\n")
 
 
 def _require(check: Callable[[DictConfig], None], config: DictConfig) -> None:

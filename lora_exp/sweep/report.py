@@ -70,6 +70,7 @@ def report_sweep(folder: Path, interrupted: bool) -> bool:
     status = "KILLED" if interrupted else "FINISHED" if finished else "FAILED"
     files = [folder / "comparison.csv", folder / "comparison.md", *pictures]
     tracking.close_sweep(folder, status, markdown, files)
+    tracking.sum_up_sweep(folder, _best_run(jobs), _params(jobs))
     return finished and not interrupted
 
 
@@ -119,6 +120,18 @@ def draw(folder: Path, jobs: list[JobReport], varying: list[str]) -> list[Path]:
     if by_rank:
         final_loss(by_rank, "rank", folder / "loss_against_rank.png")
     return sorted(folder.glob("loss_*.png"))
+
+
+def _best_run(jobs: list[JobReport]) -> str | None:
+    return jobs[0].outcome.result.run_id if jobs[0].outcome.result else None
+
+
+def _params(jobs: list[JobReport]) -> dict[str, str]:
+    """What all jobs share as it is, and of what differs every value, in the order of the jobs."""
+    by_number = sorted(jobs, key=lambda job: job.outcome.number)
+    names = dict.fromkeys(name for job in by_number for name in job.outcome.values)
+    values = {name: dict.fromkeys(_text(job.outcome.values.get(name)) for job in by_number) for name in names}
+    return {name: ", ".join(value for value in found if value) for name, found in values.items()}
 
 
 def _row(job: JobReport, varying: list[str], columns: list[str]) -> list[str]:
