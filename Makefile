@@ -11,7 +11,7 @@ run: $(STAMP)
 	$(BIN)/python -m lora_exp $(ARGS)
 
 ui: $(STAMP)
-	$(BIN)/mlflow ui --backend-store-uri sqlite:///outputs/mlflow.db --host 127.0.0.1 --port 5000
+	$(BIN)/python -m lora_exp.ui $(ARGS)
 
 test: lint
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(ARGS)

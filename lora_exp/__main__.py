@@ -23,7 +23,7 @@ from lora_exp.checks import check
 from lora_exp.config import Config, conf_folder, flat_values, register, to_config
 from lora_exp.job import Job, Outcome, PlanResult, Result, read_swept, write_outcome
 from lora_exp.machine.waiting import wait_briefly
-from lora_exp.provenance import redacted
+from lora_exp.provenance import redacted, versions
 from lora_exp.sweep.callback import begun
 
 log = logging.getLogger("lora_exp")
@@ -62,6 +62,9 @@ def main() -> None:
     """``python -m lora_exp`` and the console script ``lora-exp``."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     interrupted = False
+    if "--version" in sys.argv[1:]:
+        print(versions())
+        return
     try:
         with composing.plainly():
             composing.check_arguments(sys.argv[1:])
@@ -127,15 +130,21 @@ def _explain(error: Exception, job: Job) -> str:
     """The message for a person. What we raise ourselves is one already; the rest is named, its traceback filed."""
     message = redacted(str(error))
     if isinstance(error, ValueError) and message:
-        return message
+        return message + (_kept(job) if type(error).__name__ == "TrackingError" else "")
     if isinstance(error, OSError) and error.strerror:
         where = f" ({error.filename})" if error.filename else ""
-        return f"{error.strerror}{where}: free or mend it; what was finished before is in {job.folder}"
+        return f"{error.strerror}{where}: free or mend it{_kept(job)}"
     try:
         (job.folder / "traceback.txt").write_text(redacted(traceback.format_exc()))
     except OSError:
         return f"{type(error).__name__}: {message}"
     return f"{type(error).__name__}: {message}\nThe traceback is in {job.folder / 'traceback.txt'}"
+
+
+def _kept(job: Job) -> str:
+    """What an error has left of the job, if anything."""
+    adapter = job.folder / "adapter"
+    return f"; what was trained so far is in {adapter}" if adapter.is_dir() else ""
 
 
 def _report_sweeps(interrupted: bool) -> None:

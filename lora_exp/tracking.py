@@ -187,8 +187,11 @@ def close_sweep(folder: Path, status: str, table: str, files: list[Path]) -> Non
         run.client.set_terminated(run.run_id, status)
 
 
-def sum_up_sweep(folder: Path, best_run_id: str | None, params: Mapping[str, Any]) -> None:
-    """Give the sweep's parent run ``params`` and its best child's metrics, and say where to look at it."""
+def sum_up_sweep(folder: Path, best_run_id: str | None, params: Mapping[str, Any], step: int) -> None:
+    """Give the sweep's parent run ``params`` and what its best child has, and say where to look at it.
+
+    The best child's metrics are put at its last ``step``.
+    """
     known = _read_sweep(folder)
     if not known.get("parent_run_id"):
         return
@@ -199,7 +202,11 @@ def sum_up_sweep(folder: Path, best_run_id: str | None, params: Mapping[str, Any
         if best_run_id:
             best = run.client.get_run(best_run_id)
             metrics = {name: value for name, value in best.data.metrics.items() if not name.startswith("system/")}
-            run.log_metrics(metrics, step=0)
+            run.log_metrics(metrics, step)
+            if best.inputs and best.inputs.dataset_inputs:
+                run.client.log_inputs(run.run_id, best.inputs.dataset_inputs)
+            if best.outputs and best.outputs.model_outputs:
+                run.client.log_outputs(run.run_id, best.outputs.model_outputs)
             run.log_tags({"best_run_id": best_run_id, "best_run_name": best.info.run_name})
             run.flush()
         log.info(where_to_look(tracking_uri(section), _experiment_id(run.client, section), run.run_id))
@@ -329,6 +336,6 @@ def _said_clearly(section: TrackingConfig) -> Iterator[None]:
     except Exception as error:
         where = redacted(tracking_uri(section))
         raise TrackingError(
-            f"MLflow at {where} failed ({redacted(str(error))[:500]}). What was trained is in the job's folder; "
-            "mend the server, or run without it by tracking=none"
+            f"MLflow at {where} failed ({redacted(str(error))[:500]}): mend the server, or run without it by "
+            "tracking=none"
         ) from error

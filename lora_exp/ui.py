@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -32,7 +33,7 @@ def main() -> None:
     if addresses and _HAS_SCREEN and not given.no_browser:
         threading.Thread(target=_open, args=(server, addresses[0].split()[0]), daemon=True).start()
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", "127.0.0.1"]
-    sys.exit(subprocess.call([*command, "--port", str(given.port)]))
+    sys.exit(_serve([*command, "--port", str(given.port), "--workers", "1"]))
 
 
 def _addresses(uri: str | None, server: str) -> tuple[str, list[str]]:
@@ -42,6 +43,18 @@ def _addresses(uri: str | None, server: str) -> tuple[str, list[str]]:
     section = TrackingConfig(uri=uri)
     found = newest_experiments(connect(section))
     return section.uri or "", [f"{runs_address(server, number)}  {name}" for number, name in found]
+
+
+def _serve(command: list[str]) -> int:
+    """One worker, without MLflow's job runners for language-model applications: it is for one person's looking."""
+    quiet = {"PYTHONWARNINGS": "ignore", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    server = subprocess.Popen(command, env={**quiet, **os.environ})
+    signal.signal(signal.SIGTERM, lambda *_: server.terminate())
+    while True:
+        try:
+            return server.wait()
+        except KeyboardInterrupt:  # the server has it from the terminal, too
+            continue
 
 
 def _open(server: str, address: str) -> None:

@@ -40,6 +40,20 @@ PLAN_COLUMNS: dict[str, Callable[[PlanResult], str]] = {
     "max rank": lambda result: "" if result.largest_rank is None else str(result.largest_rank),
 }
 
+# What a narrow terminal leaves out, first to last; comparison.csv has it all.
+_LEAST_NEEDED = (
+    "wall s",
+    "base MB",
+    "adapter MB",
+    "trainable",
+    "logits",
+    "trained",
+    "base",
+    "perplexity",
+    "activations",
+)
+_SHORT = 20
+
 
 @dataclass(frozen=True)
 class JobReport:
@@ -70,7 +84,7 @@ def report_sweep(folder: Path, interrupted: bool) -> bool:
     status = "KILLED" if interrupted else "FINISHED" if finished else "FAILED"
     files = [folder / "comparison.csv", folder / "comparison.md", *pictures]
     tracking.close_sweep(folder, status, markdown, files)
-    tracking.sum_up_sweep(folder, _best_run(jobs), _params(jobs))
+    tracking.sum_up_sweep(folder, _best_run(jobs), _params(jobs), int(jobs[0].outcome.values.get("train.steps", 0)))
     return finished and not interrupted
 
 
@@ -150,15 +164,29 @@ def _cells(result: Result | PlanResult) -> dict[str, str]:
     return {name: show(result) for name, show in RESULT_COLUMNS.items()}
 
 
+def fitting(header: list[str], rows: list[list[str]], width: int) -> tuple[list[str], list[list[str]]]:
+    """Without as many columns of sizes and times as a terminal of ``width`` has no room for."""
+    wide = [max(len(line[index]) for line in (header, *rows)) for index in range(len(header) - 1)]
+    wide.append(max(len(line[-1][:_SHORT]) for line in (header, *rows)))  # a reason for failing may wrap
+    shown = list(range(len(header)))
+    for name in _LEAST_NEEDED:
+        if sum(3 + wide[index] for index in shown) < width:
+            break
+        shown = [index for index in shown if header[index] != name]
+    return [header[index] for index in shown], [[row[index] for index in shown] for row in rows]
+
+
 def _print(header: list[str], rows: list[list[str]]) -> None:
+    console = Console()
+    console = Console(width=console.width if console.is_terminal else 140)
+    header, rows = fitting(header, rows, console.width)
     table = Table(title="Sweep, best first", title_justify="left")
     for name in header:
         right = name not in ("status",)
         table.add_column(name, justify="right" if right else "left", no_wrap=name in RESULT_COLUMNS)
     for row in rows:
         table.add_row(*row, style="red" if row[-1] != "FINISHED" else None)
-    console = Console()
-    Console(width=None if console.is_terminal else 140).print(table, markup=False)
+    console.print(table, markup=False)
 
 
 def _write_csv(path: Path, header: list[str], rows: list[list[str]]) -> None:
