@@ -30,6 +30,8 @@ _FULL_ERROR = "HYDRA_FULL_ERROR"
 def check_arguments(arguments: Sequence[str]) -> None:
     """Raise ``ConfigError`` for the keys of a command line that are not in the schema."""
     given = get_args_parser().parse_args(list(arguments))
+    if given.shell_completion:  # its one argument is no override
+        return
     roots = [conf_folder(), *([Path(given.config_dir)] if given.config_dir else [])]
     overrides = _parsed(given.overrides)
     is_elsewhere = any(override.get_key_element() == "hydra.searchpath" for override in overrides)
