@@ -41,6 +41,7 @@ def hydra_main(composed: DictConfig) -> float:
     job = _job(composed)
     values: dict[str, Any] = {}
     try:
+        composing.check_composed(composed)
         config = to_config(composed)
         values = flat_values(config)
         check(config)

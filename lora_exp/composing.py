@@ -44,10 +44,12 @@ def check_arguments(arguments: Sequence[str]) -> None:
 
 def check_composed(composed: DictConfig) -> None:
     """The same for what Hydra has composed, and for the keys that a file lets a sweep go through."""
-    problems = unknown_keys(composed)
     params = OmegaConf.select(composed, "hydra.sweeper.params") or {}
-    swept = [key.lstrip("+~") for key in params if not (conf_folder() / key.lstrip("+~")).is_dir()]
-    _refuse([*problems, *(p for key in swept if not key.startswith("hydra") and (p := unknown_key(key)))])
+    sources = OmegaConf.select(composed, "hydra.runtime.config_sources") or []
+    roots = [Path(source.path) for source in sources if source.schema == "file"]
+    swept = [key.lstrip("+~") for key in params]
+    keys = [key for key in swept if not key.startswith("hydra.") and not any((root / key).is_dir() for root in roots)]
+    _refuse([*unknown_keys(composed), *(problem for key in keys if (problem := unknown_key(key)))])
 
 
 def check_mode(composed: DictConfig) -> None:

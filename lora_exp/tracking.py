@@ -123,10 +123,12 @@ class MlflowRun:
         send(self.run_id, str(path), folder)
 
     def log_dataset(self, facts: Mapping[str, str]) -> None:
-        lineage.log_dataset(self.client, self.run_id, facts)
+        with _if_taken("data"):
+            lineage.log_dataset(self.client, self.run_id, facts)
 
     def log_model(self, name: str, params: Mapping[str, Any], step: int) -> None:
-        lineage.log_model(self.client, self.run_id, name, params, step)
+        with _if_taken("models"):
+            lineage.log_model(self.client, self.run_id, name, params, step)
 
     @functools.cached_property
     def _local_artifacts(self) -> Path | None:
@@ -339,3 +341,12 @@ def _said_clearly(section: TrackingConfig) -> Iterator[None]:
             f"MLflow at {where} failed ({redacted(str(error))[:500]}): mend the server, or run without it by "
             "tracking=none"
         ) from error
+
+
+@contextlib.contextmanager
+def _if_taken(what: str) -> Iterator[None]:
+    """For columns of MLflow's lists: an older server that knows none of them must not cost a run."""
+    try:
+        yield
+    except Exception as error:
+        log.warning("MLflow does not list this run's %s: %s", what, redacted(str(error))[:200])

@@ -147,6 +147,12 @@ def test_a_group_of_ones_own_goes_on_working(cli: Cli, workplace: Path) -> None:
     for arguments in (["--config-dir", "mine"], [f"hydra.searchpath=[file://{workplace}/mine]"]):
         done = cli(*arguments, "+bundle=small", "--cfg", "job")
         assert "rank: 3" in done.out, done.err
+    (workplace / "mine/experiment").mkdir()
+    sweep = "# @package _global_\nhydra: {sweeper: {params: {+bundle: small, data.path: 'nowhere,neither'}}}\n"
+    (workplace / "mine/experiment/bundles.yaml").write_text(sweep)
+    done = cli("--config-dir", "mine", "+experiment=bundles", "data=text", "tracking=none", "-m")
+    assert "not a key" not in done.err
+    assert "nowhere" in done.err
 
 
 def test_the_traceback_comes_when_asked_for(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,6 +111,19 @@ def test_make_is_named_under_make(workplace: Path, monkeypatch: pytest.MonkeyPat
     assert where_to_look(f"sqlite:///{workplace}/outputs/mlflow.db", "1", "a").endswith("(served by: make ui)")
 
 
+def test_a_server_that_knows_no_models_costs_no_run(
+    cli: Cli, tiny_overrides: list[str], workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(*_: object, **__: object) -> None:
+        raise RuntimeError("404: no such endpoint")
+
+    monkeypatch.setattr("lora_exp.lineage.log_model", unknown)
+    done = cli(*tiny_overrides)
+    assert (done.code, "404" in done.out) == (0, True)
+    _, (run,) = runs(workplace)
+    assert run.info.status == "FINISHED"
+
+
 # Stored once
 
 
