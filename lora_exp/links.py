@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from lora_exp.provenance import redacted
+
 UI_ADDRESS = "http://127.0.0.1:5000"
 _TRAINING = "?workflowType=machine_learning"  # without it MLflow opens on its pages for language-model applications
 
@@ -23,8 +25,8 @@ def run_address(server: str, experiment_id: str, run_id: str) -> str:
 def where_to_look(uri: str, experiment_id: str, run_id: str) -> str:
     """One line for the terminal: a run's address and, if no server answers at ``uri``, the command that starts one."""
     if urlsplit(uri).scheme in ("http", "https"):
-        return f"MLflow {run_address(uri, experiment_id, run_id)}"
-    return f"MLflow {run_address(UI_ADDRESS, experiment_id, run_id)} (served by: {_serving(uri)})"
+        return f"MLflow {run_address(redacted(uri), experiment_id, run_id)}"
+    return f"MLflow {run_address(UI_ADDRESS, experiment_id, run_id)} (served by: {redacted(_serving(uri))})"
 
 
 def _serving(uri: str) -> str:

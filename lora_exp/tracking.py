@@ -170,9 +170,11 @@ def open_run(
             run.flush()
         _terminate(run, status, str(error) or type(error).__name__)
         raise
-    _terminate(run, "FINISHED")
-    if sweep_folder is None:
-        log.info(where_to_look(tracking_uri(section), experiment, run.run_id))
+    else:
+        _terminate(run, "FINISHED")
+    finally:
+        if sweep_folder is None:
+            log.info(where_to_look(tracking_uri(section), experiment, run.run_id))
 
 
 def close_sweep(folder: Path, status: str, table: str, files: list[Path]) -> None:

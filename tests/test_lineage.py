@@ -215,12 +215,6 @@ def test_a_sampler_that_cannot_send_harms_nothing() -> None:
         pass
 
 
-def test_the_sampler_ends_with_a_run_that_fails(workplace: Path) -> None:
-    with pytest.raises(RuntimeError, match="broke"), open_run(TrackingConfig(), "fails"):
-        raise RuntimeError("broke")
-    assert not [thread for thread in threading.enumerate() if thread.name == "system metrics"]
-
-
 # Data
 
 
@@ -235,3 +229,17 @@ def test_a_datasets_digest_is_that_of_its_content(tmp_path: Path) -> None:
     assert data_facts(DataConfig(label="x", path=str(other)), {})["digest"] != facts[0]["digest"]
     packaged = PackagedConfig("d", "1", "f", "ab" * 32)
     assert data_facts(DataConfig(label="x", packaged=packaged), {})["digest"] == "ab" * 8
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broke"), KeyboardInterrupt()])
+def test_a_run_that_fails_says_where_to_look_too(
+    workplace: Path, caplog: pytest.LogCaptureFixture, error: BaseException
+) -> None:
+    with caplog.at_level("INFO"), pytest.raises(type(error)), open_run(TrackingConfig(), "fails") as run:
+        raise error
+    assert f"/runs/{run.run_id}" in caplog.text
+    assert not [thread for thread in threading.enumerate() if thread.name == "system metrics"]
+
+
+def test_a_link_holds_no_login() -> None:
+    assert "hunter2" not in where_to_look("http://me:hunter2@server:5000", "1", "a")
