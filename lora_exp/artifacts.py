@@ -11,7 +11,7 @@ import shutil
 import stat
 import tempfile
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 _LINKED = (".safetensors",)
@@ -21,7 +21,7 @@ def local_folder(artifact_uri: str) -> Path | None:
     """The folder behind the artifact address of a run; None if it is not on this machine."""
     parts = urlsplit(artifact_uri)
     if parts.scheme == "file" and parts.netloc in ("", "localhost"):
-        return Path(url2pathname(unquote(parts.path)))
+        return Path(url2pathname(parts.path))
     return Path(artifact_uri) if parts.scheme == "" else None
 
 

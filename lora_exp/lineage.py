@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_exp.cache import file_sha256
 from lora_exp.config import DataConfig
-from lora_exp.provenance import git_facts
+from lora_exp.provenance import git_facts, redacted
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -26,7 +26,7 @@ def origin_tags() -> dict[str, str]:
     source = "python -m lora_exp" if name in ("", "-c", "-m", "__main__.py") else name
     tags = {"mlflow.source.name": source, "mlflow.source.type": "LOCAL", "mlflow.user": _user()}
     git = {f"mlflow.source.git.{name}": value for name, value in git_facts().items()}
-    return {key: value for key, value in (tags | git).items() if value}
+    return {key: redacted(value) for key, value in (tags | git).items() if value}
 
 
 def data_facts(section: DataConfig, rows: Mapping[str, int]) -> dict[str, str]:
@@ -54,7 +54,8 @@ def log_dataset(client: MlflowClient, run_id: str, facts: Mapping[str, str]) -> 
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     tag = InputTag("mlflow.data.context", "training")
-    client.log_inputs(run_id, [DatasetInput(Dataset(**facts), [tag])])
+    known = {name: redacted(value) for name, value in facts.items()}
+    client.log_inputs(run_id, [DatasetInput(Dataset(**known), [tag])])
 
 
 def log_model(client: MlflowClient, run_id: str, name: str, params: Mapping[str, Any], step: int) -> None:
@@ -62,7 +63,7 @@ def log_model(client: MlflowClient, run_id: str, name: str, params: Mapping[str,
     from mlflow.entities import LoggedModelOutput
 
     run = client.get_run(run_id)
-    listed = {key: str(value)[:500] for key, value in params.items()}
+    listed = {key: redacted(str(value))[:500] for key, value in params.items()}
     tags = {"files": f"{run.info.artifact_uri}/adapter"}
     experiment = run.info.experiment_id
     model = client.create_logged_model(

@@ -179,7 +179,13 @@ def test_where_links_cannot_be_made_it_is_copied(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.parametrize(
     ("uri", "folder"),
-    [("file:///a%20b/c", "/a b/c"), ("/a/b", "/a/b"), ("mlflow-artifacts:/1/2", None), ("s3://bucket/x", None)],
+    [
+        ("file:///a%20b/c", "/a b/c"),
+        ("file:///25%2520/c", "/25%20/c"),
+        ("/a/b", "/a/b"),
+        ("mlflow-artifacts:/1/2", None),
+        ("s3://bucket/x", None),
+    ],
 )
 def test_only_folders_of_this_machine_are_written_into(uri: str, folder: str | None) -> None:
     assert local_folder(uri) == (Path(folder) if folder else None)
