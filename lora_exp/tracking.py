@@ -191,11 +191,8 @@ def close_sweep(folder: Path, status: str, table: str, files: list[Path]) -> Non
         run.client.set_terminated(run.run_id, status)
 
 
-def sum_up_sweep(folder: Path, best_run_id: str | None, params: Mapping[str, Any], step: int) -> None:
-    """Give the sweep's parent run ``params`` and what its best child has, and say where to look at it.
-
-    The best child's metrics are put at its last ``step``.
-    """
+def sum_up_sweep(folder: Path, best_run_id: str | None, params: Mapping[str, Any]) -> None:
+    """Give the sweep's parent run ``params`` and what its best child has, and say where to look at it."""
     known = _read_sweep(folder)
     if not known.get("parent_run_id"):
         return
@@ -204,16 +201,23 @@ def sum_up_sweep(folder: Path, best_run_id: str | None, params: Mapping[str, Any
         run = MlflowRun(_client(section), known["parent_run_id"])
         run.log_params(params)
         if best_run_id:
-            best = run.client.get_run(best_run_id)
-            metrics = {name: value for name, value in best.data.metrics.items() if not name.startswith("system/")}
-            run.log_metrics(metrics, step)
-            if best.inputs and best.inputs.dataset_inputs:
-                run.client.log_inputs(run.run_id, best.inputs.dataset_inputs)
-            if best.outputs and best.outputs.model_outputs:
-                run.client.log_outputs(run.run_id, best.outputs.model_outputs)
-            run.log_tags({"best_run_id": best_run_id, "best_run_name": best.info.run_name})
-            run.flush()
+            _take_over(run, run.client.get_run(best_run_id))
         log.info(where_to_look(tracking_uri(section), _experiment_id(run.client, section), run.run_id))
+
+
+def _take_over(run: MlflowRun, best: Any) -> None:
+    """The last values of ``best``'s metrics, each at its own step, its data and its adapter."""
+    for name in best.data.metrics:
+        if not name.startswith("system/"):
+            last = max(run.client.get_metric_history(best.info.run_id, name), key=lambda metric: metric.step)
+            run.log_metrics({name: last.value}, last.step)
+    with _if_taken("data and models"):
+        if best.inputs and best.inputs.dataset_inputs:
+            run.client.log_inputs(run.run_id, best.inputs.dataset_inputs)
+        if best.outputs and best.outputs.model_outputs:
+            run.client.log_outputs(run.run_id, best.outputs.model_outputs)
+    run.log_tags({"best_run_id": best.info.run_id, "best_run_name": best.info.run_name})
+    run.flush()
 
 
 def connect(section: TrackingConfig) -> MlflowClient:

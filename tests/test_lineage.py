@@ -67,7 +67,7 @@ def test_a_run_fills_the_columns_of_the_list(cli: Cli, tiny_overrides: list[str]
     assert "fontManager" not in done.out + done.err
 
 
-def test_a_sweeps_rows_differ_and_its_parent_sums_it_up(sweep: Any) -> None:
+def test_a_sweeps_rows_differ_and_its_parent_sums_it_up(sweep: Any, workplace: Path) -> None:
     parent, children, done = sweep()
     assert parent.info.run_name == "sweep over rank"
     assert [child.info.run_name for child in children] == ["rank=2", "rank=4"]
@@ -77,6 +77,11 @@ def test_a_sweeps_rows_differ_and_its_parent_sums_it_up(sweep: Any) -> None:
     for name in ("eval/loss", "eval/perplexity", "train/loss", "params/trainable"):
         assert parent.data.metrics[name] == best.data.metrics[name]
     assert not any(name.startswith("system/") for name in parent.data.metrics)
+    client = MlflowClient(f"sqlite:///{workplace}/outputs/mlflow.db")
+    steps = {name: client.get_metric_history(parent.info.run_id, name)[0].step for name in parent.data.metrics}
+    assert (steps["eval/loss_before"], steps["eval/loss"], steps["params/trainable"]) == (0, 4, 0)
+    assert parent.inputs.dataset_inputs
+    assert parent.outputs.model_outputs
     params = parent.data.params
     assert (params["rank"], params["adapter"], params["seed"]) == ("2, 4", "lora", "0")
     assert parent.data.tags["best_run_id"] == best.info.run_id

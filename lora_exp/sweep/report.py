@@ -84,7 +84,7 @@ def report_sweep(folder: Path, interrupted: bool) -> bool:
     status = "KILLED" if interrupted else "FINISHED" if finished else "FAILED"
     files = [folder / "comparison.csv", folder / "comparison.md", *pictures]
     tracking.close_sweep(folder, status, markdown, files)
-    tracking.sum_up_sweep(folder, _best_run(jobs), _params(jobs), int(jobs[0].outcome.values.get("train.steps", 0)))
+    tracking.sum_up_sweep(folder, _best_run(jobs), _params(jobs))
     return finished and not interrupted
 
 
