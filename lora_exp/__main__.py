@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import gc
 import logging
 import os
 import sys
 import traceback
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +18,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lora_exp import claims, signals
+from lora_exp import claims, composing, signals
 from lora_exp.checks import check
 from lora_exp.config import Config, conf_folder, flat_values, register, to_config
 from lora_exp.credentials import CredentialError, adopt_login, redacted, refuse_in_arguments
-from lora_exp.job import RESULT_FILE, SWEEP_FILE, Job, Outcome, PlanResult, Result, write_outcome
+from lora_exp.job import RESULT_FILE, SWEEP_FILE, Job, Outcome, PlanResult, Result, read_swept, write_outcome
 from lora_exp.machine.waiting import wait_briefly
+from lora_exp.provenance import versions
 from lora_exp.sweep.callback import begun
 
 log = logging.getLogger("lora_exp")
@@ -52,6 +51,9 @@ def hydra_main(composed: DictConfig) -> float:
 
 def main() -> None:
     """``python -m lora_exp`` and the console script ``lora-exp``."""
+    if "--version" in sys.argv[1:]:
+        print(versions())
+        return
     signals.install()
     try:
         refuse_in_arguments(sys.argv[1:])
@@ -59,14 +61,11 @@ def main() -> None:
         sys.exit(str(error))
     adopt_login()
     try:
-        with signals.at_once():
+        with signals.at_once(), composing.plainly():
+            composing.check_arguments(sys.argv[1:])
             hydra_main()
     except signals.Stopped:
         sys.stderr.write("Interrupted: what was finished is kept.\n")
-        raise
-    except SystemExit as end:
-        if end.code not in (0, None):
-            _suggest_keys(sys.argv[1:])
         raise
     finally:
         try:
@@ -82,6 +81,7 @@ def _finished(job: Job, composed: DictConfig) -> float:
     values: dict[str, Any] = {}
     (job.folder / RESULT_FILE).unlink(missing_ok=True)  # an earlier job's, which this one replaces
     try:
+        composing.check_composed(composed)
         config = to_config(composed)
         values = flat_values(config)
         check(config)
@@ -130,6 +130,7 @@ def _job(composed: DictConfig) -> Job:
         choices={group: str(choice) for group, choice in settings.runtime.choices.items() if "/" not in group},
         config_yaml=_yaml(composed),
         sweep_folder=Path(settings.sweep.dir).resolve() if multirun else None,
+        swept=read_swept(Path(settings.sweep.dir)) if multirun else (),
     )
 
 
@@ -154,12 +155,12 @@ def _explain(error: Exception, job: Job) -> str:
     message = redacted(str(error))
     if _says_full(error):
         reason = message.splitlines()[0]
-        return f"The disk is full ({reason}): make room; what was finished before is in {job.folder}"
+        return f"The disk is full ({reason}): make room{_kept(job)}"
     if isinstance(error, ValueError) and message:
-        return message
+        return message + (_kept(job) if type(error).__name__ == "TrackingError" else "")
     if isinstance(error, OSError) and error.strerror:
         where = f" ({error.filename})" if error.filename else ""
-        return f"{error.strerror}{where}: free or mend it; what was finished before is in {job.folder}"
+        return f"{error.strerror}{where}: free or mend it{_kept(job)}"
     try:
         (job.folder / "traceback.txt").write_text(redacted(traceback.format_exc()))
     except OSError:
@@ -167,22 +168,16 @@ def _explain(error: Exception, job: Job) -> str:
     return f"{type(error).__name__}: {message}\nThe traceback is in {job.folder / 'traceback.txt'}"
 
 
+def _kept(job: Job) -> str:
+    """What an error has left of the job, if anything."""
+    adapter = job.folder / "adapter"
+    return f"; what was trained so far is in {adapter}" if adapter.is_dir() else ""
+
+
 def _says_full(error: Exception) -> bool:
     """Every library has its own error for it; the system's words are in all of them."""
     is_full = isinstance(error, OSError) and error.errno == errno.ENOSPC
     return is_full or any(words in str(error) for words in (os.strerror(errno.ENOSPC), "disk is full"))
-
-
-def _suggest_keys(arguments: list[str]) -> None:
-    """After a failure, name the known key nearest to each unknown one."""
-    known = [field.name for field in fields(Config)]
-    for argument in arguments:
-        key = argument.partition("=")[0].lstrip("+~").partition("@")[0].partition(".")[0]
-        if "=" not in argument or argument.startswith("-") or key in (*known, "hydra", "experiment") or "/" in key:
-            continue
-        near = difflib.get_close_matches(key, known, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
-        sys.stderr.write(f"{key} is not a key of the config: {hint}\n")
 
 
 def _report_sweeps(interrupted: bool) -> None:

@@ -217,6 +217,12 @@ class ConfigError(ValueError):
 def register() -> None:
     """Put the schema where the defaults list of ``conf/config.yaml`` finds it."""
     ConfigStore.instance().store(name="schema", node=Config)
+    OmegaConf.register_new_resolver("lora_exp.choices", _choices, replace=True)
+
+
+def _choices(group: str) -> str:
+    """A group's choices, for ``--help``."""
+    return ", ".join(sorted(file.stem for file in (conf_folder() / group).glob("*.yaml")))
 
 
 def conf_folder() -> Path:

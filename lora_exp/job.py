@@ -15,12 +15,14 @@ from lora_exp.credentials import redacted
 
 RESULT_FILE = "result.json"
 METRICS_FILE = "metrics.jsonl"
+SWEPT_FILE = "swept.json"  # of a sweep's folder: the keys that differ between its jobs
 SWEEP_FILE = "sweep.json"  # of a sweep's folder: its parent run
 
 
 @dataclass(frozen=True)
 class Job:
-    """``folder`` is the job's own. ``sweep_folder`` is None for a single run. ``config_yaml`` is fully resolved."""
+    """``folder`` is the job's own. ``sweep_folder`` is None for a single run, ``swept`` are the keys that
+    the sweep goes through. ``config_yaml`` is fully resolved."""
 
     folder: Path
     number: int = 0
@@ -28,6 +30,7 @@ class Job:
     choices: dict[str, str] = field(default_factory=dict)
     config_yaml: str = ""
     sweep_folder: Path | None = None
+    swept: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,12 @@ def read_outcome(folder: Path) -> Outcome | None:
     result = raw.pop("result")
     kind = RESULTS[raw["values"].get("task", "train")]
     return Outcome(**raw, result=kind(**result) if result else None)
+
+
+def read_swept(sweep_folder: Path) -> tuple[str, ...]:
+    """The keys that the sweep in ``sweep_folder`` goes through."""
+    file = sweep_folder / SWEPT_FILE
+    return tuple(json.loads(file.read_text())) if file.is_file() else ()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
-
-logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it reports its font cache
 
 Points = Sequence[tuple[float, float]]
 _COLOURS = ("#1f6f8b", "#d1495b", "#3a7d44", "#8e5ea2", "#b8860b", "#4d4d4d", "#2f4b7c", "#f95d6a")

@@ -20,6 +20,27 @@ def provenance_tags() -> dict[str, str]:
     return tags
 
 
+def git_facts() -> dict[str, str]:
+    """``commit``, ``branch`` and ``repoURL`` (without a login) of the current folder's repository, if it has one."""
+    asked = {
+        "commit": ("rev-parse", "HEAD"),
+        "branch": ("rev-parse", "--abbrev-ref", "HEAD"),
+        "repoURL": ("remote", "get-url", "origin"),
+    }
+    facts = {name: redacted(_git(*command) or "") for name, command in asked.items()}
+    return {name: value for name, value in facts.items() if value}
+
+
+def versions() -> str:
+    """One line: this package, Python, and the libraries beside it, without importing any."""
+    import platform
+
+    from lora_exp import __version__
+
+    beside = [f"{name} {version}" for name in LIBRARIES[1:] if (version := _version(name))]
+    return f"lora_exp {__version__} (Python {platform.python_version()}, {', '.join(beside)})"
+
+
 def _version(name: str) -> str | None:
     try:
         return metadata.version(name)

@@ -12,11 +12,29 @@ from lora_exp.tracking import Run
 
 
 def run_name(config: Config, job: Job) -> str:
-    """A sweep's job by its number and overrides, a single run by what it trains."""
-    if job.sweep_folder is not None:
-        return f"{job.number}: {' '.join(job.overrides)}"[:200]
+    """A sweep's job by what sets it apart from the others, a single run by what it trains.
+
+    ``tracking.run_name`` is a single run's name, and goes before what sets a sweep's job apart.
+    """
+    own = config.tracking.run_name
+    apart = [override.lstrip("+") for override in job.overrides if _key(override) in job.swept]
+    if job.sweep_folder is not None and apart:
+        return " ".join([*([own] if own else []), *apart])[:200]
+    if own:
+        return own if job.sweep_folder is None else f"{own} {job.number}"
     rank = f" r{config.rank}" if uses_factors(config) else ""
     return f"{config.model.label} {config.adapter.name}{rank}"[:200]
+
+
+def sweep_name(config: Config, job: Job) -> str | None:
+    """The name of a sweep's parent run."""
+    if config.tracking.run_name:
+        return config.tracking.run_name
+    return f"sweep over {', '.join(job.swept)}"[:200] if job.swept else None
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
 
 
 def log_setup(tracked: Run, config: Config, job: Job, place: Mapping[str, str]) -> None:

@@ -15,14 +15,15 @@ from typing import Any, TextIO
 from lora_exp import models, signals, tracking
 from lora_exp.backends import Adapted, Origin, adapt
 from lora_exp.cache import file_sha256
-from lora_exp.config import Config, uses_factors
+from lora_exp.config import Config, flat_values, uses_factors
 from lora_exp.data import Data, load_data
 from lora_exp.job import METRICS_FILE, Job, Result
+from lora_exp.lineage import data_facts
 from lora_exp.machine.precision import take_precision
 from lora_exp.place import Place, prepare_backends, resolve_device, resolve_place, set_seed
 from lora_exp.plan.precheck import check_fits, memory_errors_explained
 from lora_exp.progress import TrainingProgress
-from lora_exp.recording import log_setup, run_name
+from lora_exp.recording import log_setup, run_name, sweep_name
 from lora_exp.saving import recover, replace_folder
 from lora_exp.training.batches import check_evaluation, check_rows, evaluation_batches, training_batches
 from lora_exp.training.loop import DivergedError, Forward, Lane, Record, all_finite, train
@@ -51,9 +52,10 @@ def run(config: Config, job: Job) -> Result:
     with signals.at_once():
         models.prepare_source(config.model)
     recover(job.folder / "adapter")
+    names = run_name(config, job), job.sweep_folder, sweep_name(config, job)
     result: Result | None = None
     try:
-        with tracking.open_run(config.tracking, run_name(config, job), job.sweep_folder) as tracked:
+        with tracking.open_run(config.tracking, *names) as tracked:
             log_setup(tracked, config, job, {"dtype": str(place.dtype), "device": str(place.device)})
             tracked.log_tags(precision.tags())
             with memory_errors_explained(config, place):
@@ -67,6 +69,7 @@ def run(config: Config, job: Job) -> Result:
             result = _summarise(tracked, adapted, records, job, place, time.monotonic() - started)
             _log_files(tracked, job, records)
             _log_result(tracked, result, records, job)
+            tracked.log_model(f"{config.model.label}-{config.adapter.name}", flat_values(config), config.train.steps)
     except tracking.TrackingError as error:
         error.result = result  # what was trained is trained, though the server did not take it
         raise
@@ -80,6 +83,7 @@ def _prepare(tracked: tracking.Run, config: Config, place: Place) -> tuple[Adapt
         tokenizer = functools.cache(lambda: models.load_tokenizer(source, config.model))
         data = load_data(config.data, tokenizer)
     train, validation = len(data.train), len(data.validation)  # type: ignore[arg-type]
+    tracked.log_dataset(data_facts(config.data, {"training": train, "validation": validation}))
     log.info(f"data   {config.data.label}: {train:,} training and {validation:,} validation {data.rows}")
     check_rows(data.train, config.train.micro_batch_size)
     check_evaluation(data.validation)

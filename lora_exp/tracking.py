@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -16,10 +17,11 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock
 
-from lora_exp import database, signals
+from lora_exp import artifacts, database, lineage, signals, system_metrics
 from lora_exp.config import TrackingConfig
 from lora_exp.credentials import NAME_ALONE, adopt_login, redacted
 from lora_exp.job import SWEEP_FILE, write_whole
+from lora_exp.links import where_to_look
 from lora_exp.network import refusal
 
 if TYPE_CHECKING:
@@ -68,6 +70,10 @@ class Run(Protocol):
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None: ...
 
+    def log_dataset(self, facts: Mapping[str, str]) -> None: ...
+
+    def log_model(self, name: str, params: Mapping[str, Any], step: int) -> None: ...
+
 
 @dataclass
 class NoRun:
@@ -86,6 +92,12 @@ class NoRun:
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
         del path, folder
+
+    def log_dataset(self, facts: Mapping[str, str]) -> None:
+        del facts
+
+    def log_model(self, name: str, params: Mapping[str, Any], step: int) -> None:
+        del name, params, step
 
 
 @dataclass
@@ -119,9 +131,24 @@ class MlflowRun:
             self.client.log_batch(self.run_id, tags=listed)
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
+        if (place := self._local_artifacts) is not None:
+            artifacts.store(path, place / (folder or ""))
+            return
         send = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
         with _said_clearly(self.section):
             send(self.run_id, str(path), folder)
+
+    def log_dataset(self, facts: Mapping[str, str]) -> None:
+        with _if_taken("data"):
+            lineage.log_dataset(self.client, self.run_id, facts)
+
+    def log_model(self, name: str, params: Mapping[str, Any], step: int) -> None:
+        with _if_taken("models"):
+            lineage.log_model(self.client, self.run_id, name, params, step)
+
+    @functools.cached_property
+    def _local_artifacts(self) -> Path | None:
+        return artifacts.local_folder(self.client.get_run(self.run_id).info.artifact_uri)
 
     def flush(self) -> None:
         pending, self._pending = self._pending, []
@@ -138,11 +165,13 @@ class MlflowRun:
 
 
 @contextlib.contextmanager
-def open_run(section: TrackingConfig, name: str, sweep_folder: Path | None = None) -> Iterator[Run]:
+def open_run(
+    section: TrackingConfig, name: str, sweep_folder: Path | None = None, sweep_name: str | None = None
+) -> Iterator[Run]:
     """A run that ends as its block ends: FINISHED, FAILED (an exception) or KILLED (SIGINT, SIGTERM).
 
-    In a sweep it is a child of the sweep's run. Raises TrackingError before anything else happens when the
-    server cannot be reached.
+    In a sweep it is a child of the sweep's run, which is called ``sweep_name``. Raises TrackingError before anything
+    else happens when the server cannot be reached.
     """
     if not section.enabled:
         yield NoRun()
@@ -153,14 +182,16 @@ def open_run(section: TrackingConfig, name: str, sweep_folder: Path | None = Non
         stack.enter_context(signals.while_closing())
         with _said_clearly(section):
             client = _client(section)
-            tags = _parent_tags(client, section, sweep_folder) if sweep_folder else {}
+            origin = lineage.origin_tags()
+            tags = _parent_tags(client, section, sweep_folder, sweep_name, origin) if sweep_folder else {}
             experiment = _experiment_id(client, section)
-            created = client.create_run(experiment, tags=tags, run_name=section.run_name or name)
+            created = client.create_run(experiment, tags=origin | tags, run_name=name)
             make_room = stack.enter_context(database.room_to_close(database.file_of(tracking_uri(section))))
         run = MlflowRun(client, created.info.run_id, section)
         try:
             with signals.between_steps():
-                yield run
+                with system_metrics.sampled(run.log_metrics):
+                    yield run
                 run.flush()
         except BaseException as error:
             stop = signals.stop_behind(error)
@@ -168,7 +199,11 @@ def open_run(section: TrackingConfig, name: str, sweep_folder: Path | None = Non
             make_room()
             _close(run, status, str(stop or error) or type(error).__name__)
             raise
-        run.end("FINISHED")
+        else:
+            run.end("FINISHED")
+        finally:
+            if sweep_folder is None:
+                log.info(where_to_look(tracking_uri(section), experiment, run.run_id))
 
 
 def end_sweep(folder: Path, status: str) -> None:
@@ -184,6 +219,51 @@ def describe_sweep(folder: Path, table: str, files: list[Path]) -> None:
     run.log_tags({"mlflow.note.content": table})
     for file in files:
         run.log_artifact(file)
+
+
+def sum_up_sweep(folder: Path, best_run_id: str | None, params: Mapping[str, Any]) -> None:
+    """Give the sweep's parent run ``params`` and what its best child has, and say where to look at it."""
+    if (run := _parent(folder)) is None:
+        return
+    run.log_params(params)
+    if best_run_id:
+        with _said_clearly(run.section):
+            _take_over(run, run.client.get_run(best_run_id))
+    with _said_clearly(run.section):
+        experiment = _experiment_id(run.client, run.section)
+    log.info(where_to_look(tracking_uri(run.section), experiment, run.run_id))
+
+
+def _take_over(run: MlflowRun, best: Any) -> None:
+    """The last values of ``best``'s metrics, each at its own step, its data and its adapter."""
+    for name in best.data.metrics:
+        if not name.startswith("system/"):
+            last = max(run.client.get_metric_history(best.info.run_id, name), key=lambda metric: metric.step)
+            run.log_metrics({name: last.value}, last.step)
+    with _if_taken("data and models"):
+        if best.inputs and best.inputs.dataset_inputs:
+            run.client.log_inputs(run.run_id, best.inputs.dataset_inputs)
+        if best.outputs and best.outputs.model_outputs:
+            run.client.log_outputs(run.run_id, best.outputs.model_outputs)
+    run.log_tags({"best_run_id": best.info.run_id, "best_run_name": best.info.run_name})
+    run.flush()
+
+
+def connect(section: TrackingConfig) -> MlflowClient:
+    """A client of ``section``'s store, whose address is put into it."""
+    section.uri = tracking_uri(section)
+    with _said_clearly(section):
+        return _client(section)
+
+
+def newest_experiments(client: MlflowClient) -> list[tuple[str, str]]:
+    """Number and name of each experiment with a run, that with the newest first."""
+    named = {experiment.experiment_id: experiment.name for experiment in client.search_experiments()}
+    newest = {}
+    for number in named:
+        for run in client.search_runs([number], max_results=1, order_by=["attributes.start_time DESC"]):
+            newest[number] = run.info.start_time
+    return [(number, named[number]) for number in sorted(newest, key=lambda number: -newest[number])]
 
 
 def tracking_uri(section: TrackingConfig) -> str:
@@ -264,15 +344,18 @@ def _experiment_id(client: MlflowClient, section: TrackingConfig) -> str:
     return str(found.experiment_id)
 
 
-def _parent_tags(client: MlflowClient, section: TrackingConfig, folder: Path) -> dict[str, str]:
+def _parent_tags(
+    client: MlflowClient, section: TrackingConfig, folder: Path, name: str | None, origin: Mapping[str, str]
+) -> dict[str, str]:
     """Tags that make a run a child of the sweep in ``folder``, whose own run the first job opens."""
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(str(folder / ".sweep.lock")):
         known = _read_sweep(folder)
         if not known.get("parent_run_id"):
             sweep_id = known.get("sweep_id") or f"{folder.parent.name}_{folder.name}"
-            tags = {"sweep_id": sweep_id, "lora_exp.kind": "sweep"}
-            parent = client.create_run(_experiment_id(client, section), tags=tags, run_name=f"sweep {sweep_id}")
+            tags = {**origin, "sweep_id": sweep_id, "lora_exp.kind": "sweep"}
+            title = name or f"sweep {sweep_id}"
+            parent = client.create_run(_experiment_id(client, section), tags=tags, run_name=title)
             known = {
                 "sweep_id": sweep_id,
                 "parent_run_id": parent.info.run_id,
@@ -332,6 +415,14 @@ def _said_clearly(section: TrackingConfig) -> Iterator[None]:
     except Exception as error:
         where, reason = redacted(tracking_uri(section)), str(error).partition("\n[SQL")[0]
         raise TrackingError(
-            f"MLflow at {where} failed ({redacted(reason)[:500]}). What was trained is in the job's folder; "
-            "mend the server, or run without it by tracking=none"
+            f"MLflow at {where} failed ({redacted(reason)[:500]}): mend the server, or run without it by tracking=none"
         ) from error
+
+
+@contextlib.contextmanager
+def _if_taken(what: str) -> Iterator[None]:
+    """For columns of MLflow's lists: an older server that knows none of them must not cost a run."""
+    try:
+        yield
+    except Exception as error:
+        log.warning("MLflow does not list this run's %s: %s", what, redacted(str(error))[:200])

@@ -190,6 +190,32 @@ def test_a_memory_that_is_full_comes_with_advice(
     assert unfinished(workplace) == []
 
 
+@pytest.mark.parametrize(("place", "is_trained"), [("_prepare", False), ("_summarise", True)])
+def test_an_error_claims_only_what_is_there(
+    cli: Cli, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch, place: str, is_trained: bool
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, os.strerror(28), "somewhere")
+
+    monkeypatch.setattr(f"lora_exp.run.{place}", full)
+    done = cli(*tiny_overrides)
+    assert "No space left on device" in done.err
+    assert ("what was trained so far is in" in done.err) is is_trained
+
+
+def test_a_tracking_error_before_training_speaks_of_nothing_trained(
+    cli: Cli, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("no such table")
+
+    monkeypatch.setattr("lora_exp.tracking._experiment_id", broken)
+    done = cli(*tiny_overrides)
+    assert "no such table" in done.err
+    assert "tracking=none" in done.err
+    assert "trained" not in done.err
+
+
 def test_an_unforeseen_error_is_named_and_its_traceback_filed(
     cli: Cli, tiny_overrides: list[str], workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,7 +12,10 @@ from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
+from omegaconf import OmegaConf
 
+from lora_exp import __version__
+from lora_exp.config import conf_folder
 from lora_exp.job import read_outcome
 
 Cli = Callable[..., "Finished"]  # noqa: F821  # of conftest.py
@@ -46,8 +51,57 @@ def test_help_and_config_errors_answer_without_heavy_imports(
 
 def test_help_shows_groups_knobs_and_examples(cli: Cli) -> None:
     done = cli("--help")
-    for word in ("adapter: dora, full, head, lora", "scaling: rslora, standard", "targets=", "Examples", "mlflow ui"):
+    for word in ("adapter: dora, full, head, lora", "scaling: rslora, standard", "targets=", "Examples",
+                 "lora_exp.ui"):  # fmt: skip
         assert word in done.out
+
+
+def test_help_is_true(cli: Cli) -> None:
+    """Every choice of the groups it explains is there, and the defaults in brackets are the config's."""
+    text = cli("--help").out.partition("The knobs")[2]
+    for group in ("adapter", "layer", "scaling", "quantization", "tracking"):
+        (line,) = [line for line in text.splitlines() if line.startswith(f"  {group}=")]
+        assert all(file.stem in line for file in (conf_folder() / group).glob("*.yaml"))
+    default = OmegaConf.create(cli("--cfg", "job").out)
+    knobs = re.findall(r"^  ([\w.]+)=\S+ .*\[(.*)\]$", text, re.MULTILINE)
+    assert len(knobs) >= 12
+    for key, shown in knobs:
+        value = OmegaConf.select(default, key)
+        name = value.get("label", value.get("name")) if OmegaConf.is_config(value) else value
+        if key == "tracking":
+            name = "mlflow" if value.enabled else "none"
+        if key == "model":
+            name = f"{default.model.label}, {default.data.label}"
+        assert shown == ("the model's own" if key == "targets" else str(name)), key
+
+
+def test_version_is_ours_and_names_the_libraries(cli: Cli) -> None:
+    done = cli("--version")
+    assert (done.code, done.err) == (0, "")
+    assert done.out.startswith(f"lora_exp {__version__} (Python ")
+    assert "torch 2" in done.out
+
+
+def test_the_font_cache_is_not_reported(workplace: Path) -> None:
+    logs = conf_folder() / "hydra"
+    for kind in ("hydra_logging", "job_logging"):
+        file = logs / kind / "lora_exp.yaml"
+        done = subprocess.run(
+            [sys.executable, "-c", FONTS, str(file)], capture_output=True, text=True, check=False,
+            env={**os.environ, "MPLCONFIGDIR": str(workplace / kind)},
+        )  # fmt: skip
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+FONTS = """
+import logging.config, sys
+from omegaconf import OmegaConf
+settings = OmegaConf.to_container(OmegaConf.load(sys.argv[1]))
+settings["handlers"].pop("file", None)
+settings["root"]["handlers"] = ["console"]
+logging.config.dictConfig(settings)
+import lora_exp.plots
+"""
 
 
 def test_a_run_leaves_everything_it_promises(cli: Cli, tiny_overrides: list[str], workplace: Path) -> None:
@@ -111,7 +165,8 @@ def test_one_failed_job_does_not_stop_the_others(cli: Cli, tiny_overrides: list[
     assert "Traceback" not in done.err
     client = MlflowClient(f"sqlite:///{workplace}/outputs/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("lora_exp").experiment_id])
-    by_rank = {run.data.params.get("rank", "parent"): run.info.status for run in runs}
+    is_parent = {run.info.run_id: run.data.tags.get("lora_exp.kind") == "sweep" for run in runs}
+    by_rank = {"parent" if is_parent[run.info.run_id] else run.data.params["rank"]: run.info.status for run in runs}
     assert by_rank == {"parent": "FAILED", "2": "FINISHED", "1000000000": "FAILED", "4": "FINISHED"}
     assert "FAILED: " in done.out
 

@@ -16,7 +16,7 @@ from lora_exp.machine.precision import take_precision
 from lora_exp.plan.estimate import GIB, Plan, Planner
 from lora_exp.plan.fit import Fit, fit
 from lora_exp.plan.show import show
-from lora_exp.recording import log_setup, run_name
+from lora_exp.recording import log_setup, run_name, sweep_name
 
 log = logging.getLogger(__name__)
 PLAN_FILE = "plan.json"
@@ -27,7 +27,8 @@ def run_plan(config: Config, job: Job) -> PlanResult:
     if config.device == "cpu":
         with signals.at_once():
             take_precision(config.machine, torch.device("cpu"))
-    with tracking.open_run(config.tracking, run_name(config, job), job.sweep_folder) as tracked:
+    names = run_name(config, job), job.sweep_folder, sweep_name(config, job)
+    with tracking.open_run(config.tracking, *names) as tracked:
         with signals.at_once():
             planner = Planner(config)
             plan = planner.plan()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,10 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from lora_exp.claims import FolderInUseError, claim
+from lora_exp.composing import check_composed, check_mode, swept_keys
+from lora_exp.config import ConfigError
 from lora_exp.credentials import CredentialError, refuse_in_config
+from lora_exp.job import SWEPT_FILE
 
 # The sweep this process has begun and not yet reported: Hydra has no hook for one that ends in an error.
 begun: list[Path] = []
@@ -21,20 +26,27 @@ class SweepCallback(Callback):
     """Looks before Hydra writes anything, and notes the sweep for ``lora_exp.__main__`` to close."""
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
-        _prepare(config, Path(config.hydra.run.dir), "hydra.run.dir")
+        _prepare(config, Path(config.hydra.run.dir), "hydra.run.dir", check_mode)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
         _prepare(config, folder, "hydra.sweep.dir")
         begun.append(folder.resolve())
+        write_swept(folder, config)
 
 
-def _prepare(config: DictConfig, folder: Path, setting: str) -> None:
+def write_swept(folder: Path, config: DictConfig) -> None:
+    """Note what differs between the jobs, for those in other processes too: it is what they are named by."""
+    (folder / SWEPT_FILE).write_text(json.dumps(swept_keys(config)) + "\n")
+
+
+def _prepare(config: DictConfig, folder: Path, setting: str, *checks: Callable[[DictConfig], None]) -> None:
     try:
-        refuse_in_config(config)
+        for check in (refuse_in_config, check_composed, *checks):
+            check(config)
         _require_writable(folder)
         claim(folder, setting)
-    except (CredentialError, FolderInUseError) as error:
+    except (ConfigError, CredentialError, FolderInUseError) as error:
         # SystemExit: Hydra turns any other exception of a callback into a warning and runs on.
         sys.stderr.write(f"{error}\n")
         sys.exit(1)

@@ -40,6 +40,20 @@ PLAN_COLUMNS: dict[str, Callable[[PlanResult], str]] = {
     "max rank": lambda result: "" if result.largest_rank is None else str(result.largest_rank),
 }
 
+# What a narrow terminal leaves out, first to last; comparison.csv has it all.
+_LEAST_NEEDED = (
+    "wall s",
+    "base MB",
+    "adapter MB",
+    "trainable",
+    "logits",
+    "trained",
+    "base",
+    "perplexity",
+    "activations",
+)
+_SHORT = 20
+
 
 @dataclass(frozen=True)
 class JobReport:
@@ -71,6 +85,7 @@ def report_sweep(folder: Path, interrupted: bool) -> bool:
     pictures = draw(folder, jobs, varying)
     files = [folder / "comparison.csv", folder / "comparison.md", *pictures]
     tracking.describe_sweep(folder, markdown, files)
+    tracking.sum_up_sweep(folder, _best_run(jobs), _params(jobs))
     return finished and not interrupted
 
 
@@ -122,6 +137,18 @@ def draw(folder: Path, jobs: list[JobReport], varying: list[str]) -> list[Path]:
     return sorted(folder.glob("loss_*.png"))
 
 
+def _best_run(jobs: list[JobReport]) -> str | None:
+    return jobs[0].outcome.result.run_id if jobs[0].outcome.result else None
+
+
+def _params(jobs: list[JobReport]) -> dict[str, str]:
+    """What all jobs share as it is, and of what differs every value, in the order of the jobs."""
+    by_number = sorted(jobs, key=lambda job: job.outcome.number)
+    names = dict.fromkeys(name for job in by_number for name in job.outcome.values)
+    values = {name: dict.fromkeys(_text(job.outcome.values.get(name)) for job in by_number) for name in names}
+    return {name: ", ".join(value for value in found if value) for name, found in values.items()}
+
+
 def _row(job: JobReport, varying: list[str], columns: list[str]) -> list[str]:
     outcome, result = job.outcome, job.outcome.result
     settings = [str(outcome.number), *(_text(outcome.values.get(name)) for name in varying)]
@@ -138,15 +165,29 @@ def _cells(result: Result | PlanResult) -> dict[str, str]:
     return {name: show(result) for name, show in RESULT_COLUMNS.items()}
 
 
+def fitting(header: list[str], rows: list[list[str]], width: int) -> tuple[list[str], list[list[str]]]:
+    """Without as many columns of sizes and times as a terminal of ``width`` has no room for."""
+    wide = [max(len(line[index]) for line in (header, *rows)) for index in range(len(header) - 1)]
+    wide.append(max(len(line[-1][:_SHORT]) for line in (header, *rows)))  # a reason for failing may wrap
+    shown = list(range(len(header)))
+    for name in _LEAST_NEEDED:
+        if sum(3 + wide[index] for index in shown) < width:
+            break
+        shown = [index for index in shown if header[index] != name]
+    return [header[index] for index in shown], [[row[index] for index in shown] for row in rows]
+
+
 def _print(header: list[str], rows: list[list[str]]) -> None:
+    console = Console()
+    console = Console(width=console.width if console.is_terminal else 140)
+    header, rows = fitting(header, rows, console.width)
     table = Table(title="Sweep, best first", title_justify="left")
     for name in header:
         right = name not in ("status",)
         table.add_column(name, justify="right" if right else "left", no_wrap=name in RESULT_COLUMNS)
     for row in rows:
         table.add_row(*row, style="red" if row[-1] != "FINISHED" else None)
-    console = Console()
-    Console(width=None if console.is_terminal else 140).print(table, markup=False)
+    console.print(table, markup=False)
 
 
 def _write_csv(path: Path, header: list[str], rows: list[list[str]]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lora_exp.job import Outcome, Result, write_outcome
-from lora_exp.sweep.report import collect, differing, report_sweep
+from lora_exp.sweep.report import RESULT_COLUMNS, collect, differing, fitting, report_sweep
 
 
 def add(folder: Path, number: int, loss: float | None, **values: Any) -> None:
@@ -61,3 +61,14 @@ def test_a_finished_sweep_counts_as_finished_unless_interrupted(tmp_path: Path) 
     add(tmp_path, 1, 2.0, rank=9)
     assert report_sweep(tmp_path, interrupted=False)
     assert not report_sweep(tmp_path, interrupted=True)
+
+
+@pytest.mark.parametrize(("width", "left_out"), [(140, 0), (100, 1), (80, 3), (60, 4)])
+def test_a_narrow_terminal_keeps_what_was_swept_the_result_and_the_status(width: int, left_out: int) -> None:
+    header = ["job", "rank", "adapter", *(name for name in RESULT_COLUMNS if name != "accuracy"), "status"]
+    row = ["3", "4", "dora", "3.6021", "36.68", "1,376,640", "538.1", "5.59", "7", "FINISHED"]
+    columns, (shown,) = fitting(header, [row], width)
+    assert len(header) - len(columns) == left_out
+    assert {"job", "rank", "adapter", "eval/loss", "status"} <= set(columns)
+    assert shown == [value for name, value in zip(header, row, strict=True) if name in columns]
+    assert sum(3 + max(len(name), len(value)) for name, value in zip(columns, shown, strict=True)) + 1 <= width

@@ -1,0 +1,162 @@
+"""What is wrong with a command line or with the files that it composes, said with the next move.
+
+Hydra's own words advise to add an unknown key by a ``+``, by which it is then taken without a word.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
+
+from lora_exp.config import ConfigError, conf_folder
+from lora_exp.keys import nearest, unknown_key, unknown_keys, wrong_value
+
+_FULL_ERROR = "HYDRA_FULL_ERROR"
+
+
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Raise ``ConfigError`` for the keys of a command line that are not in the schema."""
+    given = get_args_parser().parse_args(list(arguments))
+    if given.shell_completion:  # its one argument is no override
+        return
+    roots = [conf_folder(), *([Path(given.config_dir)] if given.config_dir else [])]
+    overrides = _parsed(given.overrides)
+    is_elsewhere = any(override.get_key_element() == "hydra.searchpath" for override in overrides)
+    known = [override for override in overrides if not _is_group(override, roots)]
+    problems = [unknown_key(override.key_or_group) for override in known]
+    # Groups of a search path that Hydra alone knows: what they bring is checked when it is composed.
+    found = [p for p, o in zip(problems, known, strict=True) if p and not (is_elsewhere and "." not in o.key_or_group)]
+    _refuse([*found, *_numbers_for_choices(overrides, roots)])
+
+
+def check_composed(composed: DictConfig) -> None:
+    """The same for what Hydra has composed, and for the keys that a file lets a sweep go through."""
+    params = OmegaConf.select(composed, "hydra.sweeper.params") or {}
+    sources = OmegaConf.select(composed, "hydra.runtime.config_sources") or []
+    roots = [Path(source.path) for source in sources if source.schema == "file"]
+    swept = [key.lstrip("+~") for key in params]
+    keys = [key for key in swept if not key.startswith("hydra.") and not any((root / key).is_dir() for root in roots)]
+    _refuse([*unknown_keys(composed), *(problem for key in keys if (problem := unknown_key(key)))])
+
+
+def check_mode(composed: DictConfig) -> None:
+    """Raise ``ConfigError`` for a single run of what a file wants swept, unless the run chooses one."""
+    params = OmegaConf.select(composed, "hydra.sweeper.params") or {}
+    given = {override.get_key_element().lstrip("+~") for override in _parsed(composed.hydra.overrides.task)}
+    left = {key: value for key, value in params.items() if key.lstrip("+~") not in given}
+    if left:
+        listed = " ".join(f"{key}={value}" for key, value in left.items())
+        one = " ".join(f"{key}={str(value).partition(',')[0]}" for key, value in left.items())
+        raise ConfigError(
+            [f"this is a sweep ({listed}), and without -m one job would run: {_command('-m')}, or choose one: {one}"]
+        )
+
+
+def swept_keys(composed: DictConfig) -> list[str]:
+    """The keys that differ between the jobs of a composed sweep, as they were typed."""
+    params = OmegaConf.select(composed, "hydra.sweeper.params") or {}
+    given = _parsed([*(f"{key}={value}" for key, value in params.items()), *composed.hydra.overrides.task])
+    varying = {override.get_key_element(): override.is_sweep_override() for override in given}  # the last one counts
+    return [key.lstrip("+~") for key, is_swept in varying.items() if is_swept]
+
+
+@contextlib.contextmanager
+def plainly() -> Iterator[None]:
+    """For Hydra's main: say in our words what is wrong, and exit with 1."""
+    if os.environ.get(_FULL_ERROR) == "1":
+        yield
+        return
+    os.environ[_FULL_ERROR] = "1"  # Hydra then raises what it would print
+    try:
+        yield
+    except Exception as error:
+        if (message := explain(error)) is None:
+            raise
+        sys.stderr.write(f"{message}\n")
+        sys.exit(1)
+    finally:
+        os.environ.pop(_FULL_ERROR, None)
+
+
+def explain(error: Exception) -> str | None:
+    """What a person can do about an error of Hydra's, or None for one that is not foreseen."""
+    if isinstance(error, ConfigError):
+        return str(error)
+    place = _place(str(error))
+    if isinstance(error, MissingConfigException) and error.options:
+        return _wrong_choice(error, place)
+    cause = next((e for e in (error.__cause__, error.__context__) if isinstance(e, OmegaConfBaseException)), None)
+    if type(error).__name__ == "ConfigCompositionException" and cause is not None and isinstance(cause.full_key, str):
+        if isinstance(cause, ValidationError):
+            return wrong_value(cause.full_key, cause.value, place)
+        if isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
+            return unknown_key(cause.full_key, place) or _not_there(cause)
+    return str(error).strip() if isinstance(error, HydraException) else None
+
+
+def _parsed(arguments: Sequence[str]) -> list[Override]:
+    try:
+        return list(OverridesParser.create().parse_overrides(list(arguments)))
+    except HydraException:  # Hydra says so itself
+        return []
+
+
+def _is_group(override: Override, roots: Sequence[Path]) -> bool:
+    key = override.key_or_group
+    is_named = "/" in key or override.package is not None or any((root / key).is_dir() for root in roots)
+    return is_named or key.partition(".")[0] == "hydra" or override.is_delete()
+
+
+def _numbers_for_choices(overrides: Sequence[Override], roots: Sequence[Path]) -> Iterator[str]:
+    for override in overrides:
+        files = sorted(file.stem for root in roots for file in (root / override.key_or_group).glob("*.yaml"))
+        if files and isinstance(value := override.value(), (int, float)):
+            yield f"{override.key_or_group}={value} is not a choice: use {', '.join(files)}"
+
+
+def _wrong_choice(error: MissingConfigException, place: str) -> str:
+    group, _, choice = str(error.missing_cfg_file).rpartition("/")
+    options = list(error.options or [])
+    near = nearest(choice, options)
+    meant = (
+        f"did you mean {' or '.join(near)}? ({group}: {', '.join(options)})" if near else f"use {', '.join(options)}"
+    )
+    return f"{group}={choice}{place} is not a choice: {meant}"
+
+
+def _not_there(cause: Any) -> str:
+    """A key of Hydra's own sections, or of an open mapping, that is not there."""
+    known = [str(key) for key in cause.parent_node] if isinstance(cause.parent_node, DictConfig) else []
+    above = str(cause.full_key).rpartition(".")[0]
+    near = [f"{above}.{name}".lstrip(".") for name in nearest(str(cause.key), known)]
+    hint = f"did you mean {' or '.join(near)}?" if near else f"+{cause.full_key}=… adds it"
+    return f"{cause.full_key} is not a key of the config: {hint}"
+
+
+def _command(*more: str) -> str:
+    """The command line that was typed, with ``more``."""
+    name = "python -m lora_exp" if Path(sys.argv[0]).name in ("__main__.py", "-m") else Path(sys.argv[0]).name
+    return f"{name} {shlex.join([*sys.argv[1:], *more])}"
+
+
+def _place(message: str) -> str:
+    file = re.match(r"In '([^']+)'", message)
+    return f" ({file[1]})" if file and file[1] != "config" else ""
+
+
+def _refuse(problems: Sequence[str]) -> None:
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))

@@ -1,0 +1,165 @@
+"""The keys of the config: which there are, and which one was meant."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import Field, fields, is_dataclass
+from functools import cache
+from typing import Any, get_args, get_origin, get_type_hints
+
+import omegaconf
+from omegaconf import DictConfig, OmegaConf
+
+from lora_exp.config import Config
+
+_TYPES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    list: "a list",
+    dict: "a mapping",
+}
+
+
+def unknown_key(path: str, place: str = "") -> str | None:
+    """Why the dotted ``path`` is no key of the config, and which may have been meant; None where it is one.
+
+    ``place`` is the file that it stands in.
+    """
+    kind: Any = Config
+    parts = re.sub(r"\[(.*?)\]", r".\1", path).split(".")
+    for depth, part in enumerate(parts):
+        section = _section(kind)
+        if section is None:
+            if _is_open(kind):
+                return None
+            return f"{path}{place} is not a key of the config: {'.'.join(parts[:depth])} has none below it"
+        known = get_type_hints(section)
+        if part not in known:
+            return f"{path}{place} is not a key of the config: {_meant(parts, depth, list(known))}"
+        kind = known[part]
+    return None
+
+
+def unknown_keys(composed: DictConfig) -> list[str]:
+    """The same for each key of a composed config that is not in the schema (``hydra`` aside)."""
+    found = (unknown_key(path) for path in _paths(composed) if path.partition(".")[0] != "hydra")
+    return [problem for problem in found if problem]
+
+
+def wrong_value(path: str, value: Any, place: str = "") -> str:
+    """What the known key ``path`` wants instead of ``value``."""
+    name, index = re.fullmatch(r"(.*?)((?:\[\w+\])*)", path).groups()  # type: ignore[union-attr]
+    kind, default = _looked_up(name)
+    wanted = get_args(kind)[0] if index and get_args(kind) else kind
+    example = "" if default is None else f": such as {name}={_as_typed(default)}"
+    return f"{path}={_as_typed(value)}{place} is not {_named(wanted)}{example}"
+
+
+def nearest(name: str, among: list[str]) -> list[str]:
+    """Up to three of ``among`` that ``name`` may be a slip of, likeliest first."""
+    near = difflib.get_close_matches(name, among, n=3)
+    near = near or [other for other in among if name and other.startswith(name)][:3]
+    best = max((_likeness(name, other) for other in near), default=0)
+    return [other for other in near if _likeness(name, other) > best - 0.15]
+
+
+def _meant(parts: list[str], depth: int, siblings: list[str]) -> str:
+    above = ".".join([*parts[:depth], ""])[:]
+    near = [above + name for name in nearest(parts[depth], siblings)] if depth == len(parts) - 1 else []
+    near = near or nearest(".".join(parts), _leaves())
+    near = near or [leaf for leaf in _leaves() if leaf.rpartition(".")[2] == parts[-1]]
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"{above.rstrip('.') or 'it'} has {', '.join(siblings)}"
+
+
+def _likeness(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other).ratio()
+
+
+@cache
+def _leaves() -> list[str]:
+    return list(_below(Config, ""))
+
+
+def _below(section: type, prefix: str) -> Iterator[str]:
+    for name, kind in get_type_hints(section).items():
+        deeper = _section(kind)
+        if deeper is None:
+            yield prefix + name
+        else:
+            yield from _below(deeper, f"{prefix}{name}.")
+
+
+def _section(kind: Any) -> type | None:
+    """The dataclass behind an annotation such as ``PackagedConfig | None``."""
+    return next(
+        (option for option in (kind, *get_args(kind)) if isinstance(option, type) and is_dataclass(option)), None
+    )
+
+
+def _is_open(kind: Any) -> bool:
+    """Whether what is below is anybody's: a mapping, a list, or anything at all."""
+    return any(option is Any or get_origin(option) in (dict, list) for option in (kind, *get_args(kind)))
+
+
+def _paths(composed: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Every key but those inside of mappings; a key that is not in the schema as it is, however deep it goes."""
+    for key in map(str, composed):
+        path = f"{prefix}{key}"
+        below = (
+            None
+            if OmegaConf.is_missing(composed, key) or OmegaConf.is_interpolation(composed, key)
+            else composed._get_node(key)
+        )
+        if isinstance(below, DictConfig) and not below._is_none() and _has_schema(below):
+            yield from _paths(below, f"{path}.")
+        else:
+            yield path
+
+
+def _has_schema(node: DictConfig) -> bool:
+    kind = OmegaConf.get_type(node)
+    return kind is not None and is_dataclass(kind)
+
+
+def _looked_up(path: str) -> tuple[Any, Any]:
+    """The annotation of a known key, and its default."""
+    kind, field = Config, None
+    for part in path.split("."):
+        section = _section(kind)
+        if section is None or part not in (hints := get_type_hints(section)):
+            return Any, None
+        kind, field = hints[part], next(known for known in fields(section) if known.name == part)
+    return kind, _default(field) if field else None
+
+
+def _default(field: Field[Any]) -> Any:
+    if field.default_factory is not NO_DEFAULT:
+        made = field.default_factory()
+        return None if is_dataclass(made) or not made else made
+    return None if field.default in (NO_DEFAULT, omegaconf.MISSING) else field.default
+
+
+def _named(kind: Any) -> str:
+    for option in (kind, *get_args(kind)):
+        if (name := _TYPES.get(get_origin(option) or option)) is not None:
+            return name
+    section = _section(kind)
+    return f"a section with {', '.join(get_type_hints(section))}" if section else "what it may be"
+
+
+def _as_typed(value: Any) -> str:
+    """As one would write it on the command line."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(_as_typed(item) for item in value)}]"
+    return str(value)

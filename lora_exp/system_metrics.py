@@ -1,0 +1,102 @@
+"""What the machine does while a run is open: samples under ``system/``, as MLflow's own pages show them.
+
+MLflow samples for its fluent API alone, first after ten seconds, and asks the server for the run's status each time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
+from typing import Any
+
+log = logging.getLogger(__name__)
+Send = Callable[[Mapping[str, float], int], None]
+_INTERVAL_S = 10.0
+_CLASSES = {"cpu": "CPU", "gpu": "GPU"}
+
+
+@contextlib.contextmanager
+def sampled(send: Send) -> Iterator[None]:
+    """Send a sample every ten seconds (MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL) of a block, and one at its end.
+
+    MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING=false switches it off.
+    """
+    if os.environ.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true").lower() in ("false", "0"):
+        yield
+        return
+    sampler = _Sampler(send, float(os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL") or _INTERVAL_S))
+    sampler.start()
+    try:
+        yield
+    finally:
+        sampler.stop()
+
+
+class _Sampler:
+    def __init__(self, send: Send, interval_s: float) -> None:
+        self._send, self._interval_s = send, interval_s
+        self._over = threading.Event()
+        self._process = _Process()
+        self._machine: list[Any] = []
+        self._step = 0
+        self._thread = threading.Thread(target=self._sample_on, name="system metrics", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _sample_on(self) -> None:
+        try:
+            self._machine = _machine_monitors()
+            is_over = False
+            while not is_over:
+                is_over = self._over.wait(self._interval_s)
+                self._send(self._sample(), self._step)
+                self._step += 1
+        except Exception as error:  # a figure of the machine is not worth a run
+            log.debug("system metrics end: %s", error)
+
+    def _sample(self) -> dict[str, float]:
+        figures = self._process.figures()
+        for monitor in self._machine:
+            monitor.collect_metrics()
+            figures |= monitor.aggregate_metrics()
+            monitor.clear_metrics()
+        return {f"system/{name}": float(value) for name, value in figures.items()}
+
+
+class _Process:
+    """This process's share of a core, and its resident memory where the system tells."""
+
+    def __init__(self) -> None:
+        self._seen = time.monotonic(), time.process_time()
+
+    def figures(self) -> dict[str, float]:
+        before, self._seen = self._seen, (time.monotonic(), time.process_time())
+        wall_s, busy_s = (now - then for now, then in zip(self._seen, before, strict=True))
+        figures = {"process_cpu_percentage": round(100 * busy_s / wall_s, 1)} if wall_s else {}
+        with contextlib.suppress(OSError, ValueError), open("/proc/self/statm") as stream:  # noqa: PTH123  # Linux
+            figures["process_memory_megabytes"] = int(stream.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+        return figures
+
+
+def _machine_monitors() -> list[Any]:
+    """MLflow's, of what its optional libraries (psutil, nvidia-ml-py) can see here. To be called by who will use them:
+    psutil's shares are of the time since the same thread's last look."""
+    monitors = []
+    for name in ("cpu", "disk", "network", "gpu"):
+        with contextlib.suppress(Exception):
+            module = import_module(f"mlflow.system_metrics.metrics.{name}_monitor")
+            monitor = getattr(module, f"{_CLASSES.get(name, name.title())}Monitor")()
+            monitor.collect_metrics()
+            monitor.clear_metrics()
+            monitors.append(monitor)
+    return monitors
