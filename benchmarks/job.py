@@ -20,12 +20,13 @@ from lora_exp.cache import cache_root
 from .timing import ratio
 
 DTYPES = {"float32": "float32", "bf16": "bfloat16"}
+TURNS = 5
 _BUSY = "while True: pass"
 
 
 def run(quick: bool) -> dict[str, Any]:
     """Both sides take turns, one process each; `quick` has two steps and two turns."""
-    steps, turns = (2, 2) if quick else (24, 5)
+    steps, turns = (2, 2) if quick else (24, TURNS)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         cache = own_cache(folder / "cache")
@@ -47,13 +48,12 @@ def _against_peft(folder: Path, cache: Path, label: str, steps: int, turns: int)
     folder.mkdir()
     store = f"sqlite:///{folder}/mlflow.db"
     times: dict[str, list[float]] = {"ours": [], "peft": []}
-    for turn in range(turns + 1):
-        for side in (("ours", "peft") if turn % 2 else ("peft", "ours")) if turn else ("ours", "peft"):
+    finished(ours(folder / "first", store, cache, label, 2))  # makes caches and the database
+    for turn in range(turns):
+        for side in ("ours", "peft") if turn % 2 else ("peft", "ours"):
             command = (ours if side == "ours" else peft_trainer)(folder / f"{side}{turn}", store, cache, label, steps)
-            seconds = finished(command)
-            if turn:  # the first makes caches and the database
-                times[side].append(seconds)
-    row = {"case": f"default job, {label}, {steps} steps"}
+            times[side].append(finished(command))
+    row: dict[str, Any] = {"case": f"default job, {label}, {steps} steps", "turns": turns}
     row |= {f"{side}_s": round(statistics.median(values), 1) for side, values in times.items()}
     return {**row, **ratio(times, "peft", "ours"), **phases(folder / "mlflow.db")}
 
@@ -63,7 +63,7 @@ def _beside_busy(folder: Path, cache: Path, steps: int, turns: int) -> list[dict
     folder.mkdir()
     store = f"sqlite:///{folder}/mlflow.db"
     times: dict[str, list[float]] = {"alone": [], "busy": []}
-    for turn in range(1 if turns < 3 else 3):
+    for turn in range(max(1, turns // 2)):
         times["alone"].append(finished(ours(folder / f"alone{turn}", store, cache, "auto", steps)))
         with busy_process():
             times["busy"].append(finished(ours(folder / f"busy{turn}", store, cache, "auto", steps)))

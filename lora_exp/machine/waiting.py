@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 
 # Of GNU's library (torch's wheels), in turns of its loop, and of LLVM's and Intel's (some builds), in milliseconds.
-_BRIEFLY = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}
+_BRIEFLY = {"GOMP_SPINCOUNT": "3000", "KMP_BLOCKTIME": "1"}
 WAITS = ("OMP_WAIT_POLICY", *_BRIEFLY)  # a user's own wish is one of these
 
 
