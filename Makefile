@@ -15,7 +15,7 @@ ui: $(STAMP)
 	$(BIN)/python -m lora_exp.ui $(ARGS)
 
 test: lint
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -26,8 +26,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Ours against PEFT; each suite (layers models memory startup scale) can be named: make bench ARGS=memory
-# On a machine that others use too, put OMP_WAIT_POLICY=PASSIVE before it.
+# Ours against PEFT; each suite (job layers models memory startup scale waiting) can be named: make bench ARGS=memory
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks --out benchmarks $(ARGS)
 
