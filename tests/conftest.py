@@ -109,7 +109,8 @@ def workplace(tmp_path: Path, measured_machine: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     shutil.copytree(measured_machine, tmp_path / "cache/machine")
     monkeypatch.setenv("LORA_EXP_CACHE", str(tmp_path / "cache"))
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME", "HYDRA_FULL_ERROR"):
+    outside = ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME", "HYDRA_FULL_ERROR", "MAKELEVEL")
+    for name in outside:
         monkeypatch.delenv(name, raising=False)
     yield tmp_path
     use_answers(None)  # what a run took for itself
