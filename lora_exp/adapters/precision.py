@@ -43,13 +43,16 @@ class Rates:
 
     @property
     def float32(self) -> float:
-        """Of float32, by whoever is faster."""
-        return self.onednn if self.answers().float32 == ONEDNN else self.blas
+        """Of float32, by whom `answers` takes for it."""
+        return self.onednn if self._is_by_onednn else self.blas
 
     def answers(self) -> Answers:
-        float32 = ONEDNN if self.onednn > _CLEARLY * self.blas else BLAS
-        best = self.onednn if float32 == ONEDNN else self.blas
-        return Answers(NATIVE if self.bfloat16 >= best else FLOAT32, float32)
+        bf16 = NATIVE if self.bfloat16 >= self.float32 else FLOAT32
+        return Answers(bf16, ONEDNN if self._is_by_onednn else BLAS)
+
+    @property
+    def _is_by_onednn(self) -> bool:
+        return self.onednn > _CLEARLY * self.blas
 
 
 @dataclasses.dataclass(frozen=True)
