@@ -9,9 +9,11 @@ import logging
 import os
 from pathlib import Path
 
+from lora_exp.machine.allocator import keep_freed_memory
 from lora_exp.machine.waiting import wait_briefly
 
 wait_briefly()  # before torch is loaded
+keep_freed_memory()
 
 import torch  # noqa: E402
 

@@ -23,6 +23,7 @@ from lora_exp.checks import check
 from lora_exp.config import Config, conf_folder, flat_values, register, to_config
 from lora_exp.credentials import CredentialError, adopt_login, redacted, refuse_in_arguments
 from lora_exp.job import RESULT_FILE, SWEEP_FILE, Job, Outcome, PlanResult, Result, read_swept, write_outcome
+from lora_exp.machine.allocator import keep_freed_memory
 from lora_exp.machine.waiting import wait_briefly
 from lora_exp.provenance import versions
 from lora_exp.sweep.callback import begun
@@ -30,6 +31,7 @@ from lora_exp.sweep.callback import begun
 log = logging.getLogger("lora_exp")
 register()
 wait_briefly()  # here, as a launcher's worker imports this module too, and before torch
+keep_freed_memory()
 
 
 class JobError(CompactHydraException):

@@ -22,8 +22,8 @@ from torch import Tensor
 from .dora import DoraAdapter
 from .lora import LoraAdapter
 from .once import first_derivative_only, no_forward_mode
-from .products import add_product, runs_wide, times_transposed, uses_onednn
-from .shares import Share, add_share, as_dtype, share_gradients
+from .products import runs_wide, times, times_transposed, uses_onednn
+from .shares import Share, add_share, as_dtype, share_gradients, weighted_gradient
 from .switch import autocast_dtype, fused_allowed, is_plain, without_autocast
 
 if TYPE_CHECKING:
@@ -49,11 +49,11 @@ def fused_output(layer: LoRALayerBase, x: Tensor, plan: Plan) -> Tensor | None:
     return _Adapted.apply(call, x, *factors)
 
 
-def _served(layer: LoRALayerBase, x: Tensor, plan: Plan) -> list[tuple[LoraAdapter, slice]]:
+def _served(layer: LoRALayerBase, x: Tensor, plan: Plan) -> list[tuple[LoraAdapter, slice | None]]:
     """The adapters of this layer that serve x, each with its rows; none if one input is meant for all samples."""
     if plan.sizes is None:
         adapter = layer._adapter(plan.names[0])
-        return [] if adapter is None else [(adapter, slice(0, x.numel() // x.shape[-1] if x.numel() else 0))]
+        return [] if adapter is None else [(adapter, None)]
     if x.shape[0] == 1 < sum(plan.sizes):
         return []
     each = x[0].numel() // x.shape[-1] if x.numel() else 0  # rows of one index of the leading dimension
@@ -148,30 +148,29 @@ def _with_bias(layer: Any, base: Tensor, parts: Sequence[Share]) -> Tensor:
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, weight, *rest = ctx.saved_tensors
     call, (shape, dtype) = ctx.call, ctx.like
-    parts, G = call.parts, call.inside(grad)
+    parts, G, needs = call.parts, call.inside(grad), ctx.needs_input_grad[1:]
     factors, kept = rest[: 3 * len(parts)], rest[3 * len(parts) :]
-    dx, found, left = None, [], []
-    if ctx.needs_input_grad[1]:
+    weighted = [
+        weighted_gradient(part, _rows(part, G), factors[3 * i + 2], kept[2 * i + 1], needs[3 * i + 3], needs[0])
+        for i, part in enumerate(parts)
+    ]
+    dx, found = None, []
+    if needs[0]:
         weight = call.matrix(weight) if call.wide else as_dtype(call.matrix(weight), G.dtype)
-        dx = G.new_zeros(len(G), weight.shape[1]) if _leaves_rows(parts, G) else G.new_empty(len(G), weight.shape[1])
-    for i, part in enumerate(parts):
-        needs = ctx.needs_input_grad[2 + 3 * i : 5 + 3 * i]
-        rows = None if x is None else _rows(part, _flat(x))
+        dx = times(_joined(G, parts, [rows for rows, _ in weighted]), weight)
+    for i, (part, (rows, dm)) in enumerate(zip(parts, weighted, strict=True)):
+        seen = None if x is None else _rows(part, _flat(x))
         to = None if dx is None else (_rows(part, dx), weight)
-        given = factors[3 * i : 3 * i + 3], kept[2 * i :]
-        *gradients, seen = share_gradients(part, _rows(part, G), rows, needs, *given, to)
-        found += gradients
-        left.append(seen)
-    if dx is not None:
-        dx = as_dtype(add_product(dx, _joined(G, parts, left), weight), dtype).view(shape)
-    return None, dx, *found
+        given = rows, seen, needs[3 * i + 1 : 3 * i + 3], factors[3 * i : 3 * i + 3], kept[2 * i]
+        found += [*share_gradients(part, _rows(part, G), *given, to), dm]
+    return None, None if dx is None else as_dtype(dx, dtype).view(shape), *found
 
 
-def _joined(grad: Tensor, parts: Sequence[Share], left: Sequence[Tensor]) -> Tensor:
-    """G with the rows of each part as the part left them: g∘G for DoRA without dropout."""
-    if len(parts) == 1 and len(left[0]) == len(grad):
-        return left[0]
-    changed = [(part.rows, rows) for part, rows in zip(parts, left, strict=True) if part.scales_base]
+def _joined(grad: Tensor, parts: Sequence[Share], weighted: Sequence[Tensor]) -> Tensor:
+    """What W takes back to dx: G, or g∘G in the rows of DoRA without dropout."""
+    if parts[0].rows is None:
+        return weighted[0] if parts[0].scales_base else grad
+    changed = [(part.rows, rows) for part, rows in zip(parts, weighted, strict=True) if part.scales_base]
     out = grad.clone() if changed else grad
     for rows, seen in changed:
         out[rows] = seen
@@ -180,14 +179,18 @@ def _joined(grad: Tensor, parts: Sequence[Share], left: Sequence[Tensor]) -> Ten
 
 def _rows(part: Share, of: Tensor) -> Tensor:
     """The part's rows; slicing costs as much as a small product, so not where it is all of them."""
-    return of if part.rows.stop - part.rows.start == len(of) else of[part.rows]
+    return of if part.rows is None else of[part.rows]
 
 
 def _leaves_rows(parts: Sequence[Share], of: Tensor) -> bool:
-    return sum(part.rows.stop - part.rows.start for part in parts) < len(of)
+    return all(part.rows is not None for part in parts) and _covered(parts) < of.shape[0]
 
 
-def _part(layer: LoRALayerBase, adapter: LoraAdapter, rows: slice) -> Share:
+def _covered(parts: Sequence[Share]) -> int:
+    return sum(part.rows.stop - part.rows.start for part in parts if part.rows is not None)
+
+
+def _part(layer: LoRALayerBase, adapter: LoraAdapter, rows: slice | None) -> Share:
     seed = layer.route.mask_seed(adapter.name, adapter.layer_key) if adapter.drops else 0
     norm = adapter.constant_norm(layer) if isinstance(adapter, DoraAdapter) else None
     return Share(rows, adapter.scale, adapter.dropout if adapter.drops else 0.0, seed, norm)

@@ -72,7 +72,7 @@ def _spans(layer: LoRALayerBase, x: Tensor, plan: Plan) -> list[tuple[LoraAdapte
 def _adapted(layer: Any, adapter: LoraAdapter, x: Tensor) -> Tensor:
     seed = layer.route.mask_seed(adapter.name, adapter.layer_key) if adapter.drops else 0
     norm = adapter.constant_norm(layer) if isinstance(adapter, DoraAdapter) else None
-    share = Share(slice(None), adapter.scale, adapter.dropout if adapter.drops else 0.0, seed, norm)
+    share = Share(None, adapter.scale, adapter.dropout if adapter.drops else 0.0, seed, norm)
     kind = norm is not None, adapter.drops, is_exact(x, layer.weight)
     way = Way(layer.geometry, share, *shortest(layer.geometry, adapter.rank, *kind, layer.weight.shape, x.shape))
     factors = [adapter._parameters.get(key) for key in ("lora_A", "lora_B", "magnitude")]

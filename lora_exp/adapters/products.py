@@ -30,10 +30,10 @@ def uses_onednn(dtype: torch.dtype, kind: str, rows: int) -> bool:
 
 def times_transposed(x: Tensor, weight: Tensor) -> Tensor:
     """x Wᵀ for x (M, K) and W (N, K), (M, N) in x's dtype; another dtype of W is converted some rows at a time."""
-    by_onednn = uses_onednn(x.dtype, x.device.type, len(x))
+    by_onednn = uses_onednn(x.dtype, x.device.type, x.shape[0])
     if weight.dtype is x.dtype:
         return onednn_product(x, weight) if by_onednn else F.linear(x, weight)
-    out, start = x.new_empty(len(x), len(weight)), 0
+    out, start = x.new_empty(x.shape[0], weight.shape[0]), 0
     for rows in weight.split(max(1, _CHUNK // weight.shape[1])):
         here = out[:, start : start + len(rows)]
         if by_onednn:
@@ -44,26 +44,32 @@ def times_transposed(x: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-def add_product(total: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
-    """total (M, K) + G W for G (M, N) and W (N, K), all of one dtype but W, which is converted as above.
-
-    `total` is used up: it may hold the sum, or what it held before.
-    """
-    by_onednn = uses_onednn(grad.dtype, grad.device.type, len(grad))
+def times(grad: Tensor, weight: Tensor) -> Tensor:
+    """G W for G (M, N) and W (N, K), (M, K) in G's dtype; another dtype of W is converted as above."""
+    by_onednn = uses_onednn(grad.dtype, grad.device.type, grad.shape[0])
     if weight.dtype is grad.dtype:
-        return onednn_sum(total, grad, weight) if by_onednn else total.addmm_(grad, weight)
-    step = max(1, _CHUNK // weight.shape[1])
+        return onednn_product(grad, weight.T) if by_onednn else torch.mm(grad, weight)
+    step, total = max(1, _CHUNK // weight.shape[1]), None
     for some, rows in zip(grad.split(step, 1), weight.split(step), strict=True):
         rows = rows.to(grad.dtype)
-        total = onednn_sum(total, some, rows) if by_onednn else total.addmm_(some, rows)
+        if total is None:
+            total = onednn_product(some, rows.T) if by_onednn else torch.mm(some, rows)
+        else:
+            total = onednn_sum(total, some, rows) if by_onednn else total.addmm_(some, rows)
+    assert total is not None
     return total
+
+
+def factor_product(narrow: Tensor, wide: Tensor, factor: float) -> Tensor:
+    """factor * Tᵀ X for T (M, r) and X (M, K), (r, K) in their dtype: a factor's gradient."""
+    if uses_onednn(wide.dtype, wide.device.type, wide.shape[0]):
+        return onednn_product(narrow.T, wide.T).mul_(factor)
+    product = wide.new_empty(narrow.shape[1], wide.shape[1])
+    return torch.addmm(product, narrow.T, wide, beta=0, alpha=factor)
 
 
 def wide_product(grad: Tensor, weight: Tensor) -> Tensor:
     """G W for G (M, N) and W (N, K), (M, K), in W's dtype, or in float32 where that is faster: the sum is then
     returned as it is, so that what is added to it is not rounded twice."""
-    if not runs_wide(weight.dtype, grad.device.type, len(grad)):
-        grad = grad.to(weight.dtype)
-        by_onednn = uses_onednn(grad.dtype, grad.device.type, len(grad))
-        return onednn_product(grad, weight.T) if by_onednn else grad @ weight
-    return add_product(torch.zeros(len(grad), weight.shape[1]), grad.float(), weight)
+    is_wide = runs_wide(weight.dtype, grad.device.type, grad.shape[0])
+    return times(grad.float() if is_wide else grad.to(weight.dtype), weight)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from .masks import dropout_mask, keep_share
-from .products import add_product
+from .products import factor_product, times, times_transposed
 
 
 class Share:
-    """One adapter's slice of the rows. `norm` (N,) is None for LoRA; p is 0 without dropout.
+    """One adapter's slice of the rows, None for all. `norm` (N,) is None for LoRA; p is 0 without dropout.
 
     boost is 1 / keep, factor is c; scales_base says whether the base product itself is multiplied with g,
     so that it must come without its bias.
@@ -25,7 +25,7 @@ class Share:
 
     __slots__ = ("boost", "factor", "norm", "p", "rows", "scale", "scales_base", "seed")
 
-    def __init__(self, rows: slice, scale: float, p: float, seed: int, norm: Any) -> None:
+    def __init__(self, rows: slice | None, scale: float, p: float, seed: int, norm: Any) -> None:
         self.rows, self.scale, self.p, self.seed, self.norm = rows, scale, p, seed, norm
         self.boost = 1 / keep_share(p) if p else 1.0
         self.factor = scale * self.boost
@@ -62,7 +62,7 @@ def add_share(
     """
     mask = share.mask(x)
     d = x if mask is None else mask.mul_(x)
-    z = torch.mm(d, as_dtype(A, x.dtype))
+    z = times_transposed(d, as_dtype(A, x.dtype).T)
     low = as_dtype(z, out.dtype), as_dtype(B, out.dtype)
     if magnitude is None:
         out.addmm_(*low, alpha=share.factor)
@@ -79,55 +79,60 @@ def add_share(
     return z, seen
 
 
+def weighted_gradient(
+    share: Share, grad: Tensor, magnitude: Tensor | None, seen: Tensor | None, needs: bool, needs_input: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """g∘G, with dropout (g-1)/keep ∘ G (m, N), if dx needs it, and dmagnitude if it is needed; None for LoRA.
+
+    `seen` (m, N) is what g multiplies.
+    """
+    if magnitude is None or not (needs or needs_input):
+        return None, None
+    g = share.ratio(magnitude, grad.dtype)
+    weight = (g - 1).mul_(share.boost) if share.p else g
+    if seen is None or not needs:
+        return grad * weight, None
+    buffer = grad * as_dtype(seen, grad.dtype)
+    dm = buffer.sum(0, dtype=magnitude.dtype).mul_(share.boost / share.norm)
+    return torch.mul(grad, weight, out=buffer) if needs_input else None, dm
+
+
 def share_gradients(
     share: Share,
     grad: Tensor,
+    weighted: Tensor | None,
     x: Tensor | None,
     needs: Sequence[bool],
     factors: Sequence[Tensor],
-    kept: Sequence[Tensor],
+    z: Tensor | None,
     to: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
-    """dA, dB and dmagnitude for G = `grad` (m, N), and what W is still to take back to dx: G, or g∘G (m, N).
+) -> tuple[Tensor | None, Tensor | None]:
+    """dA and dB for G = `grad` (m, N); without a kept z it is computed again.
 
-    Writes the rest of dx (m, K) if `to` holds it and W (N, K). Without a kept z it is computed again.
+    Adds what goes back through A, and `weighted` in the dropped rows, to dx (m, K), if `to` holds it and W (N, K).
     """
     A, B, magnitude = factors
-    z, seen = kept[:2]
     g = None if magnitude is None else share.ratio(magnitude, grad.dtype)
     a, b = as_dtype(A, grad.dtype), as_dtype(B, grad.dtype)
-    dA = dB = dm = dz = None
+    dA = dB = dz = None
     x = None if x is None else as_dtype(x, grad.dtype)
-    weighted, mask = grad, share.mask(x if to is None else to[0])
-    if g is not None and (needs[2] or to is not None):
-        weighted, dm = _weighted(share, grad, g, seen if needs[2] else None, magnitude.dtype)
+    mask = share.mask(x if to is None else to[0])
     if needs[0] or to is not None:
-        dz = torch.mm(grad, (b if g is None else b * g).T)  # without its factor c
+        dz = times_transposed(grad, b if g is None else b * g)  # without its factor c
     if to is not None and dz is not None:
-        _write_input(share, mask, dz, a, None if g is None else weighted, *to)
+        _add_input(share, mask, dz, a, weighted, *to)
     d = x if x is None or mask is None else mask.mul_(x)
     if needs[1]:
-        dB = _scaled_product(b, (torch.mm(d, a) if z is None else as_dtype(z, grad.dtype)).T, grad, share.factor)
-        dB = as_dtype(dB, B.dtype) if g is None else as_dtype(dB, B.dtype).mul_(share.ratio(magnitude, B.dtype))
+        z = times_transposed(d, a.T) if z is None and d is not None else z
+        dB = as_dtype(factor_product(as_dtype(z, grad.dtype), grad, share.factor), B.dtype)
+        dB = dB if g is None else dB.mul_(share.ratio(magnitude, B.dtype))
     if needs[0] and dz is not None and d is not None:
         # As (r, K) first: twice as fast as dᵀ dz for a narrow dz.
-        dA = _scaled_product(a.T, dz.T, d, share.factor).T.to(A.dtype, memory_format=torch.contiguous_format)
-    return dA, dB, dm, grad if share.p else weighted
+        dA = factor_product(dz, d, share.factor).T.to(A.dtype, memory_format=torch.contiguous_format)
+    return dA, dB
 
 
-def _weighted(
-    share: Share, grad: Tensor, g: Tensor, seen: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
-    """g∘G, with dropout (g-1)/keep ∘ G (m, N), and dmagnitude if `seen`, what g multiplied, is given."""
-    weight = (g - 1).mul_(share.boost) if share.p else g
-    if seen is None:
-        return grad * weight, None
-    buffer = grad * as_dtype(seen, grad.dtype)
-    dm = buffer.sum(0, dtype=dtype).mul_(share.boost / share.norm)
-    return torch.mul(grad, weight, out=buffer), dm
-
-
-def _write_input(
+def _add_input(
     share: Share,
     mask: Tensor | None,
     dz: Tensor,
@@ -136,13 +141,10 @@ def _write_input(
     dx: Tensor,
     weight: Tensor,
 ) -> None:
-    """dx = mask ∘ (c dz Aᵀ), for DoRA with dropout mask ∘ (((g-1)/keep ∘ G) W + c dz Aᵀ)."""
-    dx.addmm_(dz, A.T, beta=0, alpha=share.factor)
-    if mask is not None:
-        whole = dx if weighted is None else add_product(dx, weighted, weight)
-        torch.mul(whole, mask, out=dx)
-
-
-def _scaled_product(like: Tensor, left: Tensor, right: Tensor, factor: float) -> Tensor:
-    """factor * left right, in one step; `like` has the result's shape, its values are not read."""
-    return torch.addmm(like, left, right, beta=0, alpha=factor)
+    """dx += mask ∘ (c dz Aᵀ), for DoRA with dropout mask ∘ (((g-1)/keep ∘ G) W + c dz Aᵀ)."""
+    if mask is None:
+        dx.addmm_(dz, A.T, alpha=share.factor)
+    elif weighted is None:
+        dx.addcmul_(torch.mm(dz, A.T), mask, value=share.factor)
+    else:
+        dx.addcmul_(times(weighted, weight).addmm_(dz, A.T, alpha=share.factor), mask)

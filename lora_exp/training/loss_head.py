@@ -78,9 +78,8 @@ def _slices(n: int, most: int) -> Iterator[slice]:
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, wide: torch.dtype) -> Tensor:
     """(c, V) in `wide`, which products are made in too where that is faster than in 16 bits."""
-    if not runs_wide(weight.dtype, hidden.device.type, len(hidden)):
-        return nn.functional.linear(hidden, weight, bias).to(wide)
-    logits = times_transposed(hidden.to(wide), weight)
+    is_wide = runs_wide(weight.dtype, hidden.device.type, len(hidden))
+    logits = times_transposed(hidden.to(wide) if is_wide else hidden, weight).to(wide)
     return logits if bias is None else logits.add_(bias)
 
 

@@ -88,13 +88,17 @@ def test_onednns_products_are_right_in_every_layout(shape, layout, weight_layout
     M, K, N = shape
     torch.manual_seed(0)
     x, grad = LAYOUTS[layout](torch.randn(M, K)), LAYOUTS[layout](torch.randn(M, N))
-    weight, total = LAYOUTS[weight_layout](torch.randn(N, K)), torch.randn(M, K)
-    expected = x.double() @ weight.double().T, total.double() + grad.double() @ weight.double()
+    weight = LAYOUTS[weight_layout](torch.randn(N, K))
     with answered(float32=ONEDNN):
         assert products.uses_onednn(x.dtype, "cpu", M)
-        found = products.times_transposed(x, weight), products.add_product(total.clone(), grad, weight)
-        alone = products.wide_product(grad, weight)
-    for mine, exact in zip((*found, alone), (*expected, grad.double() @ weight.double()), strict=True):
+        product, back = products.times_transposed(x, weight), products.times(grad, weight)
+        factor = products.factor_product(x, grad, 0.5)
+        monkeypatch.setattr(products, "_CHUNK", 2 * K)  # two rows of W at a time
+        rounded = weight.bfloat16()
+        pieces = products.times_transposed(x, rounded), products.times(grad, rounded)
+    X, G, W, R = (t.double() for t in (x, grad, weight, rounded))
+    found = product, back, factor, *pieces
+    for mine, exact in zip(found, (X @ W.T, G @ W, 0.5 * X.T @ G, X @ R.T, G @ R), strict=True):
         torch.testing.assert_close(mine.double(), exact, atol=1e-4, rtol=1e-4)
 
 
