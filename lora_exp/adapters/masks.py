@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,12 +21,11 @@ def dropout_mask(x: Tensor, p: float, seed: int) -> Tensor:
     mask = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if mask.is_meta or mask.numel() == 0:
         return mask
-    generator = torch.Generator(device=x.device).manual_seed(seed)
     if x.device.type != "cpu":
-        return mask.bernoulli_(keep_share(p), generator=generator)
-    # A CPU generator is serial, so one 64-bit number decides four elements (5 times as fast as bernoulli_).
-    words = torch.empty(-(-mask.numel() // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
-    drawn = words.view(torch.int16)[: mask.numel()].view(x.shape)
+        return mask.bernoulli_(keep_share(p), generator=torch.Generator(device=x.device).manual_seed(seed))
+    # One 64-bit number decides four elements; torch's own serial generator takes three times as long for them.
+    words = np.random.SFC64(seed).random_raw(-(-mask.numel() // 4))
+    drawn = torch.from_numpy(words.view(np.int16))[: mask.numel()].view(x.shape)
     return torch.ge(drawn, _LEVELS // 2 - round(keep_share(p) * _LEVELS), out=mask)
 
 
