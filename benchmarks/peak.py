@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from lora_exp.training.memory import peak_gib, reset_peak
+from lora_exp.machine.memory import peak_gib, reset_peak
 
 from .models import llama, loss_head_sides, training_step
 from .pairs import PROJECTIONS, Setup, three

@@ -18,15 +18,16 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lora_exp import claims, composing, signals
+from lora_exp import composing
 from lora_exp.checks import check
 from lora_exp.config import Config, conf_folder, flat_values, register, to_config
 from lora_exp.credentials import CredentialError, adopt_login, redacted, refuse_in_arguments
 from lora_exp.job import RESULT_FILE, SWEEP_FILE, Job, Outcome, PlanResult, Result, read_swept, write_outcome
+from lora_exp.machine import claims, signals
 from lora_exp.machine.allocator import keep_freed_memory
 from lora_exp.machine.waiting import wait_briefly
-from lora_exp.provenance import versions
 from lora_exp.sweep.callback import begun
+from lora_exp.tracking.provenance import versions
 
 log = logging.getLogger("lora_exp")
 register()

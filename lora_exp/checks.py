@@ -18,7 +18,7 @@ from lora_exp.config import (
 )
 from lora_exp.credentials import login_problems
 from lora_exp.inputs import architecture_facts, path_problems
-from lora_exp.positions import length_problem
+from lora_exp.models.positions import length_problem
 
 TASKS = ("train", "plan")
 QUANTIZATIONS = ("none", "nf4", "fp4", "int8")

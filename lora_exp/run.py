@@ -12,22 +12,24 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
-from lora_exp import models, signals, tracking
+from lora_exp import models
 from lora_exp.backends import Adapted, Origin, adapt
-from lora_exp.cache import file_sha256
 from lora_exp.config import Config, flat_values, uses_factors
 from lora_exp.data import Data, load_data
 from lora_exp.job import METRICS_FILE, Job, Result
-from lora_exp.lineage import data_facts
+from lora_exp.machine import signals
+from lora_exp.machine.cache import file_sha256
+from lora_exp.machine.memory import peak_gib, reset_peak
+from lora_exp.machine.place import Place, prepare_backends, resolve_device, resolve_place, set_seed
 from lora_exp.machine.precision import take_precision
-from lora_exp.place import Place, prepare_backends, resolve_device, resolve_place, set_seed
+from lora_exp.machine.saving import recover, replace_folder
 from lora_exp.plan.precheck import check_fits, memory_errors_explained
 from lora_exp.progress import TrainingProgress
-from lora_exp.recording import log_setup, run_name, sweep_name
-from lora_exp.saving import recover, replace_folder
+from lora_exp.tracking import mlflow as tracking
+from lora_exp.tracking.lineage import data_facts
+from lora_exp.tracking.setup import log_setup, run_name, sweep_name
 from lora_exp.training.batches import check_evaluation, check_rows, evaluation_batches, training_batches
 from lora_exp.training.loop import DivergedError, Forward, Lane, Record, all_finite, train
-from lora_exp.training.memory import peak_gib, reset_peak
 from lora_exp.training.objectives import OBJECTIVES
 from lora_exp.training.optimizers import build_optimizer, build_schedule
 from lora_exp.training.utilisation import Utilisation

@@ -23,7 +23,7 @@ wait_briefly()  # before torch is loaded
 
 import torch  # noqa: E402
 
-from lora_exp.adapters.precision import use_answers  # noqa: E402
+from lora_exp.adapters.numerics.precision import use_answers  # noqa: E402
 
 VERSES = [
     f"And the {noun} said unto the {other}, go thou and {verb}."
@@ -131,8 +131,8 @@ def cli(
     workplace: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Callable[..., Finished]:
     """Call ``lora-exp`` with arguments, in this process and in a folder that holds no run yet."""
-    from lora_exp import signals
     from lora_exp.__main__ import main
+    from lora_exp.machine import signals
 
     (workplace / "outputs").mkdir()
     shutil.copy(empty_database, workplace / "outputs/mlflow.db")

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from lora_exp.cache import MANIFEST, cache_folder, cache_root, made_once, read_early, written_sha256
+from lora_exp.machine.cache import MANIFEST, cache_folder, cache_root, made_once, read_early, written_sha256
 
 CONTENT = {"weights.bin": b"w" * 4096, "config.json": b'{"a": 1}', "deep/rows.arrow": b"rows" * 99}
 

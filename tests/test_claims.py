@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_exp import claims
+from lora_exp.machine import claims
 
 HOLD = "import sys, pathlib; from lora_exp.claims import claim; claim(pathlib.Path(sys.argv[1]), 'x'); print('has', flush=True); sys.stdin.read()"  # fmt: skip # noqa: E501
 

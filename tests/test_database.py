@@ -12,9 +12,9 @@ import pytest
 import sqlalchemy
 from mlflow.tracking import MlflowClient
 
-from lora_exp import database
 from lora_exp.config import TrackingConfig
-from lora_exp.tracking import open_run
+from lora_exp.tracking import database
+from lora_exp.tracking.mlflow import open_run
 
 
 class Cut(BaseException):

@@ -14,13 +14,13 @@ import pytest
 from mlflow.entities import Run as FoundRun
 from mlflow.tracking import MlflowClient
 
-from lora_exp import artifacts
-from lora_exp.artifacts import local_folder, store
 from lora_exp.config import DataConfig, PackagedConfig, TrackingConfig
-from lora_exp.lineage import data_facts
-from lora_exp.links import where_to_look
-from lora_exp.system_metrics import sampled
-from lora_exp.tracking import open_run
+from lora_exp.tracking import artifacts
+from lora_exp.tracking.artifacts import local_folder, store
+from lora_exp.tracking.lineage import data_facts
+from lora_exp.tracking.links import where_to_look
+from lora_exp.tracking.mlflow import open_run
+from lora_exp.tracking.system_metrics import sampled
 
 Cli = Callable[..., "Finished"]  # noqa: F821  # of conftest.py
 
@@ -122,7 +122,7 @@ def test_a_server_that_knows_no_models_costs_no_run(
     def unknown(*_: object, **__: object) -> None:
         raise RuntimeError("404: no such endpoint")
 
-    monkeypatch.setattr("lora_exp.lineage.log_model", unknown)
+    monkeypatch.setattr("lora_exp.tracking.lineage.log_model", unknown)
     done = cli(*tiny_overrides)
     assert (done.code, "404" in done.out) == (0, True)
     _, (run,) = runs(workplace)

@@ -52,7 +52,7 @@ def test_help_and_config_errors_answer_without_heavy_imports(
 def test_help_shows_groups_knobs_and_examples(cli: Cli) -> None:
     done = cli("--help")
     for word in ("adapter: dora, full, head, lora", "scaling: rslora, standard", "targets=", "Examples",
-                 "lora_exp.ui"):  # fmt: skip
+                 "lora_exp.tracking.ui"):  # fmt: skip
         assert word in done.out
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_exp.cache import file_sha256
 from lora_exp.config import ModelConfig, PackagedConfig
+from lora_exp.machine.cache import file_sha256
+from lora_exp.machine.packaged import find_packaged
+from lora_exp.machine.place import Place
 from lora_exp.models import base_sha256, find_source, load_base, load_tokenizer, prepare_source
-from lora_exp.packaged import find_packaged
-from lora_exp.place import Place
 
 CPU = Place(torch.device("cpu"), torch.float32)
 ABSENT = PackagedConfig("no-such-package", "1.0", "weights.gguf", "0" * 64)

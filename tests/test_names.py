@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from lora_exp.composing import swept_keys
 from lora_exp.config import Config, TrackingConfig, conf_folder, register
 from lora_exp.job import Job
-from lora_exp.recording import run_name, sweep_name
+from lora_exp.tracking.setup import run_name, sweep_name
 
 register()
 OVERRIDES = ["model=hf", "+experiment=smoke", "rank=2", "scaling=rslora"]

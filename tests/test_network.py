@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from lora_exp.machine.network import refusal
 from lora_exp.models import source
 from lora_exp.models.source import Source
-from lora_exp.network import refusal
 
 
 def test_an_address_that_answers_is_not_refused_and_a_closed_one_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lora_exp.adapters.precision import FLOAT32, NATIVE, answered
-from lora_exp.place import Place, computes_bfloat16, resolve_device, resolve_place
+from lora_exp.adapters.numerics.precision import FLOAT32, NATIVE, answered
+from lora_exp.machine.place import Place, computes_bfloat16, resolve_device, resolve_place
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -25,7 +25,7 @@ def test_auto_takes_cuda_then_mps_then_the_cpu(monkeypatch: pytest.MonkeyPatch) 
 def test_the_base_is_bfloat16_where_that_is_native(
     monkeypatch: pytest.MonkeyPatch, native: bool, dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr("lora_exp.place.computes_bfloat16", lambda _: native)
+    monkeypatch.setattr("lora_exp.machine.place.computes_bfloat16", lambda _: native)
     assert resolve_place("cpu", "auto", trains_base=False) == Place(CPU, dtype)
     trained = resolve_place("cpu", "auto", trains_base=True)
     assert trained == Place(CPU, torch.float32, torch.bfloat16 if native else None)

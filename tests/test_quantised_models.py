@@ -18,14 +18,14 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says so where it
 bnb = pytest.importorskip("bitsandbytes")
 
 from lora_exp.adapters import LoraConfig, LoraModel  # noqa: E402
-from lora_exp.adapters.counts import stored_bytes  # noqa: E402
-from lora_exp.adapters.packed import is_quantised  # noqa: E402
+from lora_exp.adapters.inspection.parameter_counts import stored_bytes  # noqa: E402
+from lora_exp.adapters.numerics.packed_weights import is_quantised  # noqa: E402
 from lora_exp.backends import adapt  # noqa: E402
 from lora_exp.checks import check  # noqa: E402
 from lora_exp.config import Config, ConfigError, ModelConfig, OptimizerConfig, QuantizationConfig  # noqa: E402
+from lora_exp.machine.place import Place, resolve_place  # noqa: E402
 from lora_exp.models import Source, load_base  # noqa: E402
 from lora_exp.models.quantised import CannotQuantiseError, compute_dtype, prepare  # noqa: E402
-from lora_exp.place import Place, resolve_place  # noqa: E402
 from lora_exp.training.optimizers import build_optimizer  # noqa: E402
 
 CPU = Place(torch.device("cpu"), torch.float32)

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_exp import saving
 from lora_exp.backends import Adapted
+from lora_exp.machine import saving
+from lora_exp.machine.saving import recover, replace_folder
 from lora_exp.run import _save
-from lora_exp.saving import recover, replace_folder
 from lora_exp.training.loop import DivergedError
 
 

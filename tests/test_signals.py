@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from lora_exp import signals
-from lora_exp.signals import Stopped
+from lora_exp.machine import signals
+from lora_exp.machine.signals import Stopped
 
 
 @pytest.fixture
 def ask(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Send this process signals, each a wish of its own."""
     clock = [0.0]
-    monkeypatch.setattr("lora_exp.signals.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("lora_exp.machine.signals.time.monotonic", lambda: clock[0])
 
     def send(number: int = signal.SIGINT, after_s: float = 1.0) -> None:
         clock[0] += after_s

@@ -15,7 +15,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from lora_exp.config import TrackingConfig
-from lora_exp.tracking import NoRun, describe_sweep, end_sweep, open_run, tracking_uri
+from lora_exp.tracking.mlflow import NoRun, describe_sweep, end_sweep, open_run, tracking_uri
 
 SECTION = TrackingConfig()
 

@@ -85,7 +85,7 @@ def test_real_digits_are_five_hundred_a_class(workplace: Path) -> None:
     import torch
 
     from lora_exp.data import load_data
-    from lora_exp.packaged import find_packaged
+    from lora_exp.machine.packaged import find_packaged
 
     section = composed("data=mnist5k", "data.image_size=28").data
     if section.packaged is None or find_packaged(section.packaged) is None:

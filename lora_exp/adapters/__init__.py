@@ -1,21 +1,21 @@
 """A LoRA library: adapted layers, models with adapters, PEFT's file format. Needs torch alone."""
 
-from .config import LoraConfig, scaling_factor
-from .conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
-from .dora import DoraAdapter
-from .dora_layers import DoRAConv1d, DoRAConv2d, DoRAConv3d, DoRAEmbedding, DoRALinear
-from .embedding import LoRAEmbedding
-from .layer import LoRALayerBase
-from .linear import LoRALinear
-from .lora import LoraAdapter
-from .merging import MergeReport
-from .model import LoraModel
-from .quantized import LoRALinear4bit, LoRALinear8bit
-from .registry import adapts
-from .routing import BASE
-from .switch import use_reference
-from .ties import load_merged
-from .transposed import LoRAConv1D
+from lora_exp.adapters.config import LoraConfig, scaling_factor
+from lora_exp.adapters.inspection.ties import load_merged
+from lora_exp.adapters.layers.adapted import LoRALayerBase
+from lora_exp.adapters.layers.bitsandbytes import LoRALinear4bit, LoRALinear8bit
+from lora_exp.adapters.layers.conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
+from lora_exp.adapters.layers.dora import DoRAConv1d, DoRAConv2d, DoRAConv3d, DoRAEmbedding, DoRALinear
+from lora_exp.adapters.layers.embedding import LoRAEmbedding
+from lora_exp.adapters.layers.linear import LoRALinear
+from lora_exp.adapters.layers.registry import adapts
+from lora_exp.adapters.layers.transformers_conv1d import LoRAConv1D
+from lora_exp.adapters.model import LoraModel
+from lora_exp.adapters.numerics.reference import use_reference
+from lora_exp.adapters.routing.route import BASE
+from lora_exp.adapters.surgery.merging import MergeReport
+from lora_exp.adapters.variants.dora import DoraAdapter
+from lora_exp.adapters.variants.lora import LoraAdapter
 
 __all__ = [
     "BASE",

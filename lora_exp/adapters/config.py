@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from .patterns import full_match, suffix_match
+from lora_exp.adapters.patterns import full_match, suffix_match
 
 BIAS_MODES = ("none", "all", "lora_only")
 LAYER_TYPES = ("linear", "embedding", "conv1d", "conv2d", "conv3d")

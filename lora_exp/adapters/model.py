@@ -12,20 +12,22 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from . import contents, files, identity, merging, peft_format
-from .config import LoraConfig
-from .counts import count_parameters
-from .gradients import unreached_layers
-from .injection import inject
-from .layer import DEFAULT
-from .masks import draw_seed
-from .merging import Merged, MergeReport
-from .packed import recover_class
-from .routing import BASE, Clock, Plan, Route, sampled_plan, sliced_plan
-from .signature import class_like, restore
-from .ties import undo_ties, untied_metadata, weight_ties
-from .undo import undone_on_failure
-from .walk import biased_modules, lora_layers, saved_modules
+from lora_exp.adapters.config import LoraConfig
+from lora_exp.adapters.files import peft_folder, safetensors
+from lora_exp.adapters.inspection import adapter_state, base_hash
+from lora_exp.adapters.inspection.gradients import unreached_layers
+from lora_exp.adapters.inspection.parameter_counts import count_parameters
+from lora_exp.adapters.inspection.ties import undo_ties, untied_metadata, weight_ties
+from lora_exp.adapters.inspection.traversal import biased_modules, lora_layers, saved_modules
+from lora_exp.adapters.layers.adapted import DEFAULT
+from lora_exp.adapters.numerics.dropout import draw_seed
+from lora_exp.adapters.numerics.packed_weights import recover_class
+from lora_exp.adapters.routing.route import BASE, Clock, Plan, Route, sampled_plan, sliced_plan
+from lora_exp.adapters.signature import class_like, restore
+from lora_exp.adapters.surgery import merging
+from lora_exp.adapters.surgery.injection import inject
+from lora_exp.adapters.surgery.merging import Merged, MergeReport
+from lora_exp.adapters.surgery.undo import undone_on_failure
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +55,7 @@ class LoraModel(nn.Module):
         self.wrapped = model
         self.__class__ = class_like(type(self), model)
         self.route_state = Route()
-        self._identity: identity.Identity | None = None
+        self._identity: base_hash.Identity | None = None
         self._merged: Merged | None = None
         with undone_on_failure(model):
             model.requires_grad_(False)
@@ -205,16 +207,16 @@ class LoraModel(nn.Module):
         to save under their own parameters' names.
         """
         self._check_name(name)
-        factors = contents.factor_parameters(self.wrapped, name)
-        biases = contents.bias_parameters(self.wrapped, name)
-        saved = contents.saved_tensors(self.wrapped, name)
+        factors = adapter_state.factor_parameters(self.wrapped, name)
+        biases = adapter_state.bias_parameters(self.wrapped, name)
+        saved = adapter_state.saved_tensors(self.wrapped, name)
         trained = {key: value for key, value in saved.items() if isinstance(value, nn.Parameter)}
-        return contents.without_repeats({**factors, **biases, **trained})
+        return adapter_state.without_repeats({**factors, **biases, **trained})
 
     def adapter_tensors(self, name: str = DEFAULT) -> dict[str, Tensor]:
         """`adapter_parameters` and the buffers of modules to save: what a file must hold."""
-        buffers = contents.saved_tensors(self.wrapped, name)
-        return contents.without_repeats({**self.adapter_parameters(name), **buffers})
+        buffers = adapter_state.saved_tensors(self.wrapped, name)
+        return adapter_state.without_repeats({**self.adapter_parameters(name), **buffers})
 
     def dropout_state(self, name: str = DEFAULT) -> dict[str, int]:
         """What an adapter's dropout masks follow from; store it to resume a run exactly."""
@@ -237,7 +239,7 @@ class LoraModel(nn.Module):
 
     def summary(self) -> str:
         trainable, total = self.parameter_counts()
-        base = contents.base_parameters(self.wrapped)
+        base = adapter_state.base_parameters(self.wrapped)
         return (
             f"Initial Parameters : {count_parameters(base, base)[0]:,} || LoRA Parameters : {trainable:,} || "
             f"Trainable Proportion : {100 * trainable / total:.4f}%"
@@ -303,7 +305,7 @@ class LoraModel(nn.Module):
         chosen = self._chosen(name)
         if merge_weights:
             state, untied = merging.merged_state(self.wrapped, chosen)
-            files.write_tensors(path, state, untied_metadata(untied))
+            safetensors.write_tensors(path, state, untied_metadata(untied))
             if untied:
                 log.warning(
                     "%s holds %s, one weight of the base, as different ones: load it with load_merged. load_state_dict "
@@ -312,13 +314,13 @@ class LoraModel(nn.Module):
                     " and ".join(untied[0]),
                 )
         else:
-            files.save_adapter(path, self.adapter_tensors(chosen), self.configs[chosen])
+            safetensors.save_adapter(path, self.adapter_tensors(chosen), self.configs[chosen])
 
     def load_model(self, path: str | Path, name: str | None = None) -> None:
         """Load what save_model wrote into an adapter made with the same config; strict, and all or nothing."""
         chosen = self._chosen(name)
         self._check_unmerged("load an adapter")
-        files.load_adapter(path, self.adapter_tensors(chosen), self.configs[chosen])
+        safetensors.load_adapter(path, self.adapter_tensors(chosen), self.configs[chosen])
 
     def save_pretrained(
         self, directory: str | Path, name: str | None = None, base_files_sha256: str | None = None
@@ -327,7 +329,7 @@ class LoraModel(nn.Module):
 
         base_files_sha256: the digest of the base's weight files, if known, for whoever looks for the base.
         """
-        peft_format.save(self, directory, self._chosen(name), base_files_sha256)
+        peft_folder.save(self, directory, self._chosen(name), base_files_sha256)
 
     @classmethod
     def from_pretrained(
@@ -343,20 +345,20 @@ class LoraModel(nn.Module):
         Other base weights than those it was trained on (another model, a quantised copy) are said once;
         `strict_base=True` makes them an error. The same weights in float32 or bfloat16 are the same base.
         """
-        stored = peft_format.read(directory, model)
+        stored = peft_folder.read(directory, model)
         with undone_on_failure(model):
             made = cls(model, stored.config, adapter_name, verbose=False)
-            peft_format.fill(made, adapter_name, stored, strict_base)
+            peft_folder.fill(made, adapter_name, stored, strict_base)
             if verbose:
                 print(made.summary())
             return made
 
     def load_adapter(self, directory: str | Path, name: str, strict_base: bool = False) -> None:
         """Add an adapter from a folder in PEFT's format under a new name; it is not active yet."""
-        stored = peft_format.read(directory, self.wrapped)
+        stored = peft_folder.read(directory, self.wrapped)
         with undone_on_failure(self, self.route_state):
             self.add_adapter(name, stored.config)
-            peft_format.fill(self, name, stored, strict_base)
+            peft_folder.fill(self, name, stored, strict_base)
 
     def base_sha256(self) -> str | None:
         """Identity of the base weights, computed once for the values that they have; None on the meta device.
@@ -364,7 +366,7 @@ class LoraModel(nn.Module):
         Over names, shapes and values rounded to bfloat16, so that it is the same in float32 and bfloat16; not the
         digest of a file.
         """
-        self._identity = identity.found(self.wrapped, self._identity)
+        self._identity = base_hash.found(self.wrapped, self._identity)
         return self._identity.sha256
 
     # State dicts: while merged they hold the base's own parameters too, as "kept.…"

@@ -19,12 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lora_exp.cache import cache_folder, file_sha256, made_once
 from lora_exp.config import DataConfig
 from lora_exp.data import Data
 from lora_exp.data.split import held_out
 from lora_exp.inputs import image_path_problem
-from lora_exp.packaged import find_packaged, install_line
+from lora_exp.machine.cache import cache_folder, file_sha256, made_once
+from lora_exp.machine.packaged import find_packaged, install_line
 
 # Raised when rows made by an older version of this file would differ.
 _FORMAT = 1

@@ -17,13 +17,13 @@ from typing import Any
 import datasets
 from datasets import Dataset
 
-from lora_exp.cache import cache_folder, file_sha256, made_once
 from lora_exp.config import DataConfig
 from lora_exp.data import Data
 from lora_exp.data.records import read_documents, read_text
 from lora_exp.data.split import cut, held_out
 from lora_exp.inputs import text_files, text_path_problem
-from lora_exp.packaged import find_packaged, install_line
+from lora_exp.machine.cache import cache_folder, file_sha256, made_once
+from lora_exp.machine.packaged import find_packaged, install_line
 
 log = logging.getLogger(__name__)
 datasets.disable_progress_bars()

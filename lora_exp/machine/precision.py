@@ -14,9 +14,18 @@ from typing import Any
 
 import torch
 
-from lora_exp.adapters.precision import CHOICES, NATIVE, ONEDNN, Answers, Rates, measure, use_answers, with_environment
-from lora_exp.cache import cache_root
+from lora_exp.adapters.numerics.precision import (
+    CHOICES,
+    NATIVE,
+    ONEDNN,
+    Answers,
+    Rates,
+    measure,
+    use_answers,
+    with_environment,
+)
 from lora_exp.config import MachineConfig
+from lora_exp.machine.cache import cache_root
 from lora_exp.machine.processor import device_name
 
 log = logging.getLogger(__name__)

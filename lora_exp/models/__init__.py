@@ -14,13 +14,13 @@ from typing import Any
 
 from torch import nn
 
-from lora_exp.cache import cache_folder, made_once, read_early, written_sha256
 from lora_exp.config import ModelConfig, PackagedConfig, QuantizationConfig
 from lora_exp.inputs import model_path_problem
+from lora_exp.machine.cache import cache_folder, made_once, read_early, written_sha256
+from lora_exp.machine.packaged import find_packaged, locate_packaged
+from lora_exp.machine.place import Place
 from lora_exp.models.checkpointing import checkpoint_layers
 from lora_exp.models.source import Source, base_sha256
-from lora_exp.packaged import find_packaged, locate_packaged
-from lora_exp.place import Place
 
 __all__ = [
     "Source",

@@ -16,7 +16,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from lora_exp.adapters.once import first_derivative_only
+from lora_exp.adapters.numerics.first_derivative import first_derivative_only
 
 NAME = "sdpa_float32_backward"
 _SHORT = 256  # positions; beyond, 16-bit products gain more than the small blocks of a short sequence lose

@@ -17,11 +17,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lora_exp.config import ModelConfig, QuantizationConfig
+from lora_exp.machine.place import Place
 from lora_exp.models.attention import take_attention
+from lora_exp.models.positions import length_problem, trained_positions
 from lora_exp.models.quantised import CannotQuantiseError, has_quantised, prepare, quantising
 from lora_exp.models.source import Source, cannot_be_had
-from lora_exp.place import Place
-from lora_exp.positions import length_problem, trained_positions
 
 log = logging.getLogger(__name__)
 transformers.utils.logging.set_verbosity_error()

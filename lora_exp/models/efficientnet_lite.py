@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_exp.config import ModelConfig, QuantizationConfig
+from lora_exp.machine.place import Place
 from lora_exp.models.source import Source, cannot_be_had
-from lora_exp.place import Place
 
 ARCHITECTURE = "efficientnet-lite0"
 _PACKAGE = "efficientnet_lite_pytorch"

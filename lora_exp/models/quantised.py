@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_exp.adapters.packed import is_quantised, keep_trainable
-from lora_exp.adapters.targets import matching
+from lora_exp.adapters.numerics.packed_weights import is_quantised, keep_trainable
+from lora_exp.adapters.surgery.targets import matching
 from lora_exp.config import BLOCK_SIZES, QuantizationConfig
-from lora_exp.place import Place, supported_dtype
+from lora_exp.machine.place import Place, supported_dtype
 
 DEVICES = ("cuda", "cpu")
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from lora_exp.cache import file_sha256
 from lora_exp.config import ModelConfig
-from lora_exp.network import hub_answers
-from lora_exp.packaged import install_line, locate_packaged
+from lora_exp.machine.cache import file_sha256
+from lora_exp.machine.network import hub_answers
+from lora_exp.machine.packaged import install_line, locate_packaged
 
 
 @dataclass(frozen=True)

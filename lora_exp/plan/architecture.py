@@ -19,7 +19,7 @@ from lora_exp.config import DataConfig, ModelConfig, QuantizationConfig
 from lora_exp.data import load_data
 from lora_exp.models import Source, efficientnet_lite
 from lora_exp.models.causal_lm import attention_option, attention_problem
-from lora_exp.positions import length_problem
+from lora_exp.models.positions import length_problem
 
 transformers.utils.logging.set_verbosity_error()
 

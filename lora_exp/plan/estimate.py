@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_exp.adapters.layer import LoRALayerBase
-from lora_exp.adapters.walk import lora_layers
+from lora_exp.adapters.inspection.traversal import lora_layers
+from lora_exp.adapters.layers.adapted import LoRALayerBase
 from lora_exp.backends import Adapted, adapt
 from lora_exp.config import Config, DataConfig, uses_factors
-from lora_exp.place import Place, resolve_place
+from lora_exp.machine.place import Place, resolve_place
 from lora_exp.plan.architecture import Outline, outline_of, prepare_for_kbit, quantised_names
 from lora_exp.plan.bound import upper_bound
 from lora_exp.plan.kernels import Kernels

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from lora_exp.config import Config
-from lora_exp.place import Place
+from lora_exp.machine.place import Place
 from lora_exp.plan.estimate import GIB, Planner
 from lora_exp.plan.show import remedies
 

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import torch
 
-from lora_exp import signals, tracking
 from lora_exp.config import Config
 from lora_exp.job import Job, PlanResult
+from lora_exp.machine import signals
 from lora_exp.machine.precision import take_precision
 from lora_exp.plan.estimate import GIB, Plan, Planner
 from lora_exp.plan.fit import Fit, fit
 from lora_exp.plan.show import show
-from lora_exp.recording import log_setup, run_name, sweep_name
+from lora_exp.tracking import mlflow as tracking
+from lora_exp.tracking.setup import log_setup, run_name, sweep_name
 
 log = logging.getLogger(__name__)
 PLAN_FILE = "plan.json"

@@ -13,10 +13,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lora_exp import tracking
 from lora_exp.config import KNOBS
 from lora_exp.job import RESULT_FILE, Outcome, PlanResult, Result, read_metrics, read_outcome
 from lora_exp.plots import final_loss, loss_curves
+from lora_exp.tracking import mlflow as tracking
 
 # Each with how a result shows it; a column that is empty for every job is left out.
 RESULT_COLUMNS: dict[str, Callable[[Result], str]] = {

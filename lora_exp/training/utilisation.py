@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_exp.adapters.counts import logical_numel
+from lora_exp.adapters.inspection.parameter_counts import logical_numel
 
 _TOKENS = "train/tokens_per_s"
 

@@ -173,7 +173,8 @@ def test_biases_that_are_not_simply_added_are_refused():
 
 
 def test_another_kind_of_layer_is_one_class(monkeypatch):
-    from lora_exp.adapters import LoRALinear, adapts, registry
+    from lora_exp.adapters import LoRALinear, adapts
+    from lora_exp.adapters.layers import registry
 
     monkeypatch.setattr(registry, "_LAYERS", dict(registry._LAYERS))
 

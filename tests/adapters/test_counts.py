@@ -7,7 +7,7 @@ import torch
 import transformers as hf
 
 from lora_exp.adapters import LoraConfig, LoraModel
-from lora_exp.adapters.counts import logical_numel
+from lora_exp.adapters.inspection.parameter_counts import logical_numel
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 

@@ -7,19 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from lora_exp.adapters import (
-    DoRALinear,
-    LoraConfig,
-    LoRAConv1D,
-    LoRALinear,
-    LoraModel,
-    fused,
-    precision,
-    products,
-    use_reference,
-)
-from lora_exp.adapters.masks import dropout_mask, dropout_noise, keep_share
-from lora_exp.adapters.precision import BLAS, FLOAT32, NATIVE, ONEDNN, Answers
+from lora_exp.adapters import DoRALinear, LoraConfig, LoRAConv1D, LoRALinear, LoraModel, use_reference
+from lora_exp.adapters.kernels import linear
+from lora_exp.adapters.numerics import matmul, precision
+from lora_exp.adapters.numerics.dropout import dropout_mask, dropout_noise, keep_share
+from lora_exp.adapters.numerics.precision import BLAS, FLOAT32, NATIVE, ONEDNN, Answers
 
 KINDS = {"lora": LoRALinear, "dora": DoRALinear}
 CASES = list(itertools.product(KINDS, (0.0, 0.3), (True, False)))
@@ -33,8 +25,8 @@ def tell(monkeypatch, wide, float32=BLAS):
 @pytest.fixture
 def calls(monkeypatch):
     """How often the fused path ran."""
-    counted, apply = [], fused._Adapted.apply
-    monkeypatch.setattr(fused._Adapted, "apply", lambda *args: counted.append(1) or apply(*args))
+    counted, apply = [], linear._Adapted.apply
+    monkeypatch.setattr(linear._Adapted, "apply", lambda *args: counted.append(1) or apply(*args))
     return counted
 
 
@@ -122,7 +114,7 @@ def test_factors_may_be_frozen(frozen):
 def test_routes_of_every_kind_in_one_step(wide, float32, calls, randomised, monkeypatch):
     """wide: bfloat16 base and activations, float32 inside; the plain path rounds at every step."""
     tell(monkeypatch, wide, float32)
-    monkeypatch.setattr(products, "_FEW_ROWS", 1)
+    monkeypatch.setattr(matmul, "_FEW_ROWS", 1)
     base = nn.Sequential(nn.Linear(6, 7), nn.Linear(7, 4, bias=False)).to(torch.bfloat16 if wide else torch.float32)
     options = {
         "a": {},
@@ -159,7 +151,7 @@ def test_routes_of_every_kind_in_one_step(wide, float32, calls, randomised, monk
 @pytest.mark.parametrize("wide", [False, True])
 def test_bfloat16_is_within_its_rounding(kind, dropout, autocast, wide, monkeypatch):
     tell(monkeypatch, wide)
-    monkeypatch.setattr(products, "_CHUNK", 48 * 7)
+    monkeypatch.setattr(matmul, "_CHUNK", 48 * 7)
     layer = trained(KINDS[kind](48, 40, rank=4, lora_dropout=dropout))
     half = copy.deepcopy(layer)
     if not autocast:
@@ -231,14 +223,14 @@ def test_the_output_may_be_written_to(kind, wide, float32, dtype, monkeypatch):
 
 def test_half_precision_products_in_either_precision(monkeypatch):
     grad, weight = torch.randn(200, 30).bfloat16(), torch.randn(30, 20).bfloat16()
-    monkeypatch.setattr(products, "_CHUNK", 20 * 7)
+    monkeypatch.setattr(matmul, "_CHUNK", 20 * 7)
     for fast in (True, False):
         tell(monkeypatch, wide=not fast)
-        got = products.wide_product(grad, weight)
+        got = matmul.wide_product(grad, weight)
         assert got.dtype == (torch.bfloat16 if fast else torch.float32)
         torch.testing.assert_close(got.float(), grad.float() @ weight.float(), atol=0.1, rtol=0.01)
     x = torch.randn(5, 20)
-    torch.testing.assert_close(products.times_transposed(x, weight), x @ weight.float().T)
+    torch.testing.assert_close(matmul.times_transposed(x, weight), x @ weight.float().T)
 
 
 @pytest.mark.parametrize("kind", KINDS)

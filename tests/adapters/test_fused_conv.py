@@ -8,18 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from lora_exp.adapters import (
-    DoRAConv2d,
-    LoraConfig,
-    LoRAConv1d,
-    LoRAConv2d,
-    LoRAConv3d,
-    LoraModel,
-    fused_conv,
-    use_reference,
-)
-from lora_exp.adapters.conv_ways import shortest
-from lora_exp.adapters.convolutions import Geometry
+from lora_exp.adapters import DoRAConv2d, LoraConfig, LoRAConv1d, LoRAConv2d, LoRAConv3d, LoraModel, use_reference
+from lora_exp.adapters.kernels import conv
+from lora_exp.adapters.kernels.conv_ops import Geometry
+from lora_exp.adapters.kernels.conv_strategy import shortest
 
 KINDS = {"lora": LoRAConv2d, "dora": DoRAConv2d}
 NARROW = [(*merges, False) for merges in itertools.product((False, True), repeat=2)]
@@ -44,19 +36,19 @@ GEOMETRIES = [
 @pytest.fixture
 def calls(monkeypatch):
     """The ways that the fused path took."""
-    taken, apply = [], fused_conv._Convolved.apply
+    taken, apply = [], conv._Convolved.apply
 
     def counted(way, *args):
         taken.append((way.merges, way.merges_back, way.dense))
         return apply(way, *args)
 
-    monkeypatch.setattr(fused_conv._Convolved, "apply", counted)
+    monkeypatch.setattr(conv._Convolved, "apply", counted)
     return taken
 
 
 @pytest.fixture
 def take(monkeypatch):
-    return lambda way: monkeypatch.setattr(fused_conv, "shortest", lambda *args: way)
+    return lambda way: monkeypatch.setattr(conv, "shortest", lambda *args: way)
 
 
 def trained(layer):

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lora_exp.adapters import LoraAdapter, LoraConfig, LoraModel, merging
+from lora_exp.adapters import LoraAdapter, LoraConfig, LoraModel
+from lora_exp.adapters.surgery import merging
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_exp.adapters import DoRAConv2d, DoRAEmbedding, DoRALinear, LoraConfig, LoraModel, norms, use_reference
-from lora_exp.adapters.fingerprints import Fingerprint
+from lora_exp.adapters import DoRAConv2d, DoRAEmbedding, DoRALinear, LoraConfig, LoraModel, use_reference
+from lora_exp.adapters.numerics.fingerprints import Fingerprint
+from lora_exp.adapters.variants import weight_norm
 
 LAYERS = {
     "linear": lambda **options: DoRALinear(40, 30, 4, 8, **options),
@@ -28,8 +29,8 @@ def trained(layer, std=0.3):
 
 @pytest.fixture
 def computed(monkeypatch):
-    counted, real = [], norms.factored_norm
-    monkeypatch.setattr(norms, "factored_norm", lambda *args: counted.append(1) or real(*args))
+    counted, real = [], weight_norm.factored_norm
+    monkeypatch.setattr(weight_norm, "factored_norm", lambda *args: counted.append(1) or real(*args))
     return counted
 
 
@@ -46,7 +47,7 @@ def test_norms_and_deltas_are_float32_under_autocast(kind):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_factored_is_dense(kind, dtype, monkeypatch):
-    monkeypatch.setattr(norms, "_CHUNK", 200)
+    monkeypatch.setattr(weight_norm, "_CHUNK", 200)
     layer = trained(LAYERS[kind](dtype=dtype))
     adapter = layer.adapter
     torch.testing.assert_close(adapter.constant_norm(layer), adapter.weight_norm(layer).detach(), rtol=1e-6, atol=0)
@@ -209,9 +210,9 @@ class TestWithoutWaitingForADevice:
 
     @pytest.fixture(autouse=True)
     def late(self, monkeypatch):
-        counted, real = [], norms.dense_norm
-        monkeypatch.setattr(norms, "_answers_at_once", lambda tensor: False)
-        monkeypatch.setattr(norms, "dense_norm", lambda *args: counted.append(1) or real(*args))
+        counted, real = [], weight_norm.dense_norm
+        monkeypatch.setattr(weight_norm, "_answers_at_once", lambda tensor: False)
+        monkeypatch.setattr(weight_norm, "dense_norm", lambda *args: counted.append(1) or real(*args))
         return counted
 
     @pytest.mark.parametrize("reentrant", [True, False])
@@ -240,7 +241,7 @@ class TestWithoutWaitingForADevice:
 
     @pytest.mark.parametrize("kind", LAYERS)
     def test_the_norm_is_the_same(self, kind, monkeypatch):
-        monkeypatch.setattr(norms, "_CHUNK_OFF_CPU", 100)
+        monkeypatch.setattr(weight_norm, "_CHUNK_OFF_CPU", 100)
         layer = trained(LAYERS[kind]())
         adapter = layer.adapter
         torch.testing.assert_close(adapter.constant_norm(layer), adapter.weight_norm(layer).detach(), rtol=1e-6, atol=0)

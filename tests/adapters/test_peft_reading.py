@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_exp.adapters import LoraConfig, LoraModel
-from lora_exp.adapters.peft_config import READ, REFUSED, WITHOUT_MEANING
+from lora_exp.adapters.files.peft_config import READ, REFUSED, WITHOUT_MEANING
 
 IGNORED = ("Target modules", "You have passed exclude_modules", "The following", "Setting `save_emb", "Could not")
 SMALL = {

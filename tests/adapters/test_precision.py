@@ -6,8 +6,19 @@ import time
 import pytest
 import torch
 
-from lora_exp.adapters import LoraConfig, LoraModel, precision, products
-from lora_exp.adapters.precision import BLAS, FLOAT32, NATIVE, ONEDNN, Answers, Rates, answered, answers, measure
+from lora_exp.adapters import LoraConfig, LoraModel
+from lora_exp.adapters.numerics import matmul, precision
+from lora_exp.adapters.numerics.precision import (
+    BLAS,
+    FLOAT32,
+    NATIVE,
+    ONEDNN,
+    Answers,
+    Rates,
+    answered,
+    answers,
+    measure,
+)
 
 onednn = pytest.mark.skipif(not precision.has_onednn(), reason="torch was built without oneDNN")
 
@@ -84,18 +95,18 @@ LAYOUTS = {
 @onednn
 @pytest.mark.parametrize(("shape", "layout", "weight_layout"), list(itertools.product(SHAPES, LAYOUTS, LAYOUTS)))
 def test_onednns_products_are_right_in_every_layout(shape, layout, weight_layout, monkeypatch):
-    monkeypatch.setattr(products, "_FEW_ROWS", 1)
+    monkeypatch.setattr(matmul, "_FEW_ROWS", 1)
     M, K, N = shape
     torch.manual_seed(0)
     x, grad = LAYOUTS[layout](torch.randn(M, K)), LAYOUTS[layout](torch.randn(M, N))
     weight = LAYOUTS[weight_layout](torch.randn(N, K))
     with answered(float32=ONEDNN):
-        assert products.uses_onednn(x.dtype, "cpu", M)
-        product, back = products.times_transposed(x, weight), products.times(grad, weight)
-        factor = products.factor_product(x, grad, 0.5)
-        monkeypatch.setattr(products, "_CHUNK", 2 * K)  # two rows of W at a time
+        assert matmul.uses_onednn(x.dtype, "cpu", M)
+        product, back = matmul.times_transposed(x, weight), matmul.times(grad, weight)
+        factor = matmul.factor_product(x, grad, 0.5)
+        monkeypatch.setattr(matmul, "_CHUNK", 2 * K)  # two rows of W at a time
         rounded = weight.bfloat16()
-        pieces = products.times_transposed(x, rounded), products.times(grad, rounded)
+        pieces = matmul.times_transposed(x, rounded), matmul.times(grad, rounded)
     X, G, W, R = (t.double() for t in (x, grad, weight, rounded))
     found = product, back, factor, *pieces
     for mine, exact in zip(found, (X @ W.T, G @ W, 0.5 * X.T @ G, X @ R.T, G @ R), strict=True):

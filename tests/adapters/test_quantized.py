@@ -15,20 +15,12 @@ from torch import nn
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says so where it lacks an optional kernel
 bnb = pytest.importorskip("bitsandbytes")
 
-from lora_exp.adapters import (  # noqa: E402
-    LoraConfig,
-    LoRALinear,
-    LoRALinear4bit,
-    LoRALinear8bit,
-    LoraModel,
-    counts,
-    lora,
-    packed,
-    precision,
-    products,
-    shares,
-)
-from lora_exp.adapters.precision import BLAS, FLOAT32, NATIVE, ONEDNN, Answers  # noqa: E402
+from lora_exp.adapters import LoraConfig, LoRALinear, LoRALinear4bit, LoRALinear8bit, LoraModel
+from lora_exp.adapters.inspection import parameter_counts
+from lora_exp.adapters.kernels import linear_rows
+from lora_exp.adapters.numerics import matmul, packed_weights, precision
+from lora_exp.adapters.numerics.precision import BLAS, FLOAT32, NATIVE, ONEDNN, Answers  # noqa: E402
+from lora_exp.adapters.variants import lora
 
 KINDS = ["nf4", "fp4", "nf4-double", "int8"]
 FOUR_BIT = KINDS[:3]
@@ -90,8 +82,8 @@ def same_masks(monkeypatch):
         return torch.empty(x.shape).bernoulli_(1 - p, generator=generator).to(x.dtype) / (1 - p)
 
     monkeypatch.setattr(lora, "dropout_noise", lambda x, p, seed: noise(x, p))
-    monkeypatch.setattr(shares, "dropout_mask", lambda x, p, seed: (noise(x, p) > 0).to(x.dtype))
-    monkeypatch.setattr(shares, "keep_share", lambda p: 1 - p)
+    monkeypatch.setattr(linear_rows, "dropout_mask", lambda x, p, seed: (noise(x, p) > 0).to(x.dtype))
+    monkeypatch.setattr(linear_rows, "keep_share", lambda p: 1 - p)
     monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: x * noise(x, self.p) if self.training else x)
 
 
@@ -153,7 +145,7 @@ def test_it_equals_pefts(kind, dora, dropout, oracle, randomised, same_masks):
 @BOTH
 def test_a_bfloat16_base_agrees_to_bfloat16s_rounding(kind, dora, wide, randomised, monkeypatch):
     monkeypatch.setattr(precision, "_told", Answers(FLOAT32 if wide else NATIVE, BLAS))
-    monkeypatch.setattr(products, "_FEW_ROWS", 1)
+    monkeypatch.setattr(matmul, "_FEW_ROWS", 1)
     base = Net(kind, dtype=torch.bfloat16)
     twin, model = adapted(base.dense().float(), dora), adapted(base, dora)
     randomised(model, std=0.05)
@@ -169,7 +161,7 @@ def test_a_bfloat16_base_agrees_to_bfloat16s_rounding(kind, dora, wide, randomis
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_float32_by_onednn_agrees_with_blas(kind, dora, dropout, randomised, monkeypatch):
     """Not to the bit: the two add up in another order."""
-    monkeypatch.setattr(products, "_FEW_ROWS", 1)
+    monkeypatch.setattr(matmul, "_FEW_ROWS", 1)
     model = adapted(Net(kind), dora, dropout)
     randomised(model, std=0.05)
     x, found, state = torch.randn(3, 7, 64), {}, model.dropout_state()
@@ -185,7 +177,7 @@ def test_float32_by_onednn_agrees_with_blas(kind, dora, dropout, randomised, mon
 @pytest.mark.parametrize("kind", FOUR_BIT)
 def test_a_float32_input_to_products_in_bfloat16(kind, dora, randomised, monkeypatch):
     """bitsandbytes' compute_dtype asks for them; a processor that is slow in bfloat16 computes in float32."""
-    monkeypatch.setattr(products, "_FEW_ROWS", 1)
+    monkeypatch.setattr(matmul, "_FEW_ROWS", 1)
     base = Net(kind)
     base.up.compute_dtype = base.down.compute_dtype = torch.bfloat16
     model = adapted(base, dora)
@@ -286,7 +278,7 @@ def test_norms_and_identity_notice_a_changed_base(kind, what, randomised):
     randomised(model)
     layer, before = model.wrapped.up, model.base_sha256()
     layer.adapter.constant_norm(layer)
-    values = layer.weight.data if what == "packed" else packed.constants(layer, layer.weight)[0].data
+    values = layer.weight.data if what == "packed" else packed_weights.constants(layer, layer.weight)[0].data
     values.view(-1)[7:9] = values.view(-1)[20:22].clone() * 2 + 1
     assert model.base_sha256() != before
     expected = layer.adapter.weight_norm(layer).detach()
@@ -331,7 +323,7 @@ def test_a_copy_is_the_same_model(kind, way, state, called, randomised, tmp_path
     if "unloaded" in state:
         return
     assert twin.parameter_counts() == model.parameter_counts()
-    assert counts.stored_bytes(twin) == counts.stored_bytes(model)
+    assert parameter_counts.stored_bytes(twin) == parameter_counts.stored_bytes(model)
     twin.save_model(tmp_path / "merged.safetensors", merge_weights=True)
     plain = Net(None)
     plain.load_state_dict(load_file(tmp_path / "merged.safetensors"))
@@ -371,7 +363,7 @@ def test_constants_move_with_their_weight(kind):
 def test_int8_constants_follow_values_that_were_moved_alone():
     """nn.Module.to sets a parameter's data, which leaves attributes where they were."""
     weight = bnb.nn.Int8Params(torch.empty(3, 4, dtype=torch.int8, device="meta"), False, SCB=torch.ones(3))
-    packed.bring_constants(weight)
+    packed_weights.bring_constants(weight)
     assert devices_of(weight) == {torch.device("meta")}
 
 
@@ -394,7 +386,7 @@ def test_counts_are_of_logical_parameters():
     assert layer.weight.numel() == 4096 * 4096 // 2
     model = LoraModel(quantised(nn.Linear(512, 256, bias=False), "nf4"), LoraConfig(rank=2), verbose=False)
     assert model.parameter_counts() == (2 * 768, 512 * 256 + 2 * 768)
-    from lora_exp.adapters.counts import logical_numel
+    from lora_exp.adapters.inspection.parameter_counts import logical_numel
 
     assert logical_numel(layer.weight) == 16_777_216
 

@@ -87,7 +87,7 @@ def test_each_call_of_a_layer_has_a_mask_of_its_own(plain, randomised, monkeypat
         def forward(self, x):
             return torch.stack([self.fc(x) for _ in range(3)])
 
-    monkeypatch.setattr("lora_exp.adapters.switch._plain", plain)
+    monkeypatch.setattr("lora_exp.adapters.numerics.reference._plain", plain)
     model = LoraModel(Thrice(), LoraConfig(rank=4, lora_dropout=0.5), verbose=False)
     randomised(model)
     first = model(torch.ones(4, 16))

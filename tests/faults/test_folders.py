@@ -30,7 +30,7 @@ def test_a_second_job_in_a_folder_is_refused_and_leaves_the_first_alone(
     forked: Forked, tiny_overrides: list[str], workplace: Path
 ) -> None:
     """Held here as by another process; of the first job's files nothing may change, Hydra's own included."""
-    from lora_exp import claims
+    from lora_exp.machine import claims
 
     folder = workplace / "call"
     first = forked(*tiny_overrides, "hydra.run.dir=outputs/job", "rank=2", folder=folder)

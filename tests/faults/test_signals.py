@@ -12,15 +12,15 @@ from lora_exp.job import read_outcome
 
 Forked = Callable[..., Any]
 AIMS = {
-    "collection": {"target": "lora_exp.training.memory:gc.collect", "do": "signal in a finaliser"},
+    "collection": {"target": "lora_exp.machine.memory:gc.collect", "do": "signal in a finaliser"},
     "collection, weak reference": {
-        "target": "lora_exp.training.memory:gc.collect", "do": "signal in a finaliser", "weak": True,
+        "target": "lora_exp.machine.memory:gc.collect", "do": "signal in a finaliser", "weak": True,
     },
     "evaluation": {"target": "lora_exp.training.loop:evaluate", "at": 2, "do": "signal"},
     "step": {"target": "lora_exp.training.loop:_accumulate", "at": 2, "do": "signal"},
     "saving": {"target": "lora_exp.run:replace_folder", "do": "signal"},
     "loading": {"target": "lora_exp.models:load_base", "do": "signal"},
-    "between the files of an adapter": {"target": "lora_exp.adapters.peft_format:write_text", "do": "signal"},
+    "between the files of an adapter": {"target": "lora_exp.adapters.files.peft_folder:write_text", "do": "signal"},
 }  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def test_a_sweep_stops_after_a_signal_between_its_jobs(forked: Forked, tiny_over
 
 
 def test_what_is_ignored_stays_ignored() -> None:
-    from lora_exp import signals
+    from lora_exp.machine import signals
 
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_exp.adapters import precision as library
-from lora_exp.adapters.precision import Answers, Rates
+from lora_exp.adapters.numerics import precision as library
+from lora_exp.adapters.numerics.precision import Answers, Rates
 from lora_exp.config import MachineConfig
 from lora_exp.machine import precision
 from lora_exp.machine.precision import take_precision

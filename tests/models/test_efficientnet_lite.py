@@ -14,8 +14,8 @@ from torch import nn
 from lora_exp import models
 from lora_exp.adapters import LoraConfig, LoraModel
 from lora_exp.config import ModelConfig, PackagedConfig
+from lora_exp.machine.place import Place
 from lora_exp.models import efficientnet_lite as lite
-from lora_exp.place import Place
 
 pytest.importorskip("efficientnet_lite_pytorch")
 SECTION = ModelConfig(label="lite", kind="efficientnet_lite")

@@ -20,10 +20,10 @@ from lora_exp.config import (
     QuantizationConfig,
     ScalingConfig,
 )
+from lora_exp.machine.place import Place
 from lora_exp.models import find_source, load_base
-from lora_exp.place import Place
+from lora_exp.models.positions import most_positions, trained_positions
 from lora_exp.plan.estimate import Planner
-from lora_exp.positions import most_positions, trained_positions
 from lora_exp.training.objectives import causal_lm_losses, collate_blocks
 
 CPU = Place(torch.device("cpu"), torch.float32)

@@ -11,7 +11,7 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from lora_exp.config import Config, conf_folder, register, to_config
-from lora_exp.place import Place
+from lora_exp.machine.place import Place
 from lora_exp.plan import layers, precheck
 from lora_exp.plan.estimate import Plan, Planner
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lora_exp.config import Config, ModelConfig
-from lora_exp.place import Place
+from lora_exp.machine.place import Place
 from lora_exp.plan import precheck
 
 CPU = Place(torch.device("cpu"), torch.float32)

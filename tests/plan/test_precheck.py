@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lora_exp.config import AdapterConfig, Config, QuantizationConfig
-from lora_exp.place import Place
+from lora_exp.machine.place import Place
 from lora_exp.plan.precheck import memory_errors_explained
 
 CPU = Place(torch.device("cpu"), torch.float32)

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from lora_exp.training.memory import peak_gib, reset_peak
+from lora_exp.machine.memory import peak_gib, reset_peak
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,1 @@
+"""Adapters on disk: safetensors, and the folders that PEFT reads and writes."""

@@ -1,0 +1,201 @@
+"""LoraConfig to PEFT's adapter_config.json and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from lora_exp.adapters.config import LoraConfig
+from lora_exp.adapters.files.peft_targets import (
+    Wish,
+    adapted_names,
+    all_linear,
+    check_types,
+    covering,
+    is_all_linear,
+    matched,
+    saved_names,
+)
+from lora_exp.adapters.inspection.traversal import base_modules, lora_layers, saved_modules
+from lora_exp.adapters.layers.transformers_conv1d import LoRAConv1D
+from lora_exp.adapters.surgery.targets import find_targets, suffixes
+
+if TYPE_CHECKING:
+    from lora_exp.adapters.model import LoraModel
+
+log = logging.getLogger(__name__)
+
+# Not SEQ_CLS and the like: PEFT would look for a saved head in the file.
+_TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
+_REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that change base weights
+READ = (
+    "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "bias", "use_rslora", "use_dora",
+    "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "modules_to_save", "peft_type",
+    "task_type", "init_lora_weights", "ensure_weight_tying",
+)  # fmt: skip
+REFUSED = (
+    "lora_bias", "use_qalora", "velora_config", "kasa_config", "arrow_config", "alora_invocation_tokens",
+    "trainable_token_indices", "target_parameters", "layer_replication", "megatron_config", "use_bdlora",
+    "monteclora_config",
+)  # fmt: skip
+WITHOUT_MEANING = (  # once an adapter is trained
+    "base_model_name_or_path", "revision", "inference_mode", "fan_in_fan_out", "auto_mapping", "peft_version",
+    "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
+    "runtime_config",
+)  # fmt: skip
+
+
+def to_peft(model: LoraModel, name: str) -> dict[str, Any]:
+    """The adapter's config in PEFT's words, with targets that mean the same layers there."""
+    config = model.configs[name]
+    adapted = {n: layer for n, layer in lora_layers(model.wrapped) if name in layer.adapters}
+    saved = [n for n, switch in saved_modules(model.wrapped) if name in switch.copies]
+    kind = type(model.wrapped).__name__
+    alpha = config.lora_alpha
+    return {
+        "peft_type": "LORA",
+        "task_type": next((task for ending, task in _TASKS.items() if kind.endswith(ending)), None),
+        **base_name(model.wrapped),
+        "r": config.rank,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "lora_dropout": config.lora_dropout,
+        "bias": config.bias,
+        "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+        "rank_pattern": config.rank_pattern or {},
+        "alpha_pattern": config.alpha_pattern or {},
+        "modules_to_save": saved or None,
+        "fan_in_fan_out": any(isinstance(layer, LoRAConv1D) for layer in adapted.values()),
+        "init_lora_weights": True,
+        "inference_mode": True,
+        **_targets(config, set(adapted), [n for n, _ in base_modules(model.wrapped)]),
+    }
+
+
+def base_name(base: nn.Module) -> dict[str, str | None]:
+    """The base's hub name and commit, or the path that its user gave; a folder of the hub's cache is its name."""
+    name = getattr(base, "name_or_path", None) or None
+    commit = getattr(getattr(base, "config", None), "_commit_hash", None)
+    if name and (cached := re.search(r"models--([^/\\]+)--([^/\\]+)[/\\]snapshots[/\\](\w+)[/\\]?$", str(name))):
+        name, commit = f"{cached[1]}/{cached[2]}", cached[3]
+    return {"base_model_name_or_path": str(name) if name else None, "revision": commit}
+
+
+def from_peft(
+    stored: dict[str, Any], model: nn.Module, trained: Collection[str], source: str, detach_norm: bool
+) -> LoraConfig:
+    """A LoraConfig that means on `model` what `stored` means to PEFT; features that we do not have are refused.
+
+    trained: the names of the layers that the folder has factors for.
+    """
+    _check_known(stored, source)
+    modules = dict(base_modules(model))
+    check_types(stored, source)
+    wish = dict(stored)
+    if is_all_linear(stored.get("target_modules")):
+        wish["target_modules"] = sorted(all_linear(model, modules, stored.get("task_type")))
+    elif stored.get("target_modules") is None:
+        wish["target_modules"] = sorted(trained)  # PEFT knows each architecture's; the file says as much
+    layers, saved = adapted_names(wish, modules), saved_names(wish, modules)
+    if not layers:
+        raise ValueError(
+            f"{source}: target_modules={stored.get('target_modules')!r} leaves no layer of this model to adapt; "
+            "load the base that the adapter was trained on"
+        )
+    _check_ties(stored, model, layers | saved, source)
+    config = LoraConfig(
+        rank=stored.get("r", 8),
+        target_modules=_present(wish["target_modules"], modules),
+        exclude_modules=_present(stored.get("exclude_modules"), modules),
+        lora_alpha=stored.get("lora_alpha", 8),
+        lora_dropout=stored.get("lora_dropout", 0.0),
+        bias=stored.get("bias", "none"),
+        use_rslora=stored.get("use_rslora", False),
+        use_dora=stored.get("use_dora", False),
+        layers_to_transform=stored.get("layers_to_transform") or None,
+        rank_pattern=matched(stored.get("rank_pattern"), layers),
+        alpha_pattern=matched(stored.get("alpha_pattern"), layers),
+        modules_to_save=sorted(saved) or None,
+        dora_detach_norm=detach_norm,
+    )
+    return _meaning(config, layers, model, modules)
+
+
+def _check_known(stored: dict[str, Any], source: str) -> None:
+    if stored.get("peft_type") != "LORA":
+        raise ValueError(f"{source} holds a {stored.get('peft_type')!r} adapter; only LORA can be read here")
+    if used := [key for key in REFUSED if stored.get(key)]:
+        raise ValueError(f"{source} uses {', '.join(used)}, which this library does not have; load it with PEFT")
+    start = str(stored.get("init_lora_weights"))
+    if start.lower().startswith(_REWRITES_BASE):
+        raise ValueError(
+            f"{source} was initialised with {start!r}, which changes the base weights; convert it to plain "
+            "LoRA with PEFT's path_initial_model_for_weight_conversion first"
+        )
+    if new := [key for key in stored if key not in (*READ, *REFUSED, *WITHOUT_MEANING) and stored[key]]:
+        log.warning("%s has fields that are not known here and are passed over: %s", source, ", ".join(sorted(new)))
+
+
+def _check_ties(stored: dict[str, Any], model: nn.Module, used: Collection[str], source: str) -> None:
+    """PEFT keeps one adapter for an embedding and the head tied to it, if asked to; we have two."""
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    weight = getattr(embedding, "weight", None)
+    tied = {n for n, m in base_modules(model) if weight is not None and m._parameters.get("weight") is weight}
+    if stored.get("ensure_weight_tying") and len(tied) > 1 and tied & set(used):
+        raise ValueError(
+            f"{source} uses ensure_weight_tying for {', '.join(sorted(tied))}, one adapter on tied weights, which this "
+            "library does not have; load it with PEFT"
+        )
+
+
+def _meaning(config: LoraConfig, layers: set[str], model: nn.Module, modules: dict[str, nn.Module]) -> LoraConfig:
+    """The config in its own words if they mean these layers here too, else with each layer's name."""
+    try:
+        if set(find_targets(model, modules, config).layers) == layers:
+            return config
+    except ValueError:
+        pass  # names that PEFT passes over
+    listed = sorted(layers)
+    exact = set(filter(covering(listed), modules)) == layers
+    target = listed if exact else "|".join(map(re.escape, listed))
+    return dataclasses.replace(config, target_modules=target, exclude_modules=None, layers_to_transform=None)
+
+
+def _targets(config: LoraConfig, adapted: set[str], names: list[str]) -> dict[str, Any]:
+    """The user's own wish where PEFT reads it alike, else last names, else full names."""
+    own = {
+        "target_modules": config.target_modules,
+        "exclude_modules": config.exclude_modules,
+        "layers_to_transform": config.layers_to_transform,
+    }
+    if _peft_adapts(own, config, names) == adapted:
+        return own
+    endings = {"target_modules": sorted({name.rpartition(".")[2] for name in adapted})}
+    if _peft_adapts(endings, config, names) == adapted:
+        return endings
+    listed = {"target_modules": sorted(adapted)}
+    if _peft_adapts(listed, config, names) == adapted:
+        return listed
+    return {"target_modules": "|".join(map(re.escape, sorted(adapted)))}
+
+
+def _peft_adapts(wish: Wish, config: LoraConfig, names: list[str]) -> set[str] | None:
+    """The modules that PEFT would adapt; None where it would refuse or choose by type."""
+    target = wish["target_modules"]
+    refuses = isinstance(target, str) and wish.get("layers_to_transform") is not None
+    if target is None or is_all_linear(target) or refuses:
+        return None
+    return adapted_names({**wish, "modules_to_save": config.modules_to_save}, names)
+
+
+def _present(wish: Any, names: Iterable[str]) -> Any:
+    """A wish without what names nothing here: PEFT lets it pass, and writes it to its files."""
+    if isinstance(wish, list):
+        known = {suffix for name in names for suffix in suffixes(name)}
+        return [entry for entry in wish if entry in known] or None
+    return wish if wish and any(map(covering(wish), names)) else None

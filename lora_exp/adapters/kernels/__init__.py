@@ -1,0 +1,1 @@
+"""Hand-written forward and backward passes. They know the host and terms, no variant."""

@@ -1,0 +1,1 @@
+"""Which adapter serves which part of a batch, live and when a checkpoint replays it."""

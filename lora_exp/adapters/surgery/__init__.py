@@ -1,0 +1,1 @@
+"""What changes a model: finding targets, injecting adapters, merging them."""

@@ -1,0 +1,1 @@
+"""Kinds of adapters, one file each: parameters, their start and their formula."""

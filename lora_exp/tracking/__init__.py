@@ -1,0 +1,1 @@
+"""What is told to MLflow; no other room imports it."""
