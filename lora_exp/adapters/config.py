@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from lora_exp.adapters.patterns import full_match, suffix_match
@@ -28,8 +28,9 @@ class LoraConfig:
     lora_alpha, use_rslora: the scale is alpha/sqrt(r) (rsLoRA, arXiv 2312.03732 §4) or alpha/r (LoRA §4.1).
     lora_dropout: probability of dropping an input of the adapter; the frozen path sees no dropout.
     bias: which biases train: "none", "all" of the model's, or those of adapted layers ("lora_only").
-    use_dora: weight-decomposed adapters (arXiv 2402.09353); `dora_detach_norm=False` lets gradients
-        through the norm that §4.3 of the paper detaches.
+    variant, variant_options: which kind of adapter, and what that kind alone can be told.
+    use_dora: the variant "dora" (arXiv 2402.09353), as PEFT spells it; `dora_detach_norm=False`, its option
+        `detach_norm`, lets gradients through the norm that §4.3 of the paper detaches.
     layers_to_transform: indices of the blocks to adapt, where blocks are numbered in the module's name.
     rank_pattern, alpha_pattern: {dotted suffix or regular expression: value} for single layers.
     modules_to_save: modules (a classifier head) trained in full and saved with the adapter.
@@ -50,8 +51,11 @@ class LoraConfig:
     modules_to_save: list[str] | None = None
     layer_types: tuple[str, ...] = ("linear",)
     dora_detach_norm: bool = True
+    variant: str = "lora"
+    variant_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._settle_dora()
         for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform"):
             object.__setattr__(self, name, _plain_list(getattr(self, name)))
         if isinstance(self.modules_to_save, str):
@@ -62,6 +66,18 @@ class LoraConfig:
             object.__setattr__(self, name, dict(getattr(self, name) or {}) or None)
         if problems := list(_problems(self)):
             raise ValueError("LoraConfig: " + "; ".join(problems))
+
+    def _settle_dora(self) -> None:
+        """PEFT's spellings and ours say the same."""
+        options = dict(self.variant_options)
+        if self.use_dora is True and self.variant == "lora":
+            object.__setattr__(self, "variant", "dora")
+        if self.variant == "dora":
+            object.__setattr__(self, "use_dora", True)
+            if self.dora_detach_norm is False:
+                options["detach_norm"] = False
+            object.__setattr__(self, "dora_detach_norm", options.get("detach_norm", self.dora_detach_norm))
+        object.__setattr__(self, "variant_options", options)
 
     @property
     def scale(self) -> float:
@@ -107,6 +123,8 @@ def _problems(config: LoraConfig) -> Iterable[str]:
     for name in ("use_rslora", "use_dora", "dora_detach_norm"):
         if not isinstance(getattr(config, name), bool):
             yield f"{name}={getattr(config, name)!r} is not a truth value; write True or False"
+    if config.use_dora is True and config.variant != "dora":
+        yield f"use_dora=True and variant={config.variant!r} contradict each other; leave use_dora out"
     yield from _name_problems(config)
     yield from _pattern_problems(config)
 

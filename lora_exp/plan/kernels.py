@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lora_exp.adapters.numerics.reference import autocast_dtype, autocast_on_meta
+from lora_exp.adapters.numerics.autocast import autocast_dtype, autocast_on_meta
 
 _PRODUCTS = {F.linear, F.conv2d, torch.matmul, torch.bmm, torch.addmm, Tensor.matmul, Tensor.__matmul__}
 _HALVES = (torch.bfloat16, torch.float16)

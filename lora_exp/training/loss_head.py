@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_exp.adapters.numerics.autocast import autocast_dtype, without_autocast
 from lora_exp.adapters.numerics.first_derivative import first_derivative_only
 from lora_exp.adapters.numerics.matmul import runs_wide, times_transposed, wide_product
-from lora_exp.adapters.numerics.reference import autocast_dtype, without_autocast
 
 log = logging.getLogger(__name__)
 _CHUNK = 1 << 23  # logits at a time: 32 MiB in float32

@@ -15,12 +15,12 @@ from torch import nn
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says so where it lacks an optional kernel
 bnb = pytest.importorskip("bitsandbytes")
 
-from lora_exp.adapters import LoraConfig, LoRALinear, LoRALinear4bit, LoRALinear8bit, LoraModel
-from lora_exp.adapters.inspection import parameter_counts
-from lora_exp.adapters.kernels import linear_rows
-from lora_exp.adapters.numerics import matmul, packed_weights, precision
+from lora_exp.adapters import LoraConfig, LoRALinear, LoRALinear4bit, LoRALinear8bit, LoraModel  # noqa: E402
+from lora_exp.adapters.inspection import parameter_counts  # noqa: E402
+from lora_exp.adapters.kernels import linear_rows  # noqa: E402
+from lora_exp.adapters.numerics import matmul, packed_weights, precision  # noqa: E402
 from lora_exp.adapters.numerics.precision import BLAS, FLOAT32, NATIVE, ONEDNN, Answers  # noqa: E402
-from lora_exp.adapters.variants import lora
+from lora_exp.adapters.variants import lora  # noqa: E402
 
 KINDS = ["nf4", "fp4", "nf4-double", "int8"]
 FOUR_BIT = KINDS[:3]

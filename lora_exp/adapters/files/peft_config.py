@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -24,6 +24,7 @@ from lora_exp.adapters.files.peft_targets import (
 from lora_exp.adapters.inspection.traversal import base_modules, lora_layers, saved_modules
 from lora_exp.adapters.layers.transformers_conv1d import LoRAConv1D
 from lora_exp.adapters.surgery.targets import find_targets, suffixes
+from lora_exp.adapters.variants.registry import variant_named
 
 if TYPE_CHECKING:
     from lora_exp.adapters.model import LoraModel
@@ -66,7 +67,8 @@ def to_peft(model: LoraModel, name: str) -> dict[str, Any]:
         "lora_dropout": config.lora_dropout,
         "bias": config.bias,
         "use_rslora": config.use_rslora,
-        "use_dora": config.use_dora,
+        "use_dora": False,
+        **variant_named(config.variant).peft_flags,
         "rank_pattern": config.rank_pattern or {},
         "alpha_pattern": config.alpha_pattern or {},
         "modules_to_save": saved or None,
@@ -87,11 +89,11 @@ def base_name(base: nn.Module) -> dict[str, str | None]:
 
 
 def from_peft(
-    stored: dict[str, Any], model: nn.Module, trained: Collection[str], source: str, detach_norm: bool
+    stored: dict[str, Any], model: nn.Module, trained: Collection[str], source: str, notes: Mapping[str, Any]
 ) -> LoraConfig:
     """A LoraConfig that means on `model` what `stored` means to PEFT; features that we do not have are refused.
 
-    trained: the names of the layers that the folder has factors for.
+    trained: the names of the layers that the folder has factors for. notes: what we noted beside them.
     """
     _check_known(stored, source)
     modules = dict(base_modules(model))
@@ -121,9 +123,18 @@ def from_peft(
         rank_pattern=matched(stored.get("rank_pattern"), layers),
         alpha_pattern=matched(stored.get("alpha_pattern"), layers),
         modules_to_save=sorted(saved) or None,
-        dora_detach_norm=detach_norm,
+        dora_detach_norm=notes.get("dora_detach_norm", True),
+        **_noted_variant(stored, notes),
     )
     return _meaning(config, layers, model, modules)
+
+
+def _noted_variant(stored: Mapping[str, Any], notes: Mapping[str, Any]) -> dict[str, Any]:
+    """The variant that was saved, unless the config was changed since to another one that PEFT knows."""
+    name = notes.get("variant", "lora")
+    if variant_named(name).peft_flags != {key: True for key in ("use_dora",) if stored.get(key)}:
+        return {}
+    return {"variant": name, "variant_options": notes.get("variant_options", {})}
 
 
 def _check_known(stored: dict[str, Any], source: str) -> None:

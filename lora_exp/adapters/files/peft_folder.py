@@ -50,7 +50,7 @@ def save(model: LoraModel, directory: str | Path, name: str, base_files_sha256: 
     config, folder = model.configs[name], Path(directory)
     if folder.is_file():
         raise ValueError(f"{folder} is a file; give the folder to write the adapter to")
-    if reasons := [reason for _, layer in _adapted(model, name) if (reason := _unrepresentable(layer))]:
+    if reasons := [reason for _, layer in _adapted(model, name) if (reason := layer.peft_refusal())]:
         raise ValueError(
             f"PEFT's format cannot hold this adapter: {reasons[0]}; use save_model, which writes one safetensors file"
         )
@@ -74,7 +74,7 @@ def read(directory: str | Path, model: nn.Module) -> Stored:
         stored["bias"] = "none"  # PEFT lets a wish for biases pass where the model has none
     notes = read_json(metadata.get(_OURS, "{}"), f"the notes in {weights}")
     ranks = _stored_ranks(tensors)
-    config = from_peft(stored, model, list(ranks), str(path), detach_norm=notes.get("dora_detach_norm", True))
+    config = from_peft(stored, model, list(ranks), str(path), notes)
     _check_ranks(weights, ranks, config)
     return Stored(config, weights, tensors, notes)
 
@@ -90,7 +90,8 @@ def peft_views(model: LoraModel, name: str) -> dict[str, Tensor]:
     """Everything adapter `name` trains, under PEFT's keys, as views in PEFT's layout of our own tensors."""
     views: dict[str, Tensor] = {}
     for layer_name, layer in _adapted(model, name):
-        for key, view in _layer_views(layer, name).items():
+        adapter: Any = layer.adapters[name]
+        for key, view in adapter.peft_tensors(layer).items():
             views[_PREFIX + joined(layer_name, key)] = view
     adapted = {layer_name for layer_name, _ in _adapted(model, name)}
     for key, bias in bias_parameters(model.wrapped, name).items():
@@ -101,39 +102,8 @@ def peft_views(model: LoraModel, name: str) -> dict[str, Tensor]:
     return views
 
 
-def _layer_views(layer: LoRALayerBase, name: str) -> dict[str, Tensor]:
-    """A (r, in), B (out, r); embeddings (r, V), (d, r); convolutions (r, C_in, k...), (C_out, r, 1...)."""
-    adapter: Any = layer.adapters[name]
-    lora_A, lora_B = adapter.lora_A.detach(), adapter.lora_B.detach()
-    if layer.layer_type == "linear":
-        views = {"lora_A.weight": lora_A.T, "lora_B.weight": lora_B.T}
-    elif layer.layer_type == "embedding":
-        views = {"lora_embedding_A": lora_A.T, "lora_embedding_B": lora_B.T}
-    else:
-        pointwise = (-1, lora_B.shape[0], *[1] * (lora_A.dim() - 2))
-        views = {"lora_A.weight": lora_A, "lora_B.weight": lora_B.T.view(pointwise)}
-    if hasattr(adapter, "magnitude"):
-        views["lora_magnitude_vector"] = adapter.magnitude.detach()
-        if layer.layer_type.startswith("conv"):
-            views["lora_magnitude_vector"] = layer.along_output(adapter.magnitude.detach())[None]
-    return views
-
-
 def _adapted(model: LoraModel, name: str) -> list[tuple[str, LoRALayerBase]]:
     return [(layer_name, layer) for layer_name, layer in lora_layers(model.wrapped) if name in layer.adapters]
-
-
-def _unrepresentable(layer: Any) -> str | None:
-    """Why PEFT (0.21) would compute something else from this layer's adapter."""
-    if not isinstance(layer, nn.modules.conv._ConvNd):
-        return None
-    if layer.groups > 1:
-        return f"a convolution with groups={layer.groups}, whose A PEFT does not group"
-    if any(step != 1 for step in layer.dilation):
-        return f"a convolution with dilation={tuple(layer.dilation)}, which PEFT's A drops"
-    if layer.padding_mode != "zeros":
-        return f"a convolution with padding_mode={layer.padding_mode!r}, which PEFT's A drops"
-    return None
 
 
 def _notes(model: LoraModel, config: LoraConfig, base_files_sha256: str | None) -> dict[str, Any]:
@@ -142,6 +112,8 @@ def _notes(model: LoraModel, config: LoraConfig, base_files_sha256: str | None) 
         "base_values_sha256": model.base_sha256(),
         "base_files_sha256": base_files_sha256,
         "dora_detach_norm": config.dora_detach_norm,
+        "variant": config.variant,
+        "variant_options": dict(config.variant_options),
     }
 
 

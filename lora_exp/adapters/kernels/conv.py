@@ -3,7 +3,7 @@
 Letters: N batch, C_out channels, K inputs of one output (C_in/g * k...), P positions of the output (N * t...), r rank,
 g groups; kernels W (C_out, C_in/g, k...) and A (r, C_in/g, k...), B (r, C_out/g), V = W + scale * BA, d = x ∘ mask.
 LoRA is conv(x, W) + b + c * B conv(d, A) with c = scale / keep; DoRA multiplies the whole product for d with
-ratio = magnitude / norm, a constant norm, and with dropout adds to the frozen output as `fused` describes.
+ratio = magnitude / norm, a constant norm, and with dropout adds to the frozen output as `linear` describes.
 
 Without dropout all of it is one convolution with the kernel ratio ∘ V. Gradients come in two ways:
 
@@ -16,67 +16,47 @@ Which way, and whether V is formed, follows from shapes, dtype and device alone,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_exp.adapters.kernels.conv_strategy import Way, by_group, is_exact, shortest
-from lora_exp.adapters.kernels.linear import autocast_input, is_known, trains_base
-from lora_exp.adapters.kernels.linear_rows import Share, as_dtype
+from lora_exp.adapters.kernels.terms import Share, Terms, as_dtype
+from lora_exp.adapters.numerics.autocast import autocast_dtype, autocast_input, without_autocast
 from lora_exp.adapters.numerics.first_derivative import first_derivative_only, no_forward_mode
-from lora_exp.adapters.numerics.reference import autocast_dtype, fused_allowed, is_plain, without_autocast
-from lora_exp.adapters.variants.dora import DoraAdapter
-from lora_exp.adapters.variants.lora import LoraAdapter
-
-if TYPE_CHECKING:
-    from lora_exp.adapters.layers.adapted import LoRALayerBase
-    from lora_exp.adapters.routing.route import Plan
 
 _INSTEAD = "run forward inside lora_exp.adapters.use_reference()"
+Served = Sequence[tuple[Terms | None, slice | None]]  # each with its slice of the batch; None is all of it
 
 
-def fused_convolution(layer: Any, x: Tensor, plan: Plan) -> Tensor | None:
-    """The adapted layer's output for x (N, C_in, s...), or None where only the plain path will do: a trained base,
-    an unknown variant, padding with other values than zeros, no batch dimension, groups in 16 bit or off the CPU."""
-    if layer.geometry is None or not (fused_allowed() and is_plain(x)) or trains_base(layer):
+def fused_convolution(host: Any, x: Tensor, served: Served) -> Tensor | None:
+    """The adapted layer's output for x (N, C_in, s...), or None where only the plain path will do: padding with other
+    values than zeros, no batch dimension, groups in 16 bit or off the CPU."""
+    if host.geometry is None:
         return None
-    x, spans = autocast_input(x), _spans(layer, x, plan)
-    if x.dim() != layer.weight.dim() or not x.numel() or not all(a is None or is_known(a) for a, _ in spans):
+    x = autocast_input(x)
+    if x.dim() != host.weight.dim() or not x.numel() or not _fits(host, x):
         return None
-    if not _fits(layer, x) or all(adapter is None for adapter, _ in spans):
-        return None
-    pieces = x.split([size for _, size in spans]) if len(spans) > 1 else [x]
-    outs = [
-        layer.base_forward(piece) if adapter is None else _adapted(layer, adapter, piece)
-        for (adapter, _), piece in zip(spans, pieces, strict=True)
-    ]
+    outs = [_output(host, terms, x if rows is None else x[rows]) for terms, rows in served]
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
-def _fits(layer: Any, x: Tensor) -> bool:
+def _fits(host: Any, x: Tensor) -> bool:
     """Whether the dtypes agree (else the plain path raises torch's own error) and groups can be merged."""
-    agrees = x.dtype in (layer.weight.dtype, autocast_dtype(x.device.type))
-    return agrees and (layer.groups == 1 or is_exact(x, layer.weight))
+    agrees = x.dtype in (host.weight.dtype, autocast_dtype(x.device.type))
+    return agrees and (host.groups == 1 or is_exact(x, host.weight))
 
 
-def _spans(layer: LoRALayerBase, x: Tensor, plan: Plan) -> list[tuple[LoraAdapter | None, int]]:
-    """Each adapter (None: the base alone) with the number of samples it serves."""
-    if plan.sizes is None:
-        return [(layer._adapter(plan.names[0]), x.shape[0])]
-    if x.shape[0] == 1 < sum(plan.sizes):
-        return []
-    return [(layer._adapter(name), stop - start) for name, start, stop in plan.split(x.shape[0])]
-
-
-def _adapted(layer: Any, adapter: LoraAdapter, x: Tensor) -> Tensor:
-    seed = layer.route.mask_seed(adapter.name, adapter.layer_key) if adapter.drops else 0
-    norm = adapter.constant_norm(layer) if isinstance(adapter, DoraAdapter) else None
-    share = Share(None, adapter.scale, adapter.dropout if adapter.drops else 0.0, seed, norm)
-    kind = norm is not None, adapter.drops, is_exact(x, layer.weight)
-    way = Way(layer.geometry, share, *shortest(layer.geometry, adapter.rank, *kind, layer.weight.shape, x.shape))
-    factors = [adapter._parameters.get(key) for key in ("lora_A", "lora_B", "magnitude")]
-    out: Tensor = _Convolved.apply(way, x, layer.weight, layer.bias, *factors)
+def _output(host: Any, terms: Terms | None, x: Tensor) -> Tensor:
+    if terms is None:
+        base: Tensor = host.base_forward(x)
+        return base
+    share = Share(None, terms)
+    kind = terms.norm is not None, share.p > 0, is_exact(x, host.weight)
+    rank = terms.B.shape[0]
+    way = Way(host.geometry, share, *shortest(host.geometry, rank, *kind, host.weight.shape, x.shape))
+    out: Tensor = _Convolved.apply(way, x, host.weight, host.bias, *terms.factors)
     return out
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_exp.adapters.kernels.conv_ops import Geometry
-from lora_exp.adapters.kernels.linear_rows import Share, as_dtype
+from lora_exp.adapters.kernels.terms import Share, as_dtype
 
 _NARROWEST = 16  # a kernel of fewer output channels takes as long: they fill one vector register
 _PASS = 30  # reading and writing an output's element once takes as long as so many of its multiplications

@@ -11,64 +11,48 @@ With dropout the frozen path sees all of x: out = x Wᵀ + b + (g-1)∘(d Wᵀ)/
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_exp.adapters.kernels.linear_rows import Share, add_share, as_dtype, share_gradients, weighted_gradient
+from lora_exp.adapters.host import Host
+from lora_exp.adapters.kernels.linear_rows import add_share, share_gradients, weighted_gradient
+from lora_exp.adapters.kernels.terms import Share, Terms, as_dtype
+from lora_exp.adapters.numerics.autocast import autocast_dtype, autocast_input, without_autocast
 from lora_exp.adapters.numerics.first_derivative import first_derivative_only, no_forward_mode
 from lora_exp.adapters.numerics.matmul import runs_wide, times, times_transposed, uses_onednn
-from lora_exp.adapters.numerics.reference import autocast_dtype, fused_allowed, is_plain, without_autocast
-from lora_exp.adapters.variants.dora import DoraAdapter
-from lora_exp.adapters.variants.lora import LoraAdapter
-
-if TYPE_CHECKING:
-    from lora_exp.adapters.layers.adapted import LoRALayerBase
-    from lora_exp.adapters.routing.route import Plan
 
 _AS_IT_IS = nullcontext()
 _INSTEAD = "run forward inside lora_exp.adapters.use_reference()"
+Served = Sequence[tuple[Terms | None, slice | None]]  # each with its slice of the leading dimension; None is all of it
 
 
-def fused_output(layer: LoRALayerBase, x: Tensor, plan: Plan) -> Tensor | None:
-    """The adapted layer's output for x (..., K), or None where only the plain path will do."""
-    if not (fused_allowed() and is_plain(x)) or trains_base(layer):
-        return None
-    served = _served(layer, x, plan)
-    if not served or not all(is_known(adapter) for adapter, _ in served):
-        return None
-    parts = [_part(layer, adapter, rows) for adapter, rows in served]
-    factors = [adapter._parameters.get(key) for adapter, _ in served for key in ("lora_A", "lora_B", "magnitude")]
+def fused_linear(host: Host, x: Tensor, served: Served) -> Tensor:
+    """The adapted layer's output for x (..., K): (..., N)."""
+    each = x[0].numel() // x.shape[-1] if len(served) > 1 and x.numel() else 0  # rows of one leading index
+    parts = [(Share(_flat_rows(rows, each), terms), terms) for terms, rows in served if terms is not None]
     x = autocast_input(x)
-    wide = _is_wide(layer, x)
-    call = _Call(layer, parts, wide, wide or _is_by_onednn(layer, x))
-    return _Adapted.apply(call, x, *factors)
+    wide = _is_wide(host, x)
+    call = _Call(host, [share for share, _ in parts], wide, wide or _is_by_onednn(host, x))
+    out: Tensor = _Adapted.apply(call, x, *(factor for _, terms in parts for factor in terms.factors))
+    return out
 
 
-def _served(layer: LoRALayerBase, x: Tensor, plan: Plan) -> list[tuple[LoraAdapter, slice | None]]:
-    """The adapters of this layer that serve x, each with its rows; none if one input is meant for all samples."""
-    if plan.sizes is None:
-        adapter = layer._adapter(plan.names[0])
-        return [] if adapter is None else [(adapter, None)]
-    if x.shape[0] == 1 < sum(plan.sizes):
-        return []
-    each = x[0].numel() // x.shape[-1] if x.numel() else 0  # rows of one index of the leading dimension
-    spans = [(layer._adapter(name), slice(start * each, stop * each)) for name, start, stop in plan.split(x.shape[0])]
-    return [(adapter, rows) for adapter, rows in spans if adapter is not None]
+def _flat_rows(rows: slice | None, each: int) -> slice | None:
+    return None if rows is None else slice(rows.start * each, rows.stop * each)
 
 
 class _Call:
-    """One call of a layer: which adapters serve which rows, whether 16-bit values are float32 inside, and whether
+    """One call of a host: which adapters serve which rows, whether 16-bit values are float32 inside, and whether
     the products with W are ours or the layer's own."""
 
-    __slots__ = ("layer", "ours", "parts", "wide")
+    __slots__ = ("host", "ours", "parts", "wide")
 
-    def __init__(self, layer: Any, parts: Sequence[Share], wide: bool, ours: bool) -> None:
-        self.layer, self.parts, self.wide, self.ours = layer, parts, wide, ours
+    def __init__(self, host: Host, parts: Sequence[Share], wide: bool, ours: bool) -> None:
+        self.host, self.parts, self.wide, self.ours = host, parts, wide, ours
 
     def inside(self, x: Tensor) -> Tensor:
         """(M, K) x or (M, N) G in what is computed in."""
@@ -78,19 +62,19 @@ class _Call:
         """x Wᵀ (M, N), a tensor to write to."""
         if self.ours:
             return times_transposed(x, self.matrix())
-        return self.layer.linear_forward(x).contiguous()
+        return self.host.linear_forward(x).contiguous()
 
     def base(self, x: Tensor) -> Tensor:
         """x Wᵀ + b (M, N), likewise."""
         if not self.ours:
-            return self.layer.base_forward(x).contiguous()
-        product, bias = self.product(x), self.layer.bias
+            return self.host.base_forward(x).contiguous()
+        product, bias = self.product(x), self.host.bias
         return product if bias is None else product.add_(bias)
 
     def matrix(self, known: Tensor | None = None) -> Tensor:
         """(N, K) W"""
-        weight = self.layer.dense_weight() if known is None else known
-        return weight if self.layer.out_axis == 0 else weight.T
+        weight = self.host.dense_weight() if known is None else known
+        return weight if self.host.out_axis == 0 else weight.T
 
 
 class _Adapted(torch.autograd.Function):
@@ -100,15 +84,15 @@ class _Adapted(torch.autograd.Function):
     def forward(ctx: Any, call: _Call, x: Tensor, *factors: Any) -> Tensor:
         with without_autocast(x.device.type) if call.wide else _AS_IT_IS:
             out, kept = _output(call, call.inside(x), factors)
-        needs, weight = ctx.needs_input_grad[2:], call.layer.weight
+        needs, weight = ctx.needs_input_grad[2:], call.host.weight
         for i in range(0, len(kept), 2):
-            if call.wide or not needs[3 * i // 2 + 1]:
-                kept[i] = None  # z serves dB alone; in float32 it would be kept in twice the bytes, so not at all
+            if not needs[3 * i // 2 + 1] or (call.wide and needs[3 * i // 2]):
+                kept[i] = None  # z serves dB alone; in float32 it would take twice the bytes, and x is kept anyway
             if (product := kept[i + 1]) is not None:
                 kept[i + 1] = as_dtype(product, x.dtype) if needs[3 * i // 2 + 2] else None
         # A quantised base is dequantised again in backward instead of being retained.
         ctx.call, ctx.like = call, (x.shape, x.dtype)
-        kept_x = x if any(needs[::3]) or (call.wide and any(needs[1::3])) else None
+        kept_x = x if any(needs[::3]) else None
         ctx.save_for_backward(kept_x, weight if weight.is_floating_point() else None, *factors, *kept)
         out = as_dtype(out, x.dtype)
         # Detached, so that it is no view to autograd, which forbids to write to views that a Function returns.
@@ -130,18 +114,18 @@ def _output(call: _Call, x: Tensor, factors: Sequence[Any]) -> tuple[Tensor, lis
     kept: list[Tensor | None] = []
     bare = any(part.scales_base for part in parts)
     base = call.product(x) if bare else call.base(x)
-    out = _with_bias(call.layer, base, parts) if bare else base
+    out = _with_bias(call.host, base, parts) if bare else base
     for i, part in enumerate(parts):
         views = _rows(part, x), _rows(part, base), _rows(part, out)
-        kept += add_share(part, call.product, call.layer.bias, *views, *factors[3 * i : 3 * i + 3])
+        kept += add_share(part, call.product, call.host.bias, *views, *factors[3 * i : 3 * i + 3])
     return out, kept
 
 
-def _with_bias(layer: Any, base: Tensor, parts: Sequence[Share]) -> Tensor:
+def _with_bias(host: Host, base: Tensor, parts: Sequence[Share]) -> Tensor:
     """An output for `base`, which has no bias: filled except where a part will write its rows whole."""
     out = torch.empty_like(base)
     if not all(part.scales_base for part in parts) or _leaves_rows(parts, base):
-        out.copy_(base if layer.bias is None else base + as_dtype(layer.bias, base.dtype))
+        out.copy_(base if host.bias is None else base + as_dtype(host.bias, base.dtype))
     return out
 
 
@@ -190,50 +174,22 @@ def _covered(parts: Sequence[Share]) -> int:
     return sum(part.rows.stop - part.rows.start for part in parts if part.rows is not None)
 
 
-def _part(layer: LoRALayerBase, adapter: LoraAdapter, rows: slice | None) -> Share:
-    seed = layer.route.mask_seed(adapter.name, adapter.layer_key) if adapter.drops else 0
-    norm = adapter.constant_norm(layer) if isinstance(adapter, DoraAdapter) else None
-    return Share(rows, adapter.scale, adapter.dropout if adapter.drops else 0.0, seed, norm)
-
-
-def is_known(adapter: LoraAdapter) -> bool:
-    """Whether it is LoRA or DoRA, or a variant that runs exactly as one of them does."""
-    kind: Any = type(adapter)
-    return _runs_as_we_know(kind) and getattr(adapter, "detach_norm", True)
-
-
-@functools.cache
-def _runs_as_we_know(kind: type) -> bool:
-    ours = DoraAdapter if issubclass(kind, DoraAdapter) else LoraAdapter
-    return all(getattr(kind, key) is getattr(ours, key) for key in ("output", "add_to", "low_rank", "dropped"))
-
-
-def trains_base(layer: LoRALayerBase) -> bool:
-    return any(parameter is not None and parameter.requires_grad for parameter in layer._parameters.values())
-
-
-def autocast_input(x: Tensor) -> Tensor:
-    """x as autocast would hand it to a linear layer."""
-    dtype = autocast_dtype(x.device.type)
-    return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
-
-
-def _is_wide(layer: LoRALayerBase, x: Tensor) -> bool:
+def _is_wide(host: Host, x: Tensor) -> bool:
     """Whether the call is computed in float32, be it x or the base's own products that would have 16 bits."""
-    dtype = x.dtype if x.dtype.itemsize == 2 else layer.compute_dtype or x.dtype
+    dtype = x.dtype if x.dtype.itemsize == 2 else host.compute_dtype or x.dtype
     if dtype.itemsize != 2 or x.dtype is torch.float64:
         return False
-    weight, kind = layer.weight, x.device.type
+    weight, kind = host.weight, x.device.type
     if weight.dtype is not x.dtype and weight.is_floating_point() and autocast_dtype(kind) is None:
         return False  # the layer itself will say that they do not fit
     return runs_wide(dtype, kind, x.numel() // max(1, x.shape[-1]))
 
 
-def _is_by_onednn(layer: LoRALayerBase, x: Tensor) -> bool:
+def _is_by_onednn(host: Host, x: Tensor) -> bool:
     """Whether all of the call is float32 and oneDNN the faster for it."""
-    if x.dtype is not torch.float32 or (layer.compute_dtype or x.dtype) is not x.dtype:
+    if x.dtype is not torch.float32 or (host.compute_dtype or x.dtype) is not x.dtype:
         return False
-    stored = layer.weight.dtype if layer.weight.is_floating_point() else layer.merged_dtype
+    stored = host.weight.dtype if host.weight.is_floating_point() else host.merged_dtype
     return stored is x.dtype and uses_onednn(x.dtype, x.device.type, x.numel() // max(1, x.shape[-1]))
 
 

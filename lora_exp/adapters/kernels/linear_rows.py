@@ -1,48 +1,18 @@
 """One adapter's share of a fused linear layer: its rows of the output, and their gradients.
 
-Letters: m rows of the share, K inputs, N outputs, r rank; the formulas are those of `fused`. Each (m, N) or (m, K)
+Letters: m rows of the share, K inputs, N outputs, r rank; the formulas are those of `linear`. Each (m, N) or (m, K)
 pass over memory costs a small layer a percent of its time, so they are few, and their buffers are used again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_exp.adapters.numerics.dropout import dropout_mask, keep_share
+from lora_exp.adapters.kernels.terms import Share, as_dtype
 from lora_exp.adapters.numerics.matmul import factor_product, times, times_transposed
-
-
-class Share:
-    """One adapter's slice of the rows, None for all. `norm` (N,) is None for LoRA; p is 0 without dropout.
-
-    boost is 1 / keep, factor is c; scales_base says whether the base product itself is multiplied with g,
-    so that it must come without its bias.
-    """
-
-    __slots__ = ("boost", "factor", "norm", "p", "rows", "scale", "scales_base", "seed")
-
-    def __init__(self, rows: slice | None, scale: float, p: float, seed: int, norm: Any) -> None:
-        self.rows, self.scale, self.p, self.seed, self.norm = rows, scale, p, seed, norm
-        self.boost = 1 / keep_share(p) if p else 1.0
-        self.factor = scale * self.boost
-        self.scales_base = norm is not None and not p
-
-    def mask(self, like: Tensor | None) -> Tensor | None:
-        """(m, K) of 0 and 1, the same whenever asked."""
-        return dropout_mask(like, self.p, self.seed) if self.p and like is not None else None
-
-    def ratio(self, magnitude: Tensor, dtype: torch.dtype) -> Tensor:
-        """(N,) g"""
-        return as_dtype(magnitude / self.norm, dtype)
-
-
-def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x.to(dtype) at a tenth of the cost where nothing is to do; small layers feel it."""
-    return x if x.dtype is dtype else x.to(dtype)
 
 
 def add_share(

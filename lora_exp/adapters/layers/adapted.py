@@ -2,108 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lora_exp.adapters.kernels.linear import fused_output
+from lora_exp.adapters.host import Host
+from lora_exp.adapters.kernels.linear import Served, fused_linear
+from lora_exp.adapters.kernels.terms import Terms
 from lora_exp.adapters.layers.registry import base_class_of, forward_override, restore
 from lora_exp.adapters.layers.unloading import merged_copy
-from lora_exp.adapters.routing.route import BASE, Plan, Route
+from lora_exp.adapters.numerics.reference import fused_allowed, is_plain
+from lora_exp.adapters.routing.route import BASE, Route
 from lora_exp.adapters.variants.lora import LoraAdapter
 
 DEFAULT = "default"
 
 
-class LoRALayerBase(nn.Module):
+class LoRALayerBase(Host):
     """Mixed into a torch layer in front of it: `class LoRALinear(LoRALayerBase, nn.Linear)`.
 
-    The base layer's parameters keep their names; adapters live in `adapters`, by name. A kind of layer
-    states its geometry in the methods below `# Geometry`; a quantised one overrides `base_forward`,
-    `linear_forward` and `dense_weight`.
+    The base layer's parameters keep their names; adapters live in `adapters`, by name. A kind of layer states its
+    geometry as `Host` asks for it.
     """
 
-    layer_type: ClassVar[str]
     made_from: ClassVar[tuple[type[LoRALayerBase], type[nn.Module]] | None] = None
-    out_axis: ClassVar[int] = 0  # the weight's dimension that counts output features
-    fuses: ClassVar[bool] = False  # whether its gradients are written by hand, in `fused_path`
-    fused_path: ClassVar[Callable[..., Tensor | None]] = staticmethod(fused_output)  # a linear layer's
-
+    fuses: ClassVar[bool] = False  # whether its gradients are written by hand, in `kernel`
+    kernel: ClassVar[Callable[[Any, Tensor, Served], Tensor | None]] = staticmethod(fused_linear)
     own_attributes: ClassVar[tuple[str, ...]] = ("route", "kept")  # what the base class has not
-
-    compute_dtype: torch.dtype | None = None  # of the base's product; x's own if None
-    weight: Any  # the torch layer's own parameters
-    bias: Any
     adapters: nn.ModuleDict
-    route: Route
-    kept: dict[str, nn.Parameter]  # the base's own parameters while an adapter is merged in
-
-    # Geometry
-
-    def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The shapes of A and B."""
-        raise NotImplementedError
-
-    def initialise(self, lora_A: Tensor, lora_B: Tensor) -> None:
-        """Fill zeroed factors in place from the global RNG, one of them staying zero."""
-        raise NotImplementedError
-
-    def low_rank(self, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-        """B(A(x)), computed in x's dtype so that no float32 copy of a bf16 activation is made."""
-        raise NotImplementedError
-
-    def linear_forward(self, x: Tensor) -> Tensor:
-        """The base layer's output for x without its bias."""
-        raise NotImplementedError
-
-    def combine(self, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-        """AB in the weight's shape."""
-        raise NotImplementedError
-
-    def matrices(self, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        """W (out, K), A (K, r), B (r, out) with delta = (AB)ᵀ; None where the delta is no single product."""
-        return None
-
-    def along_output(self, values: Tensor) -> Tensor:
-        """(out,) -> a shape that broadcasts over the layer's output."""
-        return values
-
-    def along_weight(self, values: Tensor) -> Tensor:
-        """(out,) -> a shape that broadcasts over the weight."""
-        return values.view([-1 if axis == self.out_axis else 1 for axis in range(self.dense_weight().dim())])
-
-    # Hooks for a base that is not a plain float weight
-
-    def base_forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)  # the torch layer behind this mixin
-
-    def dense_weight(self) -> Tensor:
-        """The base weight in floating point, in its own shape, whatever is merged into it now."""
-        return self.kept.get("weight", self.weight)
-
-    @property
-    def merged_dtype(self) -> torch.dtype:
-        """What merged weights are stored in; at least 16 bits."""
-        return self.dense_weight().dtype
-
-    def requantised(self, dense: Tensor, like: Any) -> nn.Parameter:
-        """`dense` stored as the quantised weight `like` is."""
-        raise ValueError("the base is not quantised, so there is nothing to requantise; merge without it")
 
     def plain_class(self) -> type[nn.Module]:
         """The class that the layer goes back to."""
         return base_class_of(self)
-
-    def finish(self, out: Tensor) -> Tensor:
-        """What the base layer does after its weight was applied (an embedding's max_norm)."""
-        return out
-
-    @property
-    def factor_dtype(self) -> torch.dtype:
-        """float32 on any base, float64 on a float64 one."""
-        return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
 
     # Calls
 
@@ -111,24 +43,36 @@ class LoRALayerBase(nn.Module):
         plan = self.route.plan()
         if not plan.names or self.is_merged:
             return self.finish(self.base_forward(input))
-        if self.fuses and (fused := self.fused_path(self, input, plan)) is not None:
-            return self.finish(fused)
-        if plan.sizes is not None:
-            return self.finish(self._routed(input, plan))
-        adapter = self._adapter(plan.names[0])
-        out = self.base_forward(input) if adapter is None else adapter.output(self, input)
-        return self.finish(out)
+        x, spans = plan.read(input)
+        return self.finish(self._adapted(x, [(self._adapter(name), rows) for name, rows in spans]))
 
-    def _routed(self, x: Tensor, plan: Plan) -> Tensor:
-        """One base product for all, then each slice through its own adapter."""
-        assert plan.sizes is not None
-        if x.shape[0] == 1 < sum(plan.sizes):  # one input for all samples, such as position ids
-            x = x.expand(sum(plan.sizes), *x.shape[1:])
-        base, parts = self.base_forward(x), []
-        for name, start, stop in plan.split(x.shape[0]):
-            adapter, part = self._adapter(name), base[start:stop]
-            parts.append(part if adapter is None else adapter.add_to(self, x[start:stop], part))
-        return torch.cat(parts)
+    def _adapted(self, x: Tensor, served: Sequence[tuple[LoraAdapter | None, slice | None]]) -> Tensor:
+        if all(adapter is None for adapter, _ in served):
+            return self.base_forward(x)
+        terms = self._terms(x, served)
+        if terms is not None and (fused := self.kernel(self, x, terms)) is not None:
+            return fused
+        first = served[0][0]
+        if len(served) == 1 and first is not None:
+            return first.output(self, x)
+        base = self.base_forward(x)  # one base product for all, then each slice through its own adapter
+        parts = [(adapter, x[rows], base[rows]) for adapter, rows in served]
+        return torch.cat([part if adapter is None else adapter.add_to(self, x, part) for adapter, x, part in parts])
+
+    def _terms(self, x: Tensor, served: Sequence[tuple[LoraAdapter | None, slice | None]]) -> Served | None:
+        """What the kernel runs the adapters by; None where only the plain formulas will do."""
+        if not (self.fuses and fused_allowed() and is_plain(x)) or self._trains_base():
+            return None
+        found: list[tuple[Terms | None, slice | None]] = []
+        for adapter, rows in served:
+            terms = None if adapter is None else adapter.kernel_terms(self)
+            if terms is None and adapter is not None:
+                return None
+            found.append((terms, rows))
+        return found
+
+    def _trains_base(self) -> bool:
+        return any(parameter is not None and parameter.requires_grad for parameter in self._parameters.values())
 
     def _adapter(self, name: str) -> LoraAdapter | None:
         return self.adapters._modules.get(name)  # type: ignore[return-value]

@@ -30,7 +30,7 @@ class _LoRAConv(LoRALayerBase):
 
     fuses = True
     own_attributes = (*LoRALayerBase.own_attributes, "geometry")
-    fused_path = staticmethod(fused_convolution)
+    kernel = staticmethod(fused_convolution)
     groups: int
     in_channels: int
     out_channels: int
@@ -109,6 +109,23 @@ class _LoRAConv(LoRALayerBase):
 
     def along_output(self, values: Tensor) -> Tensor:
         return values.view(-1, *[1] * self._extents)
+
+    def peft_refusal(self) -> str | None:
+        convolution: Any = self
+        if self.groups > 1:
+            return f"a convolution with groups={self.groups}, whose A PEFT does not group"
+        if any(step != 1 for step in convolution.dilation):
+            return f"a convolution with dilation={tuple(convolution.dilation)}, which PEFT's A drops"
+        if convolution.padding_mode != "zeros":
+            return f"a convolution with padding_mode={convolution.padding_mode!r}, which PEFT's A drops"
+        return None
+
+    def peft_factors(self, lora_A: Tensor, lora_B: Tensor) -> dict[str, Tensor]:
+        """(r, C_in, k...), (C_out, r, 1...)"""
+        return {"lora_A.weight": lora_A, "lora_B.weight": lora_B.T.view(-1, len(lora_B), *[1] * self._extents)}
+
+    def peft_magnitude(self, magnitude: Tensor) -> Tensor:
+        return self.along_output(magnitude)[None]
 
     @functools.cached_property
     def geometry(self) -> Geometry | None:

@@ -28,6 +28,7 @@ class LoRAEmbedding(LoRALayerBase, nn.Embedding):
 
     layer_type = "embedding"
     out_axis = 1
+    takes_dropout = False
 
     def __init__(
         self,
@@ -80,6 +81,10 @@ class LoRAEmbedding(LoRALayerBase, nn.Embedding):
     def combine(self, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         """(V, d)"""
         return lora_A @ lora_B
+
+    def peft_factors(self, lora_A: Tensor, lora_B: Tensor) -> dict[str, Tensor]:
+        """(r, V), (d, r)"""
+        return {"lora_embedding_A": lora_A.T, "lora_embedding_B": lora_B.T}
 
     def finish(self, out: Tensor) -> Tensor:
         if self.max_norm is None:

@@ -6,7 +6,6 @@ several adapters can train the same bias in one batch, and disabling them gives 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from lora_exp.adapters.config import LoraConfig
 from lora_exp.adapters.layers.registry import layer_class_for
-from lora_exp.adapters.routing.route import Plan, Route
+from lora_exp.adapters.routing.route import Route
 
 CHILD = "trained_biases"
 
@@ -37,9 +36,9 @@ class TrainedBiases(nn.Module):
         plan = self.route.plan()
         if self.is_merged or not any(name in self.values for name in plan.names):
             return out
-        if plan.sizes is None:
-            return self._changed(plan.names[0], out, base)
-        return torch.cat([self._changed(name, part, base) for name, part in _parts(plan, out)])
+        out, spans = plan.read(out)
+        parts = [self._changed(name, out if rows is None else out[rows], base) for name, rows in spans]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _changed(self, name: str, out: Tensor, base: Tensor) -> Tensor:
         if name not in self.values:
@@ -92,13 +91,6 @@ def remove_biases(module: nn.Module) -> None:
 
 def _add_change(module: Any, args: Any, out: Tensor) -> Tensor:
     return module.trained_biases.apply_to(out, module.bias)
-
-
-def _parts(plan: Plan, out: Tensor) -> Iterator[tuple[str, Tensor]]:
-    if out.shape[0] == 1 < sum(plan.sizes or ()):
-        out = out.expand(sum(plan.sizes or ()), *out.shape[1:])
-    for name, start, stop in plan.split(out.shape[0]):
-        yield name, out[start:stop]
 
 
 def _trainable_copy(bias: Tensor) -> nn.Parameter:

@@ -44,6 +44,18 @@ class Plan:
                 return dataclasses.replace(self, rows=value.shape[1])
         return self
 
+    def read(self, x: torch.Tensor) -> tuple[torch.Tensor, list[tuple[str, slice | None]]]:
+        """Whom the slices of x's leading dimension go to, None being all of it; and x, repeated if it is one input
+        for all samples, such as position ids."""
+        if self.sizes is None:
+            return x, [(self.names[0], None)]
+        if x.shape[0] == 1 < sum(self.sizes):
+            x = x.expand(sum(self.sizes), *x.shape[1:])
+        spans = self.split(x.shape[0])
+        if len(spans) == 1:
+            return x, [(spans[0][0], None)]
+        return x, [(name, slice(start, stop)) for name, start, stop in spans]
+
     def split(self, length: int) -> list[tuple[str, int, int]]:
         """(name, start, stop) along a leading dimension of `length`."""
         assert self.sizes is not None

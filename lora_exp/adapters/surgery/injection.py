@@ -21,8 +21,8 @@ from lora_exp.adapters.layers.trained_biases import add_biases, trained_owners
 from lora_exp.adapters.numerics.packed_weights import keep_trainable
 from lora_exp.adapters.routing.route import Route
 from lora_exp.adapters.surgery.targets import Targets, find_targets, parents, saved_names, value_for
-from lora_exp.adapters.variants.dora import DoraAdapter
 from lora_exp.adapters.variants.lora import LoraAdapter
+from lora_exp.adapters.variants.registry import variant_class
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ def inject(model: nn.Module, config: LoraConfig, name: str, route: Route) -> Tar
     modules = dict(base_modules(model))
     targets = find_targets(model, modules, config)
     _check_ranks(targets.layers, config)
+    variant_class(config.variant, config.variant_options)
     saved = saved_names(modules, config)
     owners = trained_owners(_outside(modules, saved), set(targets.layers), config)
     keep_trainable(model)
@@ -63,12 +64,9 @@ def adopted(module: nn.Module, route: Route) -> LoRALayerBase:
 def make_adapter(config: LoraConfig, name: str, layer_name: str, layer: LoRALayerBase) -> LoraAdapter:
     rank = int(value_for(layer_name, config.rank_pattern, config.rank))
     alpha = value_for(layer_name, config.alpha_pattern, config.lora_alpha)
-    # Indices cannot be dropped; PEFT leaves embeddings without dropout as well.
-    dropout = 0.0 if layer.layer_type == "embedding" else config.lora_dropout
-    key = zlib.crc32(layer_name.encode())
-    if config.use_dora:
-        return DoraAdapter(name, rank, alpha, dropout, config.use_rslora, key, config.dora_detach_norm)
-    return LoraAdapter(name, rank, alpha, dropout, config.use_rslora, key)
+    dropout = config.lora_dropout if layer.takes_dropout else 0.0  # PEFT drops no indices either
+    kind, key = variant_class(config.variant, config.variant_options), zlib.crc32(layer_name.encode())
+    return kind(name, rank, alpha, dropout, config.use_rslora, key, **config.variant_options)
 
 
 def _outside(modules: dict[str, nn.Module], saved: list[str]) -> dict[str, nn.Module]:

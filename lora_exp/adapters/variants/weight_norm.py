@@ -9,18 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lora_exp.adapters.host import Host
+from lora_exp.adapters.numerics.autocast import without_autocast
 from lora_exp.adapters.numerics.fingerprints import Fingerprint, place
 from lora_exp.adapters.numerics.packed_weights import constants
-from lora_exp.adapters.numerics.reference import without_autocast
-
-if TYPE_CHECKING:
-    from lora_exp.adapters.layers.adapted import LoRALayerBase
-    from lora_exp.adapters.variants.lora import LoraAdapter
 
 _CHUNK = 1 << 20  # elements of W that are float32 at a time
 _CHUNK_OFF_CPU = 1 << 22
@@ -28,7 +25,7 @@ _CANCELLED = 0.01  # below this share of ||w||² + ||d||² a sum of float32 term
 
 
 class NormCache:
-    """The norms of one adapter in one layer, computed again whenever a value that they follow from may have changed.
+    """The norms of one adapter in one host, computed again whenever a value that they follow from may have changed.
 
     On a CPU all values are looked at, which takes 1 % of a training pass and tells for certain: a checkpoint's replay
     or a further micro batch computes nothing. A GPU's host would have to wait for that answer. There a norm lasts for
@@ -44,40 +41,40 @@ class NormCache:
     def __reduce__(self) -> tuple[type[NormCache], tuple[()]]:
         return NormCache, ()
 
-    def norm(self, layer: LoRALayerBase, adapter: LoraAdapter) -> Tensor:
+    def norm(self, host: Host, A: Tensor, B: Tensor, scale: float) -> Tensor:
         """(N,) in the factors' dtype, to be met in training even if it was found in inference mode."""
-        ask = self._checked if _answers_at_once(adapter.lora_A) else self._of_this_pass
-        return ask(layer, adapter)
+        ask = self._checked if _answers_at_once(A) else self._of_this_pass
+        return ask(host, A, B, scale)
 
-    def _checked(self, layer: LoRALayerBase, adapter: LoraAdapter) -> Tensor:
-        base, factors = _base_values(layer), [adapter.lora_A, adapter.lora_B]
+    def _checked(self, host: Host, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        base, factors = _base_values(host), [A, B]
         known = self._base if self._base is not None and self._base[0].holds(base) else None
         found = None if known is None else self._norm
-        if found is not None and found[1] == adapter.scale and found[0].holds(factors):
+        if found is not None and found[1] == scale and found[0].holds(factors):
             return found[2]
-        with _for_training(adapter):
-            W, A, B = _matrices(layer, adapter)
+        with _for_training(A):
+            W, flat_A, flat_B = _matrices(host, A, B)
             if known is None:
                 known = self._base = Fingerprint(base), squared_rows(W, A.dtype)
-            norm = factored_norm(W, A, B, adapter.scale, known[1])
-            self._norm = Fingerprint(factors), adapter.scale, norm
+            norm = factored_norm(W, flat_A, flat_B, scale, known[1])
+            self._norm = Fingerprint(factors), scale, norm
         return norm
 
-    def _of_this_pass(self, layer: LoRALayerBase, adapter: LoraAdapter) -> Tensor:
-        running, known = layer.route.pass_at_hand(), self._of_pass
-        read = [place(t) for t in (*_base_values(layer), adapter.lora_A, adapter.lora_B)]
-        if running is not None and known is not None and known[0] is running and known[1] == (adapter.scale, read):
+    def _of_this_pass(self, host: Host, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        running, known = host.route.pass_at_hand(), self._of_pass
+        read = [place(t) for t in (*_base_values(host), A, B)]
+        if running is not None and known is not None and known[0] is running and known[1] == (scale, read):
             return known[2]
-        with _for_training(adapter):
-            norm = dense_norm(*_matrices(layer, adapter), adapter.scale)
-        self._of_pass = running, (adapter.scale, read), norm
+        with _for_training(A):
+            norm = dense_norm(*_matrices(host, A, B), scale)
+        self._of_pass = running, (scale, read), norm
         return norm
 
 
 @contextmanager
-def _for_training(adapter: LoraAdapter) -> Iterator[None]:
+def _for_training(A: Tensor) -> Iterator[None]:
     """A constant in full precision, no tensor of inference mode: that one may not be met in training."""
-    with torch.inference_mode(False), torch.no_grad(), without_autocast(adapter.lora_A.device.type):
+    with torch.inference_mode(False), torch.no_grad(), without_autocast(A.device.type):
         yield
 
 
@@ -86,13 +83,13 @@ def _answers_at_once(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def _base_values(layer: LoRALayerBase) -> list[Tensor]:
-    weight = layer.kept.get("weight", layer.weight)
-    return [weight, *constants(layer, weight)]
+def _base_values(host: Host) -> list[Tensor]:
+    weight = host.kept.get("weight", host.weight)
+    return [weight, *constants(host, weight)]
 
 
-def _matrices(layer: LoRALayerBase, adapter: LoraAdapter) -> tuple[Tensor, Tensor, Tensor]:
-    matrices = layer.matrices(adapter.lora_A, adapter.lora_B)
+def _matrices(host: Host, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    matrices = host.matrices(A, B)
     assert matrices is not None
     return matrices
 

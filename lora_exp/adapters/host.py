@@ -1,0 +1,103 @@
+"""The frozen layer as variants and kernels see it: its geometry, its own product, its dense weight."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lora_exp.adapters.routing.route import Route
+
+
+class Host(nn.Module):
+    """Mixed into a torch layer in front of it. Letters: r rank; A and B have the shapes of `factor_shapes`.
+
+    A kind of layer states its geometry in the methods below `# Geometry`; a base that is no plain float weight
+    overrides those below `# The base`.
+    """
+
+    layer_type: ClassVar[str]
+    out_axis: ClassVar[int] = 0  # the weight's dimension that counts output features
+    takes_dropout: ClassVar[bool] = True  # not where inputs are indices
+
+    compute_dtype: torch.dtype | None = None  # of the base's product; x's own if None
+    weight: Any  # the torch layer's own parameters
+    bias: Any
+    route: Route
+    kept: dict[str, nn.Parameter]  # the base's own parameters while an adapter is merged in
+
+    # Geometry
+
+    def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of A and B."""
+        raise NotImplementedError
+
+    def initialise(self, lora_A: Tensor, lora_B: Tensor) -> None:
+        """Fill zeroed factors in place from the global RNG, one of them staying zero."""
+        raise NotImplementedError
+
+    def low_rank(self, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        """B(A(x)), computed in x's dtype so that no float32 copy of a bf16 activation is made."""
+        raise NotImplementedError
+
+    def linear_forward(self, x: Tensor) -> Tensor:
+        """The base layer's output for x without its bias."""
+        raise NotImplementedError
+
+    def combine(self, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        """AB in the weight's shape."""
+        raise NotImplementedError
+
+    def matrices(self, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """W (out, K), A (K, r), B (r, out) with delta = (AB)ᵀ; None where the delta is no single product."""
+        return None
+
+    def along_output(self, values: Tensor) -> Tensor:
+        """(out,) -> a shape that broadcasts over the layer's output."""
+        return values
+
+    def along_weight(self, values: Tensor) -> Tensor:
+        """(out,) -> a shape that broadcasts over the weight."""
+        return values.view([-1 if axis == self.out_axis else 1 for axis in range(self.dense_weight().dim())])
+
+    # PEFT's view of the factors
+
+    def peft_refusal(self) -> str | None:
+        """Why PEFT (0.21) would compute something else from an adapter on this layer; None if it would not."""
+        return None
+
+    def peft_factors(self, lora_A: Tensor, lora_B: Tensor) -> dict[str, Tensor]:
+        """Views of A and B in PEFT's layout, under its keys."""
+        return {"lora_A.weight": lora_A.T, "lora_B.weight": lora_B.T}
+
+    def peft_magnitude(self, magnitude: Tensor) -> Tensor:
+        """(out,) in PEFT's layout."""
+        return magnitude
+
+    # The base
+
+    def base_forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)  # the torch layer behind this mixin
+
+    def dense_weight(self) -> Tensor:
+        """The base weight in floating point, in its own shape, whatever is merged into it now."""
+        return self.kept.get("weight", self.weight)
+
+    @property
+    def merged_dtype(self) -> torch.dtype:
+        """What merged weights are stored in; at least 16 bits."""
+        return self.dense_weight().dtype
+
+    def requantised(self, dense: Tensor, like: Any) -> nn.Parameter:
+        """`dense` stored as the quantised weight `like` is."""
+        raise ValueError("the base is not quantised, so there is nothing to requantise; merge without it")
+
+    def finish(self, out: Tensor) -> Tensor:
+        """What the base layer does after its weight was applied (an embedding's max_norm)."""
+        return out
+
+    @property
+    def factor_dtype(self) -> torch.dtype:
+        """float32 on any base, float64 on a float64 one."""
+        return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
