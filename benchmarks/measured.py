@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_exp import models
 from lora_exp.backends import Adapted, adapt
-from lora_exp.config import Config, uses_factors
+from lora_exp.config import Config
 from lora_exp.data import load_data
 from lora_exp.machine.place import Place, resolve_place, set_seed
 from lora_exp.training.objectives import OBJECTIVES, Batch
@@ -64,7 +64,7 @@ class _Saved:
 def measure(config: Config, place: Place | None = None) -> Measured:
     """Load, adapt and train one step of ``config`` on the CPU."""
     quantised = config.quantization.name != "none"
-    place = place or resolve_place("cpu", config.model.dtype, not uses_factors(config), quantised)
+    place = place or resolve_place("cpu", config.model.dtype, not config.adapter.is_added, quantised)
     shape = load_data(config.data, lambda: None).shape if config.data.kind == "images" else {}
     base: Any = models.load_base(models.find_source(config.model), config.model, place, shape, config.quantization)
     weights = _bytes(_stored(base))

@@ -14,7 +14,6 @@ from lora_exp.config import (
     QuantizationConfig,
     default_targets,
     resolve_alpha,
-    uses_factors,
 )
 from lora_exp.credentials import login_problems
 from lora_exp.inputs import architecture_facts, path_problems
@@ -24,8 +23,7 @@ TASKS = ("train", "plan")
 QUANTIZATIONS = ("none", "nf4", "fp4", "int8")
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
 BACKENDS = ("native", "peft")
-LAYERS = ("linear", "embedding", "conv2d", "all")
-ADAPTERS = ("lora", "dora", "head", "full")
+TRAINS = ("adapter", "modules_to_save", "weights")
 BIASES = ("none", "all", "lora_only")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SCHEDULES = ("cosine", "linear", "constant")
@@ -57,21 +55,23 @@ def _adapter_problems(config: Config) -> list[str]:
         problems.append(f"targets={config.targets} must be a list of names, a regular expression or all-linear")
     problems += _not_among("bias", config.bias, BIASES)
     problems += _not_among("backend", config.backend, BACKENDS)
-    if not uses_factors(config) and config.backend == "peft":
+    if not config.adapter.is_added and config.backend == "peft":
         problems.append(
             f"backend=peft has no adapter={config.adapter.name}: use backend=native, which trains weights themselves"
         )
-    problems += _not_among("layer.name", config.layer.name, LAYERS)
-    return problems + _not_among("adapter.name", config.adapter.name, ADAPTERS) + _target_problems(config)
+    problems += _not_among("adapter.trains", config.adapter.trains, TRAINS)
+    if config.adapter.is_added and config.adapter.variant is None:
+        problems.append(f"adapter={config.adapter.name} names no variant: set adapter.variant, such as lora")
+    return problems + _target_problems(config)
 
 
 def _target_problems(config: Config) -> list[str]:
     model, label = config.model, config.model.label or config.model.name
-    if config.adapter.name == "head" and not model.modules_to_save:
+    if config.adapter.trains == "modules_to_save" and not model.modules_to_save:
         return [f"adapter=head trains model.modules_to_save alone, and model={label} has none: name them, or use lora"]
-    if config.adapter.name == "head" and config.targets is not None:
+    if config.adapter.trains == "modules_to_save" and config.targets is not None:
         return [f"targets={config.targets} has no meaning with adapter=head: leave it out, or use adapter=lora"]
-    if uses_factors(config) and config.targets is None and model.targets and not default_targets(config):
+    if config.adapter.is_added and config.targets is None and model.targets and not default_targets(config):
         return [
             f"layer={config.layer.name}: model={label} names targets for {', '.join(model.targets)} alone: "
             f"choose one of them, or name yours, such as targets=[NAME]"
@@ -124,7 +124,7 @@ def _quantization_problems(config: Config) -> list[str]:
         problems.append("quantization=int8 has one constant a row: leave double_quant and block_size to nf4 and fp4")
     if section.name != "none" and config.model.kind != "causal_lm":
         problems.append(f"quantization={section.name} is for language models: use quantization=none")
-    if section.name != "none" and config.adapter.name == "full":
+    if section.name != "none" and config.adapter.trains == "weights":
         problems.append(f"quantization={section.name} freezes what adapter=full would train: use adapter=lora")
     return problems + _not_among("optimizer", config.optimizer.name, OPTIMIZERS) + _missing_library(config)
 

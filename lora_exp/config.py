@@ -21,16 +21,27 @@ KNOBS = ("rank", "alpha", "scale", "dropout", "bias")  # of the factors: without
 
 @dataclass
 class LayerConfig:
-    """Which layer type is adapted: ``linear``, ``embedding``, ``conv2d`` or ``all``."""
+    """Which ``types`` of layers are adapted, by the names that the library's layers have; ``[all]``: every type."""
 
     name: str = MISSING
+    types: list[str] = MISSING
 
 
 @dataclass
 class AdapterConfig:
-    """What is trained: ``lora`` or ``dora`` factors, a new ``head`` alone, or the weights themselves (``full``)."""
+    """What is trained: an adapter of a ``variant`` with that variant's ``options``, or without one weights of the
+    base itself: those of ``model.modules_to_save`` (``trains=modules_to_save``) or all (``trains=weights``).
+    """
 
     name: str = MISSING
+    variant: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    trains: str = "adapter"
+
+    @property
+    def is_added(self) -> bool:
+        """Whether something is added to the base, so that rank, alpha, scaling and layer have a meaning."""
+        return self.trains == "adapter"
 
 
 @dataclass
@@ -256,17 +267,11 @@ def resolve_alpha(alpha: Any, rank: int) -> float:
     return value
 
 
-def uses_factors(config: Config) -> bool:
-    """Whether LoRA's factors are what is trained, so that rank, alpha, scaling and layer have a meaning."""
-    return config.adapter.name in ("lora", "dora")
-
-
 def default_targets(config: Config) -> list[str]:
     """The model's own targets for the layer type; of all types for ``layer=all``; [] if it names none."""
     named = config.model.targets
-    if config.layer.name == "all":
-        return list(dict.fromkeys(target for targets in named.values() for target in targets))
-    return list(named.get(config.layer.name, []))
+    kinds = list(named) if config.layer.types == ["all"] else config.layer.types
+    return list(dict.fromkeys(target for kind in kinds for target in named.get(kind, [])))
 
 
 def scale_of(config: Config) -> float:
@@ -286,7 +291,7 @@ def flat_values(config: Config) -> dict[str, Any]:
         if isinstance(value, dict):
             values |= _flat_section(key, value)
     values["lr"] = values.pop("optimizer.lr")
-    if not uses_factors(config):  # LoRA's knobs have no meaning there, and would group unlike runs
+    if not config.adapter.is_added:  # LoRA's knobs have no meaning there, and would group unlike runs
         return {key: value for key, value in values.items() if key not in KNOBS}
     with contextlib.suppress(ValueError, ZeroDivisionError):  # a config that check() refuses is listed as it is
         values |= {"alpha": resolve_alpha(config.alpha, config.rank), "scale": scale_of(config)}

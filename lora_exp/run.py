@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from lora_exp import models
 from lora_exp.backends import Adapted, Origin, adapt
-from lora_exp.config import Config, flat_values, uses_factors
+from lora_exp.config import Config, flat_values
 from lora_exp.data import Data, load_data
 from lora_exp.job import METRICS_FILE, Job, Result
 from lora_exp.machine import signals
@@ -47,7 +47,7 @@ def run(config: Config, job: Job) -> Result:
     is_quantised = config.quantization.name != "none"
     with signals.at_once():
         precision = take_precision(config.machine, resolve_device(config.device))
-    place = resolve_place(config.device, config.model.dtype, not uses_factors(config), is_quantised)
+    place = resolve_place(config.device, config.model.dtype, not config.adapter.is_added, is_quantised)
     prepare_backends(place)
     reset_peak(place.device)
     set_seed(config.seed)
@@ -66,7 +66,7 @@ def run(config: Config, job: Job) -> Result:
                 adapted, data = _prepare(tracked, config, place)
                 lane = _lane(adapted, data, config, place)
                 rate = precision.rate(place.autocast or place.dtype)
-                share = Utilisation.of(adapted.model, rate, trains_base=not uses_factors(config))
+                share = Utilisation.of(adapted.model, rate, trains_base=not config.adapter.is_added)
                 records = _train(tracked, adapted, lane, config, job, place, share)
             result = _summarise(tracked, adapted, records, job, place, time.monotonic() - started)
             _log_files(tracked, job, records)
@@ -105,7 +105,7 @@ def _prepare(tracked: tracking.Run, config: Config, place: Place) -> tuple[Adapt
     counts = {"trainable": adapted.trainable, "total": adapted.total, "trainable_percent": share}
     figures = {f"params/{name}": value for name, value in counts.items()}
     tracked.log_metrics({**figures, "base_weight_bytes": adapted.base_weight_bytes}, step=0)
-    initial = adapted.total - (adapted.trainable if uses_factors(config) else 0)
+    initial = adapted.total - (adapted.trainable if config.adapter.is_added else 0)
     log.info(
         f"Initial Parameters : {initial:,} || LoRA Parameters : {adapted.trainable:,} || "
         f"Trainable Proportion : {share:.3f}%"

@@ -43,7 +43,10 @@ def base() -> Tiny:
 def wish(layer: str = "linear", adapter: str = "lora", head: bool = True, **changes: Any) -> Config:
     model = ModelConfig(label="tiny", targets=TARGETS, modules_to_save=["head"] if head else [])
     config = Config(
-        layer=LayerConfig(layer), adapter=AdapterConfig(adapter), scaling=ScalingConfig("rslora"), model=model
+        layer=LayerConfig(layer, [layer]),
+        adapter=AdapterConfig(adapter, adapter),
+        scaling=ScalingConfig("rslora"),
+        model=model,
     )
     return Config(**(vars(config) | {"rank": 4} | changes))
 

@@ -10,7 +10,6 @@ from typing import Any
 from lora_exp.adapters.patterns import full_match, suffix_match
 
 BIAS_MODES = ("none", "all", "lora_only")
-LAYER_TYPES = ("linear", "embedding", "conv1d", "conv2d", "conv3d")
 ALL_LINEAR = "all-linear"
 LARGEST_ALPHA = 1_000_000
 
@@ -34,7 +33,7 @@ class LoraConfig:
     layers_to_transform: indices of the blocks to adapt, where blocks are numbered in the module's name.
     rank_pattern, alpha_pattern: {dotted suffix or regular expression: value} for single layers.
     modules_to_save: modules (a classifier head) trained in full and saved with the adapter.
-    layer_types: what `target_modules=None` and a targeted container stand for.
+    layer_types: what `target_modules=None` and a targeted container stand for; "all" is every type there is.
     """
 
     rank: int = 8
@@ -61,7 +60,7 @@ class LoraConfig:
         if isinstance(self.modules_to_save, str):
             object.__setattr__(self, "modules_to_save", [self.modules_to_save])
         kinds = (self.layer_types,) if isinstance(self.layer_types, str) else tuple(self.layer_types)
-        object.__setattr__(self, "layer_types", LAYER_TYPES if kinds == ("all",) else kinds)
+        object.__setattr__(self, "layer_types", kinds)
         for name in ("rank_pattern", "alpha_pattern"):
             object.__setattr__(self, name, dict(getattr(self, name) or {}) or None)
         if problems := list(_problems(self)):
@@ -115,11 +114,8 @@ def _problems(config: LoraConfig) -> Iterable[str]:
     yield from _dropout_problems(config.lora_dropout)
     if config.bias not in BIAS_MODES:
         yield f"bias={config.bias!r} is no bias mode; choose one of {', '.join(BIAS_MODES)}"
-    for kind in config.layer_types:
-        if kind not in LAYER_TYPES:
-            yield f"layer_types: {kind!r} is no layer type; choose from {', '.join(LAYER_TYPES)} or 'all'"
     if not config.layer_types:
-        yield f"layer_types is empty; choose from {', '.join(LAYER_TYPES)}"
+        yield "layer_types is empty; name at least one, such as 'linear', or 'all'"
     for name in ("use_rslora", "use_dora", "dora_detach_norm"):
         if not isinstance(getattr(config, name), bool):
             yield f"{name}={getattr(config, name)!r} is not a truth value; write True or False"

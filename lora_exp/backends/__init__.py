@@ -15,7 +15,6 @@ from lora_exp.backends.base_weights import chosen_weights, save_weights, saved_w
 from lora_exp.config import Config, default_targets, resolve_alpha
 
 log = logging.getLogger(__name__)
-LAYER_TYPES = {"linear": ("linear",), "embedding": ("embedding",), "conv2d": ("conv2d",), "all": ("all",)}
 
 
 @dataclass(frozen=True)
@@ -77,9 +76,9 @@ def target_modules(config: Config) -> list[str] | str | None:
 
 
 def _adapted(base: nn.Module, config: Config, origin: Origin) -> Adapted:
-    if config.adapter.name == "full":
+    if config.adapter.trains == "weights":
         return _weights(base, chosen_weights(base, config))
-    if config.adapter.name == "head":
+    if config.adapter.trains == "modules_to_save":
         return _weights(base, saved_weights(base, config))
     return _peft(base, config) if config.backend == "peft" else _native(base, config, origin)
 
@@ -163,9 +162,10 @@ def _lora_config(config: Config) -> Any:
         lora_dropout=config.dropout,
         bias=config.bias,
         use_rslora=config.scaling.name == "rslora",
-        use_dora=config.adapter.name == "dora",
+        variant=config.adapter.variant,
+        variant_options=config.adapter.options,
         modules_to_save=config.model.modules_to_save or None,
-        layer_types=LAYER_TYPES[config.layer.name],
+        layer_types=tuple(config.layer.types),
     )
 
 
@@ -178,10 +178,10 @@ def _targeted(base: nn.Module, config: Config, wanted: Any) -> dict[str, nn.Modu
     layers = find_targets(base, dict(base_modules(base)), wanted).layers
     for name, module in layers.items():
         kind = getattr(layer_class_for(module), "layer_type", "")
-        if kind not in wanted.layer_types:
+        if wanted.layer_types != ("all",) and kind not in wanted.layer_types:
             raise ValueError(
                 f"targets={config.targets} names {name}, which is of type {kind}, but layer={config.layer.name}: "
-                f"choose layer={kind if kind in LAYER_TYPES else 'all'}, layer=all or other targets"
+                f"choose layer=all, or other targets"
             )
     return layers
 

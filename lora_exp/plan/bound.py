@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_exp.config import Config, uses_factors
+from lora_exp.config import Config
 
 _WIDE = 4  # bytes: nothing is wider than float32
 _TIMES = 3  # what is made around a module (residuals, activation functions, gradients) over its input and output
@@ -32,8 +32,8 @@ def upper_bound(model: Any, config: Config) -> float:
     head = model.get_output_embeddings()
     made = rows * length * (_TIMES * sum(widths) + _LOGITS * (head.weight.shape[0] if head is not None else 0))
     count = sum(parameter.numel() for parameter in model.parameters())
-    trained = config.rank * sum(widths) if uses_factors(config) else 0
-    if not uses_factors(config) or config.bias != "none" or config.model.modules_to_save:
+    trained = config.rank * sum(widths) if config.adapter.is_added else 0
+    if not config.adapter.is_added or config.bias != "none" or config.model.modules_to_save:
         trained += count
     return float(_WIDE * (_WEIGHTS * count + _TRAINED * trained + made + scores))
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lora_exp.adapters.inspection.traversal import lora_layers
 from lora_exp.adapters.layers.adapted import LoRALayerBase
 from lora_exp.backends import Adapted, adapt
-from lora_exp.config import Config, DataConfig, uses_factors
+from lora_exp.config import Config, DataConfig
 from lora_exp.machine.place import Place, resolve_place
 from lora_exp.plan.architecture import Outline, outline_of, prepare_for_kbit, quantised_names
 from lora_exp.plan.bound import upper_bound
@@ -96,7 +96,7 @@ class Planner:
 
 def planned_place(config: Config) -> Place:
     """``device=cpu`` is planned as it is; anything else as a GPU that computes in bfloat16, here or not."""
-    trains_base, quantised = not uses_factors(config), config.quantization.name != "none"
+    trains_base, quantised = not config.adapter.is_added, config.quantization.name != "none"
     if config.device.partition(":")[0] in ("cpu", "mps"):
         return resolve_place(config.device, config.model.dtype, trains_base, quantised)
     device = torch.device("cuda")
@@ -118,7 +118,7 @@ def _plan(config: Config, outline: Outline, place: Place) -> Plan:
     weights = dict(model.named_parameters()) | dict(model.named_buffers())
     adapted = adapt(model, config)
     trained = _named(adapted)
-    adds = uses_factors(config)
+    adds = config.adapter.is_added
     stored = base_bytes(weights, quantised, config.quantization)
     step = _step(adapted.model, config, place, weights, quantised)
     units = config.data.block_size if config.data.kind == "text" else 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lora_exp.config import Config, uses_factors
+from lora_exp.config import Config
 from lora_exp.plan.estimate import GIB, Plan, Planner
 
 _MOST_ROWS = 4096
@@ -35,7 +35,7 @@ def fit(planner: Planner, plan: Plan, config: Config) -> Fit | None:
     rows, rank = config.train.micro_batch_size, config.rank
     batch = _largest(lambda rows: planner.plan(rows=rows).total_bytes, rows, plan, budget, _MOST_ROWS)
     largest_rank = None
-    if uses_factors(config) and plan.modules:
+    if config.adapter.is_added and plan.modules:
         most = max(rank, min(max(module.weight) for module in plan.modules))
         found = _largest(lambda rank: planner.plan(rank=rank).total_bytes, rank, plan, budget, most)
         largest_rank = found // _RANK_STEP * _RANK_STEP if found >= _RANK_STEP else found

@@ -56,7 +56,7 @@ def remedies(config: Config, largest_batch: int) -> list[str]:
         ways.append("a smaller train.micro_batch_size")
     if not config.train.gradient_checkpointing:
         ways.append("train.gradient_checkpointing=true")
-    if config.adapter.name == "full":
+    if config.adapter.trains == "weights":
         return [*ways, "adapter=lora", "a smaller model"]
     if config.quantization.name == "none" and config.task == "plan":
         ways.append("quantization=nf4")

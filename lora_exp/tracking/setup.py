@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lora_exp.config import Config, flat_values, uses_factors
+from lora_exp.config import Config, flat_values
 from lora_exp.credentials import redacted
 from lora_exp.job import Job
 from lora_exp.tracking.mlflow import Run
@@ -22,7 +22,7 @@ def run_name(config: Config, job: Job) -> str:
         return " ".join([*([own] if own else []), *apart])[:200]
     if own:
         return own if job.sweep_folder is None else f"{own} {job.number}"
-    rank = f" r{config.rank}" if uses_factors(config) else ""
+    rank = f" r{config.rank}" if config.adapter.is_added else ""
     return f"{config.model.label} {config.adapter.name}{rank}"[:200]
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lora_exp.adapters import LoraConfig, LoraModel, use_reference
-from lora_exp.adapters.kernels import linear_rows
+from lora_exp.adapters.kernels import terms
 from lora_exp.adapters.variants import lora
 
 CLOSE = {"atol": 1e-6, "rtol": 1e-5}
@@ -30,8 +30,8 @@ def same_masks(monkeypatch):
         return torch.empty(x.shape).bernoulli_(1 - p, generator=generator) / (1 - p)
 
     monkeypatch.setattr(lora, "dropout_noise", lambda x, p, seed: noise(x, p).to(x.dtype))
-    monkeypatch.setattr(linear_rows, "dropout_mask", lambda x, p, seed: (noise(x, p) > 0).to(x.dtype))
-    monkeypatch.setattr(linear_rows, "keep_share", lambda p: 1 - p)
+    monkeypatch.setattr(terms, "dropout_mask", lambda x, p, seed: (noise(x, p) > 0).to(x.dtype))
+    monkeypatch.setattr(terms, "keep_share", lambda p: 1 - p)
     monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: x * noise(x, self.p) if self.training else x)
 
 

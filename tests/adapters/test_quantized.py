@@ -17,7 +17,7 @@ bnb = pytest.importorskip("bitsandbytes")
 
 from lora_exp.adapters import LoraConfig, LoRALinear, LoRALinear4bit, LoRALinear8bit, LoraModel  # noqa: E402
 from lora_exp.adapters.inspection import parameter_counts  # noqa: E402
-from lora_exp.adapters.kernels import linear_rows  # noqa: E402
+from lora_exp.adapters.kernels import terms  # noqa: E402
 from lora_exp.adapters.numerics import matmul, packed_weights, precision  # noqa: E402
 from lora_exp.adapters.numerics.precision import BLAS, FLOAT32, NATIVE, ONEDNN, Answers  # noqa: E402
 from lora_exp.adapters.variants import lora  # noqa: E402
@@ -82,8 +82,8 @@ def same_masks(monkeypatch):
         return torch.empty(x.shape).bernoulli_(1 - p, generator=generator).to(x.dtype) / (1 - p)
 
     monkeypatch.setattr(lora, "dropout_noise", lambda x, p, seed: noise(x, p))
-    monkeypatch.setattr(linear_rows, "dropout_mask", lambda x, p, seed: (noise(x, p) > 0).to(x.dtype))
-    monkeypatch.setattr(linear_rows, "keep_share", lambda p: 1 - p)
+    monkeypatch.setattr(terms, "dropout_mask", lambda x, p, seed: (noise(x, p) > 0).to(x.dtype))
+    monkeypatch.setattr(terms, "keep_share", lambda p: 1 - p)
     monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: x * noise(x, self.p) if self.training else x)
 
 

@@ -92,8 +92,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def config(folder: Path, kind: str, **model: Any) -> Config:
     return Config(
-        layer=LayerConfig("linear"),
-        adapter=AdapterConfig("lora"),
+        layer=LayerConfig("linear", ["linear"]),
+        adapter=AdapterConfig("lora", "lora"),
         scaling=ScalingConfig("rslora"),
         quantization=QuantizationConfig("none"),
         optimizer=OptimizerConfig("adamw"),

@@ -12,7 +12,7 @@ from lora_exp.machine.place import Place
 from lora_exp.plan.precheck import memory_errors_explained
 
 CPU = Place(torch.device("cpu"), torch.float32)
-CONFIG = Config(adapter=AdapterConfig("lora"), quantization=QuantizationConfig("none"))
+CONFIG = Config(adapter=AdapterConfig("lora", "lora"), quantization=QuantizationConfig("none"))
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,12 @@ says `@adapts("bitsandbytes.nn.modules.Linear4bit")` adds a kind of layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
+
+from lora_exp.adapters.discovery import import_all
 
 if TYPE_CHECKING:
     from lora_exp.adapters.layers.adapted import LoRALayerBase
@@ -35,6 +37,19 @@ def layer_class_for(module: nn.Module) -> type[LoRALayerBase] | None:
         if (found := _LAYERS.get(qualified_name(base))) is not None:
             return found
     return None
+
+
+def layer_types(wished: Sequence[str]) -> frozenset[str]:
+    """The types meant, all for "all". Raises ValueError for one that no kind of layer has."""
+    import_all("lora_exp.adapters.layers")
+    known = {kind.layer_type for kind in _LAYERS.values()}
+    if tuple(wished) == ("all",):
+        return frozenset(known)
+    if unknown := [kind for kind in wished if kind not in known]:
+        raise ValueError(
+            f"layer_types: {unknown[0]!r} is no layer type; choose from {', '.join(sorted(known))}, or 'all' alone"
+        )
+    return frozenset(wished)
 
 
 def adapted_class(layer_class: type[LoRALayerBase], base_class: type[nn.Module]) -> type[LoRALayerBase]:

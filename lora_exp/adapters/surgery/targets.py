@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_exp.adapters.config import ALL_LINEAR, LoraConfig
 from lora_exp.adapters.inspection.traversal import lora_layers
-from lora_exp.adapters.layers.registry import layer_class_for
+from lora_exp.adapters.layers.registry import layer_class_for, layer_types
 from lora_exp.adapters.patterns import full_match, suffix_match
 
 _HEAD_NAMES = ("lm_head", "score", "classifier", "classification_head", "qa_outputs")
@@ -137,7 +137,9 @@ def _named(modules: dict[str, nn.Module], config: LoraConfig) -> dict[str, bool]
     return chosen
 
 
-def _of_kind(kinds: tuple[str, ...]) -> Callable[[nn.Module], bool]:
+def _of_kind(wished: tuple[str, ...]) -> Callable[[nn.Module], bool]:
+    kinds = layer_types(wished)
+
     def is_of_kind(module: nn.Module) -> bool:
         kind = layer_class_for(module)
         return kind is not None and kind.layer_type in kinds
