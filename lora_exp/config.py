@@ -314,6 +314,11 @@ def _flat_section(group: str, section: dict[str, Any]) -> dict[str, Any]:
         return {"plan.gpu_gib": section["gpu_gib"]} if section["gpu_gib"] else {}
     title = "label" if section.get("label") else "name"
     values = {group: section[title]} if title in section else {}
+    if group == "adapter":  # a choice that says no more than its name
+        section = {name: value for name, value in section.items() if value != "adapter"}
+        section |= {"variant": None} if section["variant"] == section["name"] else {}
+    if group == "layer" and section["types"] == [section["name"]]:
+        return {group: section["name"]}
     if group == "quantization":  # what is at its default is left out, as none has no use for it
         section = {name: value for name, value in section.items() if value != getattr(QuantizationConfig, name, None)}
     skipped = {

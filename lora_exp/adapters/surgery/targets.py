@@ -38,6 +38,7 @@ class Targets:
 
 def find_targets(model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig) -> Targets:
     """The layers among `modules` that `config` names; a name that names nothing is an error."""
+    layer_types(config.layer_types)  # raises for one that there is not
     chosen = _named(modules, config) if _is_explicit(config) else _by_type(model, modules, config)
     chosen = _without_excluded(chosen, modules, config)
     chosen = _in_blocks(chosen, config)
