@@ -22,6 +22,7 @@ from lora_exp import composing
 from lora_exp.checks import check
 from lora_exp.config import Config, conf_folder, flat_values, register, to_config
 from lora_exp.credentials import CredentialError, adopt_login, redacted, refuse_in_arguments
+from lora_exp.errors import UserError
 from lora_exp.job import RESULT_FILE, SWEEP_FILE, Job, Outcome, PlanResult, Result, read_swept, write_outcome
 from lora_exp.machine import claims, signals
 from lora_exp.machine.allocator import keep_freed_memory
@@ -159,7 +160,7 @@ def _explain(error: Exception, job: Job) -> str:
     if _says_full(error):
         reason = message.splitlines()[0]
         return f"The disk is full ({reason}): make room{_kept(job)}"
-    if isinstance(error, ValueError) and message:
+    if isinstance(error, UserError) and message:
         return message + (_kept(job) if type(error).__name__ == "TrackingError" else "")
     if isinstance(error, OSError) and error.strerror:
         where = f" ({error.filename})" if error.filename else ""

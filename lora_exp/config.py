@@ -15,6 +15,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from lora_exp.errors import UserError
+
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes'
 KNOBS = ("rank", "alpha", "scale", "dropout", "bias")  # of the factors: without them they have no meaning
 
@@ -216,7 +218,7 @@ class Config:
     device: str = "auto"
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """Every problem of one config, all at once."""
 
     def __init__(self, problems: list[str]) -> None:
@@ -256,14 +258,14 @@ def to_config(composed: DictConfig) -> Config:
 
 
 def resolve_alpha(alpha: Any, rank: int) -> float:
-    """Alpha as a number: 16 → 16.0, ``"2r"`` → 2 · rank. Raises ValueError for anything else."""
+    """Alpha as a number: 16 → 16.0, ``"2r"`` → 2 · rank. Raises UserError for anything else."""
     multiple = re.fullmatch(r"\s*(\d+(?:\.\d+)?)?\s*r\s*", str(alpha))
     try:
         value = float(multiple[1] or 1) * rank if multiple else float(alpha)
     except (TypeError, ValueError):
         value = math.nan
     if isinstance(alpha, bool) or not math.isfinite(value) or value <= 0:
-        raise ValueError(f"alpha={alpha} is neither a positive number nor a multiple of the rank: try 16 or 2r")
+        raise UserError(f"alpha={alpha} is neither a positive number nor a multiple of the rank: try 16 or 2r")
     return value
 
 

@@ -16,6 +16,8 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 from omegaconf import Container, OmegaConf
 
+from lora_exp.errors import UserError
+
 # user:password@, where a password may hold a slash or an @. A name alone is a token over http(s); before a database or
 # over ssh it is a name.
 _LOGIN = re.compile(r"(://)[^/\s:'\"]*:[^\s'\"]*@")
@@ -31,7 +33,7 @@ _WAY_OUT = (
 )
 
 
-class CredentialError(ValueError):
+class CredentialError(UserError):
     """A login where it would be written down. Its message names the place, never the value."""
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from lora_exp.adapters.patterns import full_match, suffix_match
+from lora_exp.errors import UserError
 
 BIAS_MODES = ("none", "all", "lora_only")
 ALL_LINEAR = "all-linear"
@@ -64,7 +65,7 @@ class LoraConfig:
         for name in ("rank_pattern", "alpha_pattern"):
             object.__setattr__(self, name, dict(getattr(self, name) or {}) or None)
         if problems := list(_problems(self)):
-            raise ValueError("LoraConfig: " + "; ".join(problems))
+            raise UserError("LoraConfig: " + "; ".join(problems))
 
     def _settle_dora(self) -> None:
         """PEFT's spellings and ours say the same."""
@@ -98,7 +99,7 @@ def check_factors(rank: Any, alpha: Any, dropout: Any) -> None:
         *_dropout_problems(dropout),
     ]
     if found:
-        raise ValueError("; ".join(found))
+        raise UserError("; ".join(found))
 
 
 def _plain_list(value: Any) -> Any:

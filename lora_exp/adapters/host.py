@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_exp.adapters.routing.route import Route
+from lora_exp.errors import UserError
 
 
 class Host(nn.Module):
@@ -91,7 +92,7 @@ class Host(nn.Module):
 
     def requantised(self, dense: Tensor, like: Any) -> nn.Parameter:
         """`dense` stored as the quantised weight `like` is."""
-        raise ValueError("the base is not quantised, so there is nothing to requantise; merge without it")
+        raise UserError("the base is not quantised, so there is nothing to requantise; merge without it")
 
     def finish(self, out: Tensor) -> Tensor:
         """What the base layer does after its weight was applied (an embedding's max_norm)."""

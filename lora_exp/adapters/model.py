@@ -28,6 +28,7 @@ from lora_exp.adapters.surgery import merging
 from lora_exp.adapters.surgery.injection import inject
 from lora_exp.adapters.surgery.merging import Merged, MergeReport
 from lora_exp.adapters.surgery.undo import undone_on_failure
+from lora_exp.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class LoraModel(nn.Module):
         self.configs: dict[str, LoraConfig] = {}
         self._check_new_name(adapter_name)
         if (adapted := next(lora_layers(model), None)) is not None:
-            raise ValueError(
+            raise UserError(
                 f"the model has adapted layers already ({adapted[0] or 'itself'}); "
                 "use add_adapter of the LoraModel around it, or merge_and_unload() first"
             )
@@ -190,7 +191,7 @@ class LoraModel(nn.Module):
     def route_samples(self, names: Sequence[str]) -> Iterator[None]:
         """One adapter name a sample, for inference."""
         if self.wrapped.training:
-            raise ValueError("route_samples is for inference; call eval() first, or train with route()")
+            raise UserError("route_samples is for inference; call eval() first, or train with route()")
         with self._routed(sampled_plan(names)):
             yield
 
@@ -269,7 +270,7 @@ class LoraModel(nn.Module):
     def unmerge(self) -> None:
         """Restore the base weights bit for bit from the kept copy; the adapter that was active before is again."""
         if self._merged is None:
-            raise ValueError("nothing is merged; call merge() first")
+            raise UserError("nothing is merged; call merge() first")
         merging.unmerge(self.wrapped)
         self.route_state.live, self._merged, self.route_state.merged = self._merged.before, None, None
 
@@ -381,9 +382,9 @@ class LoraModel(nn.Module):
         theirs = {key.removeprefix(start): state_dict.pop(key) for key in [*state_dict] if key.startswith(start)}
         ours = merging.kept_parameters(self.wrapped)
         if self._merged is not None and set(theirs) != set(ours):
-            raise ValueError("this state dict is of another merge or of none; call unmerge() before loading it")
+            raise UserError("this state dict is of another merge or of none; call unmerge() before loading it")
         if not all(tensor.is_floating_point() for tensor in theirs.values()):
-            raise ValueError("this state dict is of an adapter merged into a quantised base; take it after unmerge()")
+            raise UserError("this state dict is of an adapter merged into a quantised base; take it after unmerge()")
         for name, tensor in theirs.items():
             if name in ours:
                 ours[name].data.copy_(tensor)
@@ -411,19 +412,19 @@ class LoraModel(nn.Module):
 
     def _check_name(self, name: str) -> None:
         if name not in self.configs:
-            raise ValueError(f"there is no adapter {name!r}; this model has {', '.join(self.configs) or 'none'}")
+            raise UserError(f"there is no adapter {name!r}; this model has {', '.join(self.configs) or 'none'}")
 
     def _check_new_name(self, name: str) -> None:
         if name in self.configs:
-            raise ValueError(f"there is an adapter {name!r} already; choose another name or delete it first")
+            raise UserError(f"there is an adapter {name!r} already; choose another name or delete it first")
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w-]*", name) or name == BASE:
-            raise ValueError(f"adapter name {name!r} cannot be used; take letters, digits, _ and -")
+            raise UserError(f"adapter name {name!r} cannot be used; take letters, digits, _ and -")
         if any(hasattr(container, name) for container in (nn.ModuleDict(), nn.ParameterDict())):
-            raise ValueError(
+            raise UserError(
                 f"adapter name {name!r} cannot be used: torch's containers have an attribute of that name; "
                 f"take another, such as {name.strip('_')}_1"
             )
 
     def _check_unmerged(self, what: str) -> None:
         if (merged := self.merged_adapter) is not None:
-            raise ValueError(f"cannot {what} while {merged!r} is merged into the weights; call unmerge() first")
+            raise UserError(f"cannot {what} while {merged!r} is merged into the weights; call unmerge() first")

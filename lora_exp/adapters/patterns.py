@@ -14,6 +14,8 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+from lora_exp.errors import UserError
+
 _IN_RE = sys.version_info >= (3, 11)
 _parser: Any = importlib.import_module("re._parser" if _IN_RE else "sre_parse")
 _compiler: Any = importlib.import_module("re._compiler" if _IN_RE else "sre_compile")
@@ -26,7 +28,7 @@ _Node = tuple[Any, Any]
 
 
 def full_match(pattern: str, name: str) -> bool:
-    """As `re.fullmatch`. Raises ValueError for what is no expression or cannot be followed in bounded time."""
+    """As `re.fullmatch`. Raises UserError for what is no expression or cannot be followed in bounded time."""
     return _matcher(pattern).fits(name)
 
 
@@ -39,19 +41,19 @@ def prefix_match(pattern: str, name: str) -> re.Match[str] | None:
     """As `re.match`, for simple expressions alone."""
     matcher = _matcher(pattern)
     if matcher.simple is None:
-        raise ValueError(f"{pattern!r} could take for ever to match; write it with fewer repetitions, none nested")
+        raise UserError(f"{pattern!r} could take for ever to match; write it with fewer repetitions, none nested")
     return matcher.simple.match(name)
 
 
 @functools.lru_cache(maxsize=4096)
 def _matcher(pattern: str) -> _Matcher:
     if len(pattern) > _LONGEST:
-        raise ValueError(f"{pattern[:40]!r}... has {len(pattern)} characters; at most {_LONGEST} are read")
+        raise UserError(f"{pattern[:40]!r}... has {len(pattern)} characters; at most {_LONGEST} are read")
     try:
         tree = _parser.parse(pattern)
         return _Matcher(pattern, tree, re.compile(pattern) if _ways(tree) <= _SIMPLE else None)
     except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"{pattern!r} is not a regular expression ({error})") from error
+        raise UserError(f"{pattern!r} is not a regular expression ({error})") from error
 
 
 class _Matcher:
@@ -75,7 +77,7 @@ class _Matcher:
         for node in nodes:
             self.steps += 1 + len(places)
             if self.steps > _FIRST_STEPS + _STEPS_A_NAME * self.names:
-                raise ValueError(f"{self.pattern!r} takes too long to match; write it without nested repetitions")
+                raise UserError(f"{self.pattern!r} takes too long to match; write it without nested repetitions")
             places = self._step(node, places, name, flags)
         return places
 
@@ -97,7 +99,7 @@ class _Matcher:
             return seen if kind == "ASSERT" else places - seen
         if kind == "FAILURE":
             return set()
-        raise ValueError(f"{self.pattern!r} uses {kind.lower()}, which is not read here; spell the names out")
+        raise UserError(f"{self.pattern!r} uses {kind.lower()}, which is not read here; spell the names out")
 
     def _repeated(self, least: int, most: int, item: Any, places: set[int], name: str, flags: int) -> set[int]:
         # After more rounds than there are letters only an item that can be empty goes on, and it stays where it is.

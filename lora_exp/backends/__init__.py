@@ -13,6 +13,7 @@ from torch import nn
 
 from lora_exp.backends.base_weights import chosen_weights, save_weights, saved_weights, say_ties
 from lora_exp.config import Config, default_targets, resolve_alpha
+from lora_exp.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class Origin:
 def adapt(base: nn.Module, config: Config, origin: Origin | None = None) -> Adapted:
     """Freeze ``base`` and add what the config trains. Draws from torch's global RNG: seed first.
 
-    Raises ValueError when a target matches nothing, is of another layer type or beyond the backend, or when
+    Raises UserError when a target matches nothing, is of another layer type or beyond the backend, or when
     the rank does not fit.
     """
     from lora_exp.adapters.inspection.parameter_counts import stored_bytes
@@ -179,7 +180,7 @@ def _targeted(base: nn.Module, config: Config, wanted: Any) -> dict[str, nn.Modu
     for name, module in layers.items():
         kind = getattr(layer_class_for(module), "layer_type", "")
         if wanted.layer_types != ("all",) and kind not in wanted.layer_types:
-            raise ValueError(
+            raise UserError(
                 f"targets={config.targets} names {name}, which is of type {kind}, but layer={config.layer.name}: "
                 f"choose layer=all, or other targets"
             )
@@ -191,7 +192,7 @@ def _check_peft_can(layers: dict[str, nn.Module], wanted: Any) -> None:
     for name, module in layers.items():
         weight: Any = module.weight
         if wanted.use_dora and weight.device.type == "cpu" and type(weight).__name__ == "Int8Params":
-            raise ValueError(
+            raise UserError(
                 f"backend=peft cannot train {name}: PEFT's DoRA loses int8 constants on a CPU after the first pass: "
                 "use backend=native, adapter=lora or quantization=nf4"
             )
@@ -202,7 +203,7 @@ def _check_peft_can(layers: dict[str, nn.Module], wanted: Any) -> None:
         }
         for what, is_problem in problems.items():
             if is_problem:
-                raise ValueError(
+                raise UserError(
                     f"backend=peft cannot adapt {name}: PEFT's LoRA leaves out the convolution's {what}="
                     f"{getattr(module, what)}, so that it could not be merged: use backend=native, or other targets"
                 )

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from lora_exp.config import Config
+from lora_exp.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ def chosen_weights(base: nn.Module, config: Config) -> dict[str, nn.Parameter]:
         found = matching(config.targets, _every_name(base), "targets")
     chosen = _inside(base, found)
     if not chosen:
-        raise ValueError(f"targets={config.targets} names {', '.join(sorted(found)[:3])}: no weights are in there")
+        raise UserError(f"targets={config.targets} names {', '.join(sorted(found)[:3])}: no weights are in there")
     return without_repeats(chosen | saved_weights(base, config))
 
 

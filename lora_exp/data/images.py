@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from lora_exp.config import DataConfig
 from lora_exp.data import Data
 from lora_exp.data.split import held_out
+from lora_exp.errors import UserError
 from lora_exp.inputs import image_path_problem
 from lora_exp.machine.cache import cache_folder, file_sha256, made_once
 from lora_exp.machine.packaged import find_packaged, install_line
@@ -48,7 +49,7 @@ def load(section: DataConfig, tokenizer: Callable[[], Any]) -> Data:
     """Read, resize and split the images, or take them from the cache.
 
     Of each class its share is held out; ``train_images`` of the others are trained on, spread evenly over them.
-    Raises ValueError for a file that is missing or no such table, or one image alone.
+    Raises UserError for a file that is missing or no such table, or one image alone.
     """
     del tokenizer
     file = _find_file(section)
@@ -69,7 +70,7 @@ def load(section: DataConfig, tokenizer: Callable[[], Any]) -> Data:
 def split(labels: Tensor, section: DataConfig) -> tuple[Tensor, Tensor]:
     """Indices (N_train,) and (N_validation,) into ``labels`` (N,), each class in its share."""
     if len(labels) < 2:
-        raise ValueError(f"data={section.label} has {len(labels)} images, of which none can be held out: give more")
+        raise UserError(f"data={section.label} has {len(labels)} images, of which none can be held out: give more")
     by_class = torch.argsort(labels, stable=True)
     is_held_out = torch.tensor(held_out(len(labels), section.val_fraction))
     train, validation = by_class[~is_held_out], by_class[is_held_out]
@@ -80,12 +81,12 @@ def split(labels: Tensor, section: DataConfig) -> tuple[Tensor, Tensor]:
 def _find_file(section: DataConfig) -> Path:
     if section.path:
         if problem := image_path_problem(section.path):
-            raise ValueError(problem)
+            raise UserError(problem)
         return Path(section.path).expanduser()
     assert section.packaged is not None
     packaged = find_packaged(section.packaged)
     if packaged is None:
-        raise ValueError(
+        raise UserError(
             f"data={section.label} is not installed: {install_line(section.packaged)}, or take your own "
             "by data.path=FILE, a .csv or .csv.gz whose lines are an image's pixels (0 to 255) and its label"
         )
@@ -109,10 +110,10 @@ def _read(file: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         table = np.array(b",".join(lines).split(b","), dtype=np.int64).reshape(-1, width)
     except ValueError as error:
-        raise ValueError(f"{file} is not a table of whole numbers ({error}): give pixels and a label a line") from None
+        raise UserError(f"{file} is not a table of whole numbers ({error}): give pixels and a label a line") from None
     pixels, labels = table[:, :-1], table[:, -1]
     if math.isqrt(width - 1) ** 2 != width - 1 or pixels.min() < 0 or pixels.max() > 255 or labels.min() < 0:
-        raise ValueError(
+        raise UserError(
             f"{file} has lines of {width} numbers: give the pixels of a square grey image, 0 to 255, and a label from 0"
         )
     return pixels.astype(np.uint8), labels.copy()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_exp.config import DataConfig
+from lora_exp.errors import UserError
 
 _MOST_SHOWN = 60
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -19,20 +20,20 @@ _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 def read_documents(file: Path, section: DataConfig) -> list[str]:
     """The ``text_field`` of each line, or, with ``group_by``, of neighbouring lines that share those fields.
 
-    Without the empty ones. Raises ValueError for a line that has no such text.
+    Without the empty ones. Raises UserError for a line that has no such text.
     """
     return [text for text in _documents(file, section) if text.strip()]
 
 
 def read_text(file: Path) -> str:
-    """A UTF-8 file, with or without a byte order mark. Raises ValueError for another encoding."""
+    """A UTF-8 file, with or without a byte order mark. Raises UserError for another encoding."""
     raw = file.read_bytes()
     if raw.startswith(_UTF16):
-        raise ValueError(f"{file} is UTF-16, not UTF-8: convert it (iconv -f UTF-16 -t UTF-8 OLD > NEW)")
+        raise UserError(f"{file} is UTF-16, not UTF-8: convert it (iconv -f UTF-16 -t UTF-8 OLD > NEW)")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}): convert it first") from None
+        raise UserError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}): convert it first") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -55,9 +56,9 @@ def _records(file: Path, section: DataConfig) -> Iterable[dict[str, Any]]:
         try:
             record = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{where} is not JSON ({error}): mend or remove it") from None
+            raise UserError(f"{where} is not JSON ({error}): mend or remove it") from None
         if not isinstance(record, dict):
-            raise ValueError(f'{where} is {_kind(record)}, and must be an object such as {{"text": "…"}}')
+            raise UserError(f'{where} is {_kind(record)}, and must be an object such as {{"text": "…"}}')
         _check_text(record, section, where)
         for name in section.group_by:
             _check_group(record, name, where)
@@ -67,20 +68,20 @@ def _records(file: Path, section: DataConfig) -> Iterable[dict[str, Any]]:
 def _check_text(record: dict[str, Any], section: DataConfig, where: str) -> None:
     name, texts = section.text_field, [key for key, value in record.items() if isinstance(value, str)]
     if name not in record:
-        raise ValueError(_lacks(record, name, where, "data.text_field=", texts))
+        raise UserError(_lacks(record, name, where, "data.text_field=", texts))
     text = record[name]
     if not isinstance(text, str):
         others = f", or set data.text_field to what holds it ({', '.join(texts[:20])})" if texts else ""
-        raise ValueError(f"{where}: {name} is {_kind(text)}, and must be text: mend or remove the line{others}")
+        raise UserError(f"{where}: {name} is {_kind(text)}, and must be text: mend or remove the line{others}")
     if not _is_encodable(text):
-        raise ValueError(f"{where}: {name} holds half of a surrogate pair, which is no character: mend the line")
+        raise UserError(f"{where}: {name} holds half of a surrogate pair, which is no character: mend the line")
 
 
 def _check_group(record: dict[str, Any], name: str, where: str) -> None:
     if name not in record:
-        raise ValueError(_lacks(record, name, where, "data.group_by=", list(record)))
+        raise UserError(_lacks(record, name, where, "data.group_by=", list(record)))
     if record[name] is None or isinstance(record[name], (list, dict)):
-        raise ValueError(
+        raise UserError(
             f"{where}: {name} is {_kind(record[name])}, and lines are grouped by text or numbers: "
             "mend the line, or leave the field out of data.group_by"
         )

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+from lora_exp.errors import UserError
+
 _NEAR = 0.1  # of the smaller side: how far a cut may be moved to fall between lines, or words
 
 
 def held_out(count: int, fraction: float) -> list[bool]:
     """Which of ``count`` things are held out: evenly spread, the nearest number to ``fraction``, never none or all.
 
-    For fraction = 1/k, every k-th from the middle of the first k. Raises ValueError for fewer than two.
+    For fraction = 1/k, every k-th from the middle of the first k. Raises UserError for fewer than two.
     """
     if count < 2:
-        raise ValueError(f"{count} cannot be split into training and validation")
+        raise UserError(f"{count} cannot be split into training and validation")
     share = Fraction(fraction).limit_denominator(10**6) or Fraction(fraction)  # 0.05 is 1/20, which no float is
     number = -((1 - 2 * count * share) // 2)  # the nearest to count · share; of two equally near the smaller
     chosen = {(2 * place + 1) * share.denominator // (2 * share.numerator) for place in range(number)}

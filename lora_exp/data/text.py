@@ -21,6 +21,7 @@ from lora_exp.config import DataConfig
 from lora_exp.data import Data
 from lora_exp.data.records import read_documents, read_text
 from lora_exp.data.split import cut, held_out
+from lora_exp.errors import UserError
 from lora_exp.inputs import text_files, text_path_problem
 from lora_exp.machine.cache import cache_folder, file_sha256, made_once
 from lora_exp.machine.packaged import find_packaged, install_line
@@ -51,7 +52,7 @@ def load_blocks(section: DataConfig, tokenizer: Any) -> Blocks:
     """Read, split, tokenise and cut the text, or take the result from the cache.
 
     Of JSON Lines whole documents are held out, evenly spread over all files; of a text file its last part.
-    Raises ValueError for a path that is missing, empty or too short for one block on each side.
+    Raises UserError for a path that is missing, empty or too short for one block on each side.
     """
     files = _find_files(section)
     folder = cache_folder("datasets", section.label, _key(section, files, tokenizer), section.cache_dir)
@@ -63,7 +64,7 @@ def load_blocks(section: DataConfig, tokenizer: Any) -> Blocks:
 def _find_files(section: DataConfig) -> list[Path]:
     if section.path:
         if problem := text_path_problem(section.path):
-            raise ValueError(problem)
+            raise UserError(problem)
         files, skipped = text_files(Path(section.path).expanduser())
         if skipped:
             named = ", ".join(file.name for file in skipped[:5]) + (", …" if len(skipped) > 5 else "")
@@ -72,7 +73,7 @@ def _find_files(section: DataConfig) -> list[Path]:
     assert section.packaged is not None
     packaged = find_packaged(section.packaged)
     if packaged is None:
-        raise ValueError(
+        raise UserError(
             f"data={section.label} is not installed: {install_line(section.packaged)}, "
             "or take your own text with data=text data.path=FILE_OR_FOLDER"
         )
@@ -113,7 +114,7 @@ def _split(section: DataConfig, files: list[Path]) -> tuple[list[str], list[str]
             train.append(text[:position])
             validation.append(text[position:])
     if len(documents) == 1 and not train:
-        raise ValueError(
+        raise UserError(
             f"data={section.label} ({section.path or 'packaged'}) is a single document, of which none can be held out: "
             "give more lines (data.group_by makes one document of many), or a .txt file, whose last part is held out"
         )
@@ -129,7 +130,7 @@ def _blocks(texts: list[str], split: str, section: DataConfig, tokenizer: Any) -
     tokens = list(itertools.chain.from_iterable(ids + end for ids in encoded if ids))
     size = section.block_size
     if len(tokens) < size:
-        raise ValueError(
+        raise UserError(
             f"The {split} text of data={section.label} ({section.path or 'packaged'}) has {len(tokens)} tokens, "
             f"fewer than one block of {size}: {_remedy(split)}"
         )

@@ -16,6 +16,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from lora_exp.errors import UserError
+
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"  # the SHA-256 of every other file of a folder
@@ -33,7 +35,7 @@ def cache_root(override: str | None = None) -> Path:
             return Path(chosen).expanduser()
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_exp"
     except RuntimeError as error:  # no HOME, and no entry in the list of users
-        raise ValueError(f"There is no home folder to keep a cache in ({error}): {_ELSEWHERE}") from error
+        raise UserError(f"There is no home folder to keep a cache in ({error}): {_ELSEWHERE}") from error
 
 
 def cache_folder(room: str, label: str | None, key: str, override: str | None = None) -> Path:
@@ -47,7 +49,7 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
 
     Every file is read and compared with the hash taken when it was made. What is made comes into place by renaming:
     a reader never sees half of a file, a crash leaves nothing behind that looks finished, and of two
-    processes the second waits and finds it done. Raises ValueError where the cache cannot be written.
+    processes the second waits and finds it done. Raises UserError where the cache cannot be written.
     """
     begun = _being_read.pop(folder, None)
     damage = begun.result() if begun else _damage(folder)
@@ -69,7 +71,7 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
         if reason is None:
             raise
         what = f"{folder} is damaged ({damage}), and" if was_there else "The cache"
-        raise ValueError(f"{what} {folder.parent} cannot be written ({reason}): {_ELSEWHERE}") from error
+        raise UserError(f"{what} {folder.parent} cannot be written ({reason}): {_ELSEWHERE}") from error
     return folder
 
 

@@ -11,11 +11,13 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from lora_exp.errors import UserError
+
 _LOCK, _OWNER = ".in_use.lock", ".in_use.json"
 _mine: dict[Path, FileLock] = {}
 
 
-class FolderInUseError(ValueError):
+class FolderInUseError(UserError):
     """Another process works in the folder."""
 
 

@@ -8,20 +8,21 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from lora_exp.config import PackagedConfig, conf_folder
+from lora_exp.errors import UserError
 from lora_exp.machine.cache import file_sha256
 
 
 def find_packaged(packaged: PackagedConfig) -> Path | None:
     """The file's path, or None if the package is not installed.
 
-    Raises ValueError when the installed file is not the one whose SHA-256 the config names.
+    Raises UserError when the installed file is not the one whose SHA-256 the config names.
     """
     path = locate_packaged(packaged)
     if path is None:
         return None
     found = file_sha256(path)
     if found != packaged.sha256:
-        raise ValueError(
+        raise UserError(
             f"{path} has SHA-256 {found}, but {packaged.sha256} was expected: "
             f"{install_line(packaged, '--force-reinstall ')}"
         )

@@ -10,6 +10,7 @@ import numpy
 import torch
 
 from lora_exp.adapters.numerics.precision import NATIVE, answers
+from lora_exp.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def resolve_place(device: str, dtype: str, trains_base: bool, quantised: bool = 
     """Turn ``device=auto`` and ``model.dtype=auto`` into what this machine has.
 
     A ``quantised`` base keeps the rest in float32, so that what lies between its products is autocast as well.
-    Raises ValueError for a device or dtype it has not.
+    Raises UserError for a device or dtype it has not.
     """
     chosen = resolve_device(device)
     if quantised:
@@ -49,7 +50,7 @@ def resolve_place(device: str, dtype: str, trains_base: bool, quantised: bool = 
 
 
 def resolve_device(device: str) -> torch.device:
-    """``auto`` takes CUDA, then MPS, then the CPU. Raises ValueError for a device that is not there."""
+    """``auto`` takes CUDA, then MPS, then the CPU. Raises UserError for a device that is not there."""
     if device == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -57,11 +58,11 @@ def resolve_device(device: str) -> torch.device:
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        raise ValueError(f"device={device} is not a device: use auto, cpu, cuda, cuda:N or mps") from None
+        raise UserError(f"device={device} is not a device: use auto, cpu, cuda, cuda:N or mps") from None
     present = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if (chosen.index or 0) >= present.get(chosen.type, 0):
         here = ", ".join(f"{count} {name}" for name, count in present.items() if count)
-        raise ValueError(f"device={device} is not on this machine (it has: {here}): use device=auto")
+        raise UserError(f"device={device} is not on this machine (it has: {here}): use device=auto")
     return chosen
 
 
@@ -86,10 +87,10 @@ def prepare_backends(place: Place) -> None:
 
 
 def supported_dtype(device: torch.device, dtype: str, key: str = "model.dtype") -> torch.dtype:
-    """The dtype of this name. Raises ValueError, naming the config's ``key``, where ``device`` has it not."""
+    """The dtype of this name. Raises UserError, naming the config's ``key``, where ``device`` has it not."""
     if device.type == "cpu" and dtype == "float16":
-        raise ValueError(f"{key}=float16 trains on a GPU only: use bfloat16 or float32 on the CPU")
+        raise UserError(f"{key}=float16 trains on a GPU only: use bfloat16 or float32 on the CPU")
     if device.type == "cuda" and dtype == "bfloat16" and not torch.cuda.is_bf16_supported():
-        raise ValueError(f"{key}=bfloat16 is not on this GPU: use float16 or float32")
+        raise UserError(f"{key}=bfloat16 is not on this GPU: use float16 or float32")
     chosen: torch.dtype = getattr(torch, dtype)
     return chosen

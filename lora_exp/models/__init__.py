@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from lora_exp.config import ModelConfig, PackagedConfig, QuantizationConfig
+from lora_exp.errors import UserError
 from lora_exp.inputs import model_path_problem
 from lora_exp.machine.cache import cache_folder, made_once, read_early, written_sha256
 from lora_exp.machine.packaged import find_packaged, locate_packaged
@@ -37,11 +38,11 @@ __all__ = [
 def find_source(section: ModelConfig) -> Source:
     """``model.path`` if set, else the packaged file (converted once), else the hub's ``model.name``.
 
-    Raises ValueError for a path that is no model folder, or when nothing is left to try.
+    Raises UserError for a path that is no model folder, or when nothing is left to try.
     """
     if section.path:
         if problem := model_path_problem(section.path):
-            raise ValueError(problem)
+            raise UserError(problem)
         return Source(str(Path(section.path).expanduser()), trust_remote_code=section.trust_remote_code)
     if section.packaged and locate_packaged(section.packaged):
         folder = unpacked(section)
@@ -73,7 +74,7 @@ def unpacked(section: ModelConfig) -> Path:
 
 
 def load_tokenizer(source: Source, section: ModelConfig) -> Any:
-    """The model's tokenizer. Raises ValueError naming every way to get the model when it cannot be had."""
+    """The model's tokenizer. Raises UserError naming every way to get the model when it cannot be had."""
     return _kind(section).load_tokenizer(source, section)
 
 
@@ -88,7 +89,7 @@ def load_base(
 
     ``quantization``: how its weights are stored; None is in that dtype.
 
-    Raises ValueError when it cannot be had.
+    Raises UserError when it cannot be had.
     """
     stored = quantization or QuantizationConfig("none")
     model: nn.Module = _kind(section).load(source, section, place, shape or {}, stored)

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lora_exp.config import ModelConfig, QuantizationConfig
+from lora_exp.errors import UserError
 from lora_exp.machine.place import Place
 from lora_exp.models.attention import take_attention
 from lora_exp.models.positions import length_problem, trained_positions
@@ -30,11 +31,11 @@ logging.getLogger("huggingface_hub").propagate = False  # it has a handler of it
 
 
 def load_tokenizer(source: Source, section: ModelConfig) -> Any:
-    """The model's tokenizer. Raises ValueError naming every way to get the model when it cannot be had."""
+    """The model's tokenizer. Raises UserError naming every way to get the model when it cannot be had."""
     try:
         return AutoTokenizer.from_pretrained(source.name, **source.options)
     except (OSError, ValueError, ImportError) as error:
-        raise ValueError(cannot_be_had(section, error)) from error
+        raise UserError(cannot_be_had(section, error)) from error
 
 
 def load(
@@ -42,12 +43,12 @@ def load(
 ) -> nn.Module:
     """The causal language model on ``place``, in its dtype or quantised.
 
-    Raises ValueError when it cannot be had, or blocks of ``shape`` are too long for it.
+    Raises UserError when it cannot be had, or blocks of ``shape`` are too long for it.
     """
     try:
         facts = AutoConfig.from_pretrained(source.name, **source.options)
     except (OSError, ValueError, ImportError) as error:
-        raise ValueError(cannot_be_had(section, error)) from error
+        raise UserError(cannot_be_had(section, error)) from error
     _check_length(facts.to_dict(), shape.get("block_size"), section)
     try:
         with quantising(quantization, place) as quantised:
@@ -62,7 +63,7 @@ def load(
     except CannotQuantiseError:
         raise
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ValueError(attention_problem(section, error) or cannot_be_had(section, error)) from error
+        raise UserError(attention_problem(section, error) or cannot_be_had(section, error)) from error
     _say_attention(model, section)
     model.config.use_cache = False
     nn.Module.to(model, place.device)
@@ -99,7 +100,7 @@ def _check_length(facts: dict[str, Any], block_size: int | None, section: ModelC
         return
     label = section.label or section.name
     if problem := length_problem(facts, block_size, label):
-        raise ValueError(problem)
+        raise UserError(problem)
     trained = trained_positions(facts)
     if trained is not None and block_size > trained:
         log.warning(f"data.block_size={block_size} is more than the {trained} positions that {label} was trained on")

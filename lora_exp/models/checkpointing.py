@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from lora_exp.errors import UserError
+
 
 def checkpoint_layers(model: Any, **options: Any) -> None:
     """Let ``model`` keep only its layers' inputs for the backward pass, and recompute the rest there.
 
     Non-reentrant: the reentrant form trains nothing, silently, when no input of a layer needs a gradient, as with a
-    frozen embedding (transformers#42489). ``options`` go to torch's checkpoint. Raises ValueError for a model whose
+    frozen embedding (transformers#42489). ``options`` go to torch's checkpoint. Raises UserError for a model whose
     layers cannot be recomputed.
     """
     try:  # transformers 5.23 renamed it
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False, **options})
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"train.gradient_checkpointing=true: {error}; set it to false for this model") from error
+        raise UserError(f"train.gradient_checkpointing=true: {error}; set it to false for this model") from error

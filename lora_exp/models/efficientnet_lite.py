@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_exp.config import ModelConfig, QuantizationConfig
+from lora_exp.errors import UserError
 from lora_exp.machine.place import Place
 from lora_exp.models.source import Source, cannot_be_had
 
@@ -42,7 +43,7 @@ def load(
 ) -> nn.Module:
     """The classifier on ``place``: pixels (B, 3, S, S) in [0, 1] → logits (B, K), with a new head of K outputs.
 
-    Raises ValueError when the weights or the package with the architecture cannot be had.
+    Raises UserError when the weights or the package with the architecture cannot be had.
     """
     assert quantization.name == "none"  # refused at composition: bitsandbytes has no convolutions
     try:
@@ -51,19 +52,19 @@ def load(
         model = network(shape["image_size"])
         model.load_state_dict(load_file(Path(source.name) / _WEIGHTS))
     except ImportError as error:
-        raise ValueError(_no_architecture(section)) from error
+        raise UserError(_no_architecture(section)) from error
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise ValueError(cannot_be_had(section, error)) from error
+        raise UserError(cannot_be_had(section, error)) from error
     return _classifier(model, place.device, place.dtype, shape["classes"])
 
 
 def unloaded(section: ModelConfig, dtype: torch.dtype, shape: Mapping[str, int]) -> nn.Module:
-    """The same classifier on the meta device, which holds no weights. Raises ValueError without the architecture."""
+    """The same classifier on the meta device, which holds no weights. Raises UserError without the architecture."""
     try:
         with torch.device("meta"):
             model = network(shape["image_size"])
     except ImportError as error:
-        raise ValueError(_no_architecture(section)) from error
+        raise UserError(_no_architecture(section)) from error
     return _classifier(model, torch.device("meta"), dtype, shape["classes"])
 
 

@@ -14,12 +14,13 @@ from torch import nn
 from lora_exp.adapters.numerics.packed_weights import is_quantised, keep_trainable
 from lora_exp.adapters.surgery.targets import matching
 from lora_exp.config import BLOCK_SIZES, QuantizationConfig
+from lora_exp.errors import UserError
 from lora_exp.machine.place import Place, supported_dtype
 
 DEVICES = ("cuda", "cpu")
 
 
-class CannotQuantiseError(ValueError):
+class CannotQuantiseError(UserError):
     """The model is there, but not to be quantised as wished."""
 
 

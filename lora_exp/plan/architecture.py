@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_exp.config import DataConfig, ModelConfig, QuantizationConfig
 from lora_exp.data import load_data
+from lora_exp.errors import UserError
 from lora_exp.models import Source, efficientnet_lite
 from lora_exp.models.causal_lm import attention_option, attention_problem
 from lora_exp.models.positions import length_problem
@@ -29,7 +30,7 @@ Outline = Callable[[torch.dtype], nn.Module]
 def outline_of(section: ModelConfig, data: DataConfig) -> Outline:
     """What makes a new model on the meta device, in a given dtype, as training would load it.
 
-    Raises ValueError for facts or a package that cannot be had. A model of images is made to fit the data, which is
+    Raises UserError for facts or a package that cannot be had. A model of images is made to fit the data, which is
     read for its classes.
     """
     if section.kind == "efficientnet_lite":
@@ -37,14 +38,14 @@ def outline_of(section: ModelConfig, data: DataConfig) -> Outline:
         return lambda dtype: efficientnet_lite.unloaded(section, dtype, shape)
     facts = facts_of(section)
     if problem := length_problem(facts.to_dict(), data.block_size, section.label or section.name):
-        raise ValueError(problem)
+        raise UserError(problem)
     return lambda dtype: meta_model(copy.deepcopy(facts), section, dtype)
 
 
 def facts_of(section: ModelConfig) -> Any:
     """The transformers config: of ``model.path`` if set, else the YAML's architecture, else the hub's config.json.
 
-    Raises ValueError for a path without one, for facts that describe no known model, and for a hub out of reach.
+    Raises UserError for a path without one, for facts that describe no known model, and for a hub out of reach.
     """
     if section.path:
         return _from_file(section)
@@ -55,14 +56,14 @@ def facts_of(section: ModelConfig) -> Any:
         return AutoConfig.from_pretrained(source.name, **source.options)
     except (OSError, ValueError) as error:
         reason = re.sub(r"\s+", " ", str(error))[:300]
-        raise ValueError(
+        raise UserError(
             f"The config.json of {section.name} cannot be had ({reason}): name a local one by "
             "model.path=FILE_OR_FOLDER, or plan a model whose architecture is shipped (--help lists them)"
         ) from error
 
 
 def meta_model(facts: Any, section: ModelConfig, dtype: torch.dtype) -> nn.Module:
-    """The causal language model in ``dtype`` on the meta device. Raises ValueError if transformers has none such."""
+    """The causal language model in ``dtype`` on the meta device. Raises UserError if transformers has none such."""
     try:
         with torch.device("meta"), _Unfilled():
             model = AutoModelForCausalLM.from_config(
@@ -73,9 +74,7 @@ def meta_model(facts: Any, section: ModelConfig, dtype: torch.dtype) -> nn.Modul
             )
     except (ValueError, ImportError) as error:
         said = attention_problem(section, error)
-        raise ValueError(
-            said or f"{section.label} cannot be planned ({error}): name a causal language model"
-        ) from error
+        raise UserError(said or f"{section.label} cannot be planned ({error}): name a causal language model") from error
     model.config.use_cache = False
     return model
 
@@ -114,13 +113,13 @@ def _from_file(section: ModelConfig) -> Any:
     path = Path(section.path or "").expanduser()
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
-        raise ValueError(f"model.path={section.path} has no config.json: name such a file or a folder in hub layout")
+        raise UserError(f"model.path={section.path} has no config.json: name such a file or a folder in hub layout")
     if section.trust_remote_code:
         return AutoConfig.from_pretrained(str(file.parent), trust_remote_code=True)
     try:
         facts = json.loads(file.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not valid JSON ({error}): copy it anew") from error
+        raise UserError(f"{file} is not valid JSON ({error}): copy it anew") from error
     return _from_facts(facts, str(file))
 
 
@@ -131,7 +130,7 @@ def _from_facts(facts: dict[str, Any], where: str) -> Any:
         return AutoConfig.for_model(kind, **facts)
     except (ValueError, TypeError) as error:
         reason = re.sub(r"\s+", " ", str(error))[:300]
-        raise ValueError(f"{where}: transformers cannot read this architecture ({reason})") from error
+        raise UserError(f"{where}: transformers cannot read this architecture ({reason})") from error
 
 
 def _ends_with(name: str, suffixes: list[str]) -> bool:

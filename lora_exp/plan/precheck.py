@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from lora_exp.config import Config
+from lora_exp.errors import UserError
 from lora_exp.machine.place import Place
 from lora_exp.plan.estimate import GIB, Planner
 from lora_exp.plan.show import remedies
@@ -46,7 +47,7 @@ def check_fits(config: Config, place: Place) -> None:
         plan = planner.plan()
     except Exception as error:
         if section.strict:
-            raise ValueError(f"{config.model.label} cannot be planned ({error}): set plan.strict=false") from error
+            raise UserError(f"{config.model.label} cannot be planned ({error}): set plan.strict=false") from error
         log.debug("not planned: %s", error)
         return
     needed = plan.total_bytes / GIB + section.reserve_gib
@@ -57,11 +58,11 @@ def check_fits(config: Config, place: Place) -> None:
         f"{available:.1f}. What helps: {', '.join(remedies(config, 0))}; python -m lora_exp task=plan shows the parts"
     )
     if section.strict:
-        raise ValueError(f"{message}. plan.strict=false trains all the same")
+        raise UserError(f"{message}. plan.strict=false trains all the same")
     log.warning(message)
 
 
-class OutOfMemoryError(ValueError):
+class OutOfMemoryError(UserError):
     """What ran out of memory, and what to change."""
 
 

@@ -18,6 +18,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from lora_exp.errors import UserError
+
 log = logging.getLogger(__name__)
 _PREFIX = "sqlite:///"
 _ROOM_BYTES = 1 << 17  # an update of a run, with SQLite's journal
@@ -33,7 +35,7 @@ def address(file: Path) -> str:
     if any(sign in path for sign in _SIGNS):
         path = os.path.relpath(path)
     if any(sign in path for sign in _SIGNS):
-        raise ValueError(f"{file} cannot be a database's address, because of the ? or % in it: rename that folder")
+        raise UserError(f"{file} cannot be a database's address, because of the ? or % in it: rename that folder")
     return _PREFIX + path
 
 

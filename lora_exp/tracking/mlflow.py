@@ -19,6 +19,7 @@ from filelock import FileLock
 
 from lora_exp.config import TrackingConfig
 from lora_exp.credentials import NAME_ALONE, adopt_login, redacted
+from lora_exp.errors import UserError
 from lora_exp.job import SWEEP_FILE, write_whole
 from lora_exp.machine import signals
 from lora_exp.machine.network import refusal
@@ -48,7 +49,7 @@ _WITHOUT_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUES
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 
 
-class TrackingError(ValueError):
+class TrackingError(UserError):
     """The tracking server cannot be reached, or would not take what it was given.
 
     ``result``: what the job found before that, if it came so far.

@@ -8,25 +8,26 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset
 
+from lora_exp.errors import UserError
 from lora_exp.training.objectives import Batch, collate_blocks
 
 Collate = Callable[[list[Any]], Batch]
 
 
 def check_rows(rows: Dataset, size: int) -> None:
-    """Raise ValueError if ``rows`` do not fill one micro batch. Asked before a base is loaded for them."""
+    """Raise UserError if ``rows`` do not fill one micro batch. Asked before a base is loaded for them."""
     have = len(rows)  # type: ignore[arg-type]
     if size > have:
-        raise ValueError(
+        raise UserError(
             f"train.micro_batch_size={size} is more than the {have} training rows: "
             "lower it, or give more data (of a text, shorter blocks make more: data.block_size)"
         )
 
 
 def check_evaluation(rows: Dataset) -> None:
-    """Raise ValueError if there is nothing to evaluate on: a mean of nothing compares with nothing."""
+    """Raise UserError if there is nothing to evaluate on: a mean of nothing compares with nothing."""
     if not len(rows):  # type: ignore[arg-type]
-        raise ValueError("No row is held out for validation: raise data.val_fraction, or give more data")
+        raise UserError("No row is held out for validation: raise data.val_fraction, or give more data")
 
 
 def training_batches(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from lora_exp.config import TrainConfig
+from lora_exp.errors import UserError
 from lora_exp.training.objectives import CAUSAL_LM_METRICS, Batch, Metric, RowLosses, Sums
 
 Context = contextlib.AbstractContextManager[object]
@@ -58,7 +59,7 @@ class Forward:
     between_batches: Callable[[], object] = lambda: None
 
 
-class DivergedError(ValueError):
+class DivergedError(UserError):
     """A loss that is no longer finite."""
 
 
@@ -128,7 +129,7 @@ def _accumulate(forward: Forward, lanes: list[Lane], micro_steps: int) -> tuple[
         means = [total.sum() / count for total, count in zip(totals, counts, strict=True)]
         loss = torch.stack(means).sum()
         if not loss.requires_grad:
-            raise ValueError(
+            raise UserError(
                 "The loss depends on no trained parameter: the model reads the targeted weights without calling their "
                 "layers, or gradients are cut off on the way. Choose targets that the model calls"
             )

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from lora_exp.config import OptimizerConfig, TrainConfig
+from lora_exp.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ def _eight_bit(name: str, device: torch.device) -> Any:
     from bitsandbytes import optim
 
     if device.type not in ("cuda", "cpu"):
-        raise ValueError(f"optimizer={name} is not on device={device.type}: use optimizer=adamw")
+        raise UserError(f"optimizer={name} is not on device={device.type}: use optimizer=adamw")
     if name == "paged_adamw_8bit" and device.type == "cuda":
         return optim.PagedAdamW8bit
     if name == "paged_adamw_8bit":

@@ -25,6 +25,7 @@ from lora_exp.adapters.inspection.traversal import base_modules, lora_layers, sa
 from lora_exp.adapters.layers.transformers_conv1d import LoRAConv1D
 from lora_exp.adapters.surgery.targets import find_targets, suffixes
 from lora_exp.adapters.variants.registry import variant_named
+from lora_exp.errors import UserError
 
 if TYPE_CHECKING:
     from lora_exp.adapters.model import LoraModel
@@ -105,7 +106,7 @@ def from_peft(
         wish["target_modules"] = sorted(trained)  # PEFT knows each architecture's; the file says as much
     layers, saved = adapted_names(wish, modules), saved_names(wish, modules)
     if not layers:
-        raise ValueError(
+        raise UserError(
             f"{source}: target_modules={stored.get('target_modules')!r} leaves no layer of this model to adapt; "
             "load the base that the adapter was trained on"
         )
@@ -139,12 +140,12 @@ def _noted_variant(stored: Mapping[str, Any], notes: Mapping[str, Any]) -> dict[
 
 def _check_known(stored: dict[str, Any], source: str) -> None:
     if stored.get("peft_type") != "LORA":
-        raise ValueError(f"{source} holds a {stored.get('peft_type')!r} adapter; only LORA can be read here")
+        raise UserError(f"{source} holds a {stored.get('peft_type')!r} adapter; only LORA can be read here")
     if used := [key for key in REFUSED if stored.get(key)]:
-        raise ValueError(f"{source} uses {', '.join(used)}, which this library does not have; load it with PEFT")
+        raise UserError(f"{source} uses {', '.join(used)}, which this library does not have; load it with PEFT")
     start = str(stored.get("init_lora_weights"))
     if start.lower().startswith(_REWRITES_BASE):
-        raise ValueError(
+        raise UserError(
             f"{source} was initialised with {start!r}, which changes the base weights; convert it to plain "
             "LoRA with PEFT's path_initial_model_for_weight_conversion first"
         )
@@ -158,7 +159,7 @@ def _check_ties(stored: dict[str, Any], model: nn.Module, used: Collection[str],
     weight = getattr(embedding, "weight", None)
     tied = {n for n, m in base_modules(model) if weight is not None and m._parameters.get("weight") is weight}
     if stored.get("ensure_weight_tying") and len(tied) > 1 and tied & set(used):
-        raise ValueError(
+        raise UserError(
             f"{source} uses ensure_weight_tying for {', '.join(sorted(tied))}, one adapter on tied weights, which this "
             "library does not have; load it with PEFT"
         )

@@ -22,6 +22,7 @@ from lora_exp.adapters.inspection.adapter_state import bias_parameters, saved_te
 from lora_exp.adapters.inspection.traversal import base_modules, joined, lora_layers
 from lora_exp.adapters.layers.adapted import LoRALayerBase
 from lora_exp.adapters.surgery.targets import value_for
+from lora_exp.errors import UserError
 
 if TYPE_CHECKING:
     from lora_exp.adapters.config import LoraConfig
@@ -49,9 +50,9 @@ def save(model: LoraModel, directory: str | Path, name: str, base_files_sha256: 
     """Write adapter `name`; what PEFT cannot represent is refused before anything is written."""
     config, folder = model.configs[name], Path(directory)
     if folder.is_file():
-        raise ValueError(f"{folder} is a file; give the folder to write the adapter to")
+        raise UserError(f"{folder} is a file; give the folder to write the adapter to")
     if reasons := [reason for _, layer in _adapted(model, name) if (reason := layer.peft_refusal())]:
-        raise ValueError(
+        raise UserError(
             f"PEFT's format cannot hold this adapter: {reasons[0]}; use save_model, which writes one safetensors file"
         )
     stored, notes = to_peft(model, name), _notes(model, config, base_files_sha256)
@@ -67,7 +68,7 @@ def read(directory: str | Path, model: nn.Module) -> Stored:
     folder = Path(directory)
     path = folder / CONFIG_NAME
     if not path.is_file():
-        raise ValueError(f"{path} is not there; give the folder of an adapter in PEFT's format")
+        raise UserError(f"{path} is not there; give the folder of an adapter in PEFT's format")
     stored = read_json(path.read_text(encoding="utf-8", errors="replace"), str(path))
     weights, tensors, metadata = _read_weights(folder)
     if not any(key.endswith(".bias") for key in tensors):
@@ -129,9 +130,9 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever the bytes led it to
-        raise ValueError(f"{path} cannot be read ({str(error)[:200]}); it is damaged or not PEFT's") from error
+        raise UserError(f"{path} cannot be read ({str(error)[:200]}); it is damaged or not PEFT's") from error
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise ValueError(f"{path} holds something else than named tensors; give an adapter in PEFT's format")
+        raise UserError(f"{path} holds something else than named tensors; give an adapter in PEFT's format")
     return found
 
 
@@ -152,7 +153,7 @@ def _check_ranks(path: Path, ranks: Mapping[str, int], config: LoraConfig) -> No
     for layer, rank in ranks.items():
         asked = int(value_for(layer, config.rank_pattern, config.rank))
         if asked != rank:
-            raise ValueError(
+            raise UserError(
                 f"{path} has {layer} of rank {rank}, where {CONFIG_NAME} asks for {asked}: they are of two adapters; "
                 "copy both files anew"
             )
@@ -187,7 +188,7 @@ def _base_tensors(model: LoraModel) -> list[tuple[str, Tensor]]:
 def _check_same(path: Path, name: str, stored: Tensor, base: Tensor) -> None:
     same = stored.shape == base.shape and torch.allclose(stored.float(), base.detach().cpu().float(), 1e-2, 1e-3)
     if not same:
-        raise ValueError(
+        raise UserError(
             f"{path} brings base weights of its own for {name} that differ from this model's; "
             "load the base (with the same vocabulary) that the adapter was trained on"
         )
@@ -199,5 +200,5 @@ def _check_base(model: LoraModel, notes: Mapping[str, Any], path: Path, strict_b
         return
     said = f"{path} was trained on other base weights ({notes.get('base')}, identity {str(trained_on)[:12]}...)"
     if strict_base:
-        raise ValueError(f"{said}; load that base, or pass strict_base=False if this is a copy of it")
+        raise UserError(f"{said}; load that base, or pass strict_base=False if this is a copy of it")
     log.warning("%s; a copy in float16 or quantised is normal, another model is not", said)

@@ -17,6 +17,7 @@ from lora_exp.adapters.config import ALL_LINEAR
 from lora_exp.adapters.layers.registry import layer_class_for
 from lora_exp.adapters.patterns import full_match, prefix_match, suffix_match
 from lora_exp.adapters.surgery.targets import suffixes
+from lora_exp.errors import UserError
 
 _FIRST_NUMBER = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
 _HEAD_NAMES = ("score", "classifier")  # of sequence classification, in PEFT's order
@@ -98,7 +99,7 @@ def check_types(wish: Wish, source: str) -> None:
         if wish.get(field) is not None and not is_right(wish[field])
     ]
     if wrong:
-        raise ValueError(f"{source}: {'; '.join(wrong)}; copy the adapter anew")
+        raise UserError(f"{source}: {'; '.join(wrong)}; copy the adapter anew")
 
 
 def matched(patterns: Mapping[str, Any] | None, names: Iterable[str]) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lora_exp.adapters.config import LoraConfig
 from lora_exp.adapters.surgery.undo import values_undone_on_failure
+from lora_exp.errors import UserError
 
 _CONFIG_KEY = "lora_config"
 # What decides an adapter's function beside its tensors; the rest says where it is and how it is trained.
@@ -38,7 +39,7 @@ def copy_strictly(path: str | Path, tensors: Mapping[str, Tensor], into: Mapping
     """Copy tensors by name, all or none; whatever does not fit is reported together, before any copy."""
     problems = [*_name_problems(tensors, into), *_value_problems(tensors, into)]
     if problems:
-        raise ValueError(
+        raise UserError(
             f"{path} does not fit this adapter: {'; '.join(problems[:6])}; load it with the config that it "
             "was trained with, onto the same base model"
         )
@@ -81,12 +82,12 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata) of a safetensors file, on the CPU."""
     if not Path(path).is_file():
-        raise ValueError(f"{path} is not there or not a file; check the path")
+        raise UserError(f"{path} is not there or not a file; check the path")
     try:
         with safe_open(str(path), "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError, KeyError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); it is damaged or cut short, copy it anew") from error
+        raise UserError(f"{path} cannot be read ({error}); it is damaged or cut short, copy it anew") from error
 
 
 def read_json(text: str, source: str) -> dict[str, Any]:
@@ -94,9 +95,9 @@ def read_json(text: str, source: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{source} is not valid JSON ({error}); copy the adapter anew") from error
+        raise UserError(f"{source} is not valid JSON ({error}); copy the adapter anew") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{source} is not a JSON object but {type(found).__name__}; copy the adapter anew")
+        raise UserError(f"{source} is not a JSON object but {type(found).__name__}; copy the adapter anew")
     return found
 
 
@@ -131,12 +132,12 @@ def _owned(tensor: Tensor) -> Tensor:
 
 def _check_config(path: str | Path, metadata: Mapping[str, str], config: LoraConfig) -> None:
     if _CONFIG_KEY not in metadata:
-        raise ValueError(f"{path} was not written by save_model; load PEFT's files with from_pretrained")
+        raise UserError(f"{path} was not written by save_model; load PEFT's files with from_pretrained")
     stored = read_json(metadata[_CONFIG_KEY], f"the config in {path}")
     ours = config.to_dict()
     if differing := [key for key in _MEANING if not _same(stored.get(key), ours[key])]:
         listed = ", ".join(f"{key} {stored.get(key)!r} there, {ours[key]!r} here" for key in differing)
-        raise ValueError(f"{path} holds another kind of adapter ({listed}); make this one with the same config")
+        raise UserError(f"{path} holds another kind of adapter ({listed}); make this one with the same config")
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from lora_exp.adapters.inspection.traversal import lora_layers
+from lora_exp.errors import UserError
 
 
 def unreached_layers(model: nn.Module, served: Sequence[str]) -> list[str]:
@@ -22,7 +23,7 @@ def unreached_layers(model: nn.Module, served: Sequence[str]) -> list[str]:
             factor: Any = layer.adapters[name].lora_B
             dead[layer_name] = dead.get(layer_name, False) or factor.grad is None
     if all(dead.values()):
-        raise ValueError(
+        raise UserError(
             f"no adapter got a gradient in the last backward pass (of {', '.join(list(dead)[:5])}); target "
             "layers that the model calls, and with reentrant checkpointing let the embeddings' output "
             "require gradients"

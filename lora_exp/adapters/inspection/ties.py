@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lora_exp.adapters.files.safetensors import read_tensors
 from lora_exp.adapters.inspection.traversal import base_modules, joined, own_parameter
+from lora_exp.errors import UserError
 
 _FLAG = "tie_word_embeddings"
 _UNTIED = "untied"  # key of a merged file's metadata: groups of names that were one weight of the base
@@ -76,7 +77,7 @@ def load_merged(model: nn.Module, path: str | Path) -> nn.Module:
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not fit this model ({error}); load it into the base's own class") from error
+        raise UserError(f"{path} does not fit this model ({error}); load it into the base's own class") from error
     return model
 
 

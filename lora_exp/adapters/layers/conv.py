@@ -18,6 +18,7 @@ from lora_exp.adapters.layers.adapted import DEFAULT, LoRALayerBase
 from lora_exp.adapters.layers.registry import adapts
 from lora_exp.adapters.routing.route import Plan, Route
 from lora_exp.adapters.variants.lora import LoraAdapter
+from lora_exp.errors import UserError
 
 
 class _LoRAConv(LoRALayerBase):
@@ -68,7 +69,7 @@ class _LoRAConv(LoRALayerBase):
         super().__init__(*shape, device=device, dtype=dtype)
         self.adopt(Route(Plan((DEFAULT,))))
         if reason := self.refusal(self, rank):
-            raise ValueError(reason)
+            raise UserError(reason)
         self.add_adapter(LoraAdapter(DEFAULT, rank, lora_alpha, lora_dropout, use_rslora))
 
     @classmethod

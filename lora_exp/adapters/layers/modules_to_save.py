@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lora_exp.adapters.layers.trained_biases import CHILD, remove_biases
 from lora_exp.adapters.layers.unloading import strip
 from lora_exp.adapters.routing.route import Plan, Route
+from lora_exp.errors import UserError
 
 if TYPE_CHECKING:
     from lora_exp.adapters.layers.adapted import LoRALayerBase
@@ -64,7 +65,7 @@ class SavedModule(nn.Module):
         chosen = self.copies[names[0]] if len(names) == 1 and names[0] in self.copies else self.original
         value = getattr(chosen, attribute)
         if isinstance(value, Tensor) and len(names) > 1 and any(name in self.copies for name in names):
-            raise ValueError(
+            raise UserError(
                 f"{attribute} of a saved module is read without calling the module, so no slice of the batch can get a "
                 f"copy of its own ({', '.join(names)}); save the module that reads it, or run one adapter at a time"
             )
@@ -111,7 +112,7 @@ def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
 def _batch_length(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     first = next(_tensors(args, kwargs), None)
     if first is None:
-        raise ValueError("a saved module was called without a tensor, so its batch cannot be routed")
+        raise UserError("a saved module was called without a tensor, so its batch cannot be routed")
     return first.shape[0]
 
 
@@ -128,4 +129,4 @@ def _concatenated(parts: list[Any]) -> Any:
         return torch.cat(parts)
     if isinstance(parts[0], tuple):
         return tuple(_concatenated(list(items)) for items in zip(*parts, strict=True))
-    raise ValueError(f"a saved module that returns {type(parts[0]).__name__} cannot be routed; save an inner one")
+    raise UserError(f"a saved module that returns {type(parts[0]).__name__} cannot be routed; save an inner one")

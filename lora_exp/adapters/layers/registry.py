@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 from torch import nn
 
 from lora_exp.adapters.discovery import import_all
+from lora_exp.errors import UserError
 
 if TYPE_CHECKING:
     from lora_exp.adapters.layers.adapted import LoRALayerBase
@@ -40,13 +41,13 @@ def layer_class_for(module: nn.Module) -> type[LoRALayerBase] | None:
 
 
 def layer_types(wished: Sequence[str]) -> frozenset[str]:
-    """The types meant, all for "all". Raises ValueError for one that no kind of layer has."""
+    """The types meant, all for "all". Raises UserError for one that no kind of layer has."""
     import_all("lora_exp.adapters.layers")
     known = {kind.layer_type for kind in _LAYERS.values()}
     if tuple(wished) == ("all",):
         return frozenset(known)
     if unknown := [kind for kind in wished if kind not in known]:
-        raise ValueError(
+        raise UserError(
             f"layer_types: {unknown[0]!r} is no layer type; choose from {', '.join(sorted(known))}, or 'all' alone"
         )
     return frozenset(wished)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lora_exp.adapters.config import LoraConfig
 from lora_exp.adapters.layers.registry import layer_class_for
 from lora_exp.adapters.routing.route import Route
+from lora_exp.errors import UserError
 
 CHILD = "trained_biases"
 
@@ -73,12 +74,12 @@ def trained_owners(
     covered = {id(m.bias) for _, m, _ in known}
     for name, module in owners:
         if id(module.bias) not in covered:
-            raise ValueError(
+            raise UserError(
                 f"bias={config.bias!r}: the bias of {name} ({type(module).__name__}) is not simply added to "
                 "that module's output, so it cannot be trained by adapter; use bias='lora_only' or 'none'"
             )
     if not known:
-        raise ValueError(f"bias={config.bias!r} finds no bias to train in this model; use bias='none'")
+        raise UserError(f"bias={config.bias!r} finds no bias to train in this model; use bias='none'")
     return known
 
 

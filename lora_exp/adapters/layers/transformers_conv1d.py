@@ -15,6 +15,7 @@ from lora_exp.adapters.layers.adapted import DEFAULT, LoRALayerBase
 from lora_exp.adapters.layers.registry import adapted_class, adapts
 from lora_exp.adapters.routing.route import Plan, Route
 from lora_exp.adapters.variants.lora import LoraAdapter
+from lora_exp.errors import UserError
 
 _BASE = "transformers.pytorch_utils.Conv1D"
 
@@ -34,7 +35,7 @@ class LoRAConv1D(LoRALayerBase):
         if cls is not LoRAConv1D:
             return super().__new__(cls)
         if (loaded := sys.modules.get("transformers.pytorch_utils")) is None:
-            raise ValueError("LoRAConv1D adapts transformers' Conv1D; import transformers first")
+            raise UserError("LoRAConv1D adapts transformers' Conv1D; import transformers first")
         made: Any = adapted_class(cls, loaded.Conv1D)
         return super().__new__(made)
 

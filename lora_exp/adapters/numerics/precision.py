@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lora_exp.errors import UserError
+
 NATIVE, FLOAT32 = "native", "float32"  # 16-bit products as they are / in float32 inside
 BLAS, ONEDNN = "blas", "onednn"  # who multiplies float32
 CHOICES = {"bf16": (NATIVE, FLOAT32), "float32": (BLAS, ONEDNN)}
@@ -99,13 +101,13 @@ def answered(bf16: str = FLOAT32, float32: str = BLAS) -> Iterator[None]:
 def with_environment(found: Callable[[], Answers]) -> Answers:
     """LORA_EXP_BF16 and LORA_EXP_FLOAT32 where they are set, and `found()` for what they leave open.
 
-    Raises ValueError for a value that is no answer.
+    Raises UserError for a value that is no answer.
     """
     given = {}
     for key, choices in CHOICES.items():
         value = os.environ.get(f"LORA_EXP_{key.upper()}", "auto")
         if value not in (*choices, "auto"):
-            raise ValueError(f"LORA_EXP_{key.upper()}={value} is no answer: use {', '.join(choices)} or auto")
+            raise UserError(f"LORA_EXP_{key.upper()}={value} is no answer: use {', '.join(choices)} or auto")
         if value != "auto":
             given[key] = value
     return Answers(**given) if len(given) == len(CHOICES) else dataclasses.replace(found(), **given)

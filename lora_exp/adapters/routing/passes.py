@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from lora_exp.adapters.routing.checkpoint_replay import moment
+from lora_exp.errors import UserError
 
 if TYPE_CHECKING:
     from lora_exp.adapters.routing.route import Plan
@@ -70,17 +71,17 @@ class Place:
     def replay(self, merged: str | None, evaluates: bool) -> Replay:
         """`merged` is in the weights now; `evaluates`: the model is in eval mode now."""
         if merged != self.merged:
-            raise ValueError(
+            raise UserError(
                 f"a checkpointed pass was made with {self.merged or 'no adapter'} merged into the weights, and now "
                 f"{merged or 'none'} is, so backward cannot repeat it; call backward() before merge() or unmerge()"
             )
         if evaluates and any(calls is not None and len(calls) for calls in (self.calls, *self.inner)):
-            raise ValueError(
+            raise UserError(
                 "a checkpointed pass was made in training mode, with dropout, and now the model is in eval mode, so "
                 "backward cannot repeat its masks; call backward() before eval(), or train() before backward()"
             )
         if self.gone is not None:
-            raise ValueError(
+            raise UserError(
                 f"a checkpointed pass went through adapter {self.gone!r}, which was deleted before the backward "
                 "pass came to it; call backward() first, then delete the adapter"
             )
@@ -130,7 +131,7 @@ class Spans:
     def place_after(self, time: int) -> Place | None:
         """Where the first call after the moment `time` was made; None if there was none."""
         if time < self._forgotten:
-            raise ValueError(
+            raise UserError(
                 f"a checkpointed pass lies more than {_REMEMBERED // 2} passes or switches back and cannot be "
                 "replayed any more; call backward() sooner, or checkpoint with use_reentrant=False"
             )

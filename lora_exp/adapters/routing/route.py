@@ -20,6 +20,7 @@ from lora_exp.adapters.routing.checkpoint_replay import graph_task, saves_plainl
 from lora_exp.adapters.routing.passes import Calls, Replay
 from lora_exp.adapters.routing.threads import Local, Scope
 from lora_exp.adapters.routing.traces import Traces
+from lora_exp.errors import UserError
 
 BASE = "__base__"  # the name that routes samples through the frozen model alone, as in PEFT
 
@@ -61,7 +62,7 @@ class Plan:
         assert self.sizes is not None
         batch = sum(self.sizes)
         if length not in (batch, batch * self.rows):
-            raise ValueError(
+            raise UserError(
                 f"routing covers {batch} samples ({_described(self)}), but a layer was called with a leading "
                 f"dimension of {length}; make the routed sizes add up to the batch, and do not adapt layers "
                 "that see a regrouped batch (a mixture's experts)"
@@ -164,7 +165,7 @@ class Route:
         """Raises if an open context or a running pass of any thread needs the adapter."""
         living = [thread for thread in list(self._traces.threads) if thread.runs_in.is_alive()]
         if any(scope.needs(name) for thread in living for scope in list(thread.scopes)):
-            raise ValueError(
+            raise UserError(
                 f"adapter {name!r} is needed by an open context (route, or disable_adapter while it is merged) or by a "
                 "pass that runs; leave the context, then delete the adapter"
             )
@@ -237,16 +238,16 @@ def sliced_plan(sizes: Mapping[str, int]) -> Plan:
     """Contiguous slices of the batch, in the mapping's order."""
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 0:
-            raise ValueError(f"route: {name!r} was given {size!r} samples; use a whole number of at least 0")
+            raise UserError(f"route: {name!r} was given {size!r} samples; use a whole number of at least 0")
     if not sizes or sum(sizes.values()) == 0:
-        raise ValueError(f"route: {dict(sizes)} routes no sample; give at least one adapter a sample")
+        raise UserError(f"route: {dict(sizes)} routes no sample; give at least one adapter a sample")
     return Plan(tuple(sizes), tuple(sizes.values()))
 
 
 def sampled_plan(names: Sequence[str]) -> Plan:
     """One adapter a sample; neighbours with the same adapter run together."""
     if isinstance(names, str) or not names:
-        raise ValueError(f"route_samples: {names!r} is not a list with one adapter name a sample")
+        raise UserError(f"route_samples: {names!r} is not a list with one adapter name a sample")
     runs = [(name, len(list(group))) for name, group in itertools.groupby(names)]
     return Plan(tuple(name for name, _ in runs), tuple(size for _, size in runs))
 

@@ -14,6 +14,7 @@ from lora_exp.adapters.routing.checkpoint_replay import (
 )
 from lora_exp.adapters.routing.passes import Calls, Place, Replay
 from lora_exp.adapters.routing.threads import Thread
+from lora_exp.errors import UserError
 
 if TYPE_CHECKING:
     from lora_exp.adapters.routing.route import Plan
@@ -87,7 +88,7 @@ class Traces:
         found = [place for place in places if place is not None]
         found = [place for place in found if place.calls is not None or place.inner] or found
         if any((place.plan, place.calls) != (found[0].plan, found[0].calls) for place in found[1:]):
-            raise ValueError(
+            raise UserError(
                 "several threads used this model's adapters, and with reentrant checkpointing it cannot be told which "
                 "of them made the pass that backward is at; use checkpoint(..., use_reentrant=False)"
             )

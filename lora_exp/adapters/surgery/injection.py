@@ -23,6 +23,7 @@ from lora_exp.adapters.routing.route import Route
 from lora_exp.adapters.surgery.targets import Targets, find_targets, parents, saved_names, value_for
 from lora_exp.adapters.variants.lora import LoraAdapter
 from lora_exp.adapters.variants.registry import variant_class
+from lora_exp.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ def _check_ranks(layers: dict[str, nn.Module], config: LoraConfig) -> None:
         return
     name, (rank, limit) = max(above.items(), key=lambda item: item[1][1])
     if len(above) == len(layers):
-        raise ValueError(
+        raise UserError(
             f"rank={rank} is above the dimensions of every adapted layer (the largest, {name}, has {limit}); "
             f"use a rank of at most {limit}"
         )

@@ -23,6 +23,7 @@ from lora_exp.adapters.layers.trained_biases import CHILD, remove_biases
 from lora_exp.adapters.layers.unloading import allow_fast_paths, strip
 from lora_exp.adapters.numerics.packed_weights import is_quantised, moved_to
 from lora_exp.adapters.routing.route import Plan
+from lora_exp.errors import UserError
 
 
 @dataclasses.dataclass
@@ -84,7 +85,7 @@ def unmerge(model: nn.Module) -> None:
         for key, parameter in parameters.items():
             now: Any = getattr(module, key)
             if parameter.dtype != now.dtype and not is_quantised(parameter):
-                raise ValueError(
+                raise UserError(
                     f"the model was cast from {parameter.dtype} to {now.dtype} with an adapter merged in, so "
                     "the base cannot be restored bit for bit; cast it back first, or load the base anew"
                 )
@@ -179,7 +180,7 @@ def _fold(layer: LoRALayerBase, layer_name: str, name: str, safe: bool, requanti
     exact = adapter.merged(layer)
     rounded = exact.to(layer.merged_dtype)
     if safe and not torch.isfinite(rounded).all():
-        raise ValueError(
+        raise UserError(
             f"merging {name!r} makes weights of {layer_name} that are not finite; nothing was merged. "
             "Check the adapter for a diverged run"
         )

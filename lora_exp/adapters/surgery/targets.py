@@ -13,6 +13,7 @@ from lora_exp.adapters.config import ALL_LINEAR, LoraConfig
 from lora_exp.adapters.inspection.traversal import lora_layers
 from lora_exp.adapters.layers.registry import layer_class_for, layer_types
 from lora_exp.adapters.patterns import full_match, suffix_match
+from lora_exp.errors import UserError
 
 _HEAD_NAMES = ("lm_head", "score", "classifier", "classification_head", "qa_outputs")
 _BLOCK_INDEX = re.compile(r".*?\.(\d+)\.")  # the first number: blocks are outside, experts inside
@@ -46,7 +47,7 @@ def find_targets(model: nn.Module, modules: dict[str, nn.Module], config: LoraCo
     for field in ("rank_pattern", "alpha_pattern"):
         _check_patterns(field, getattr(config, field) or {}, targets.layers)
     if not targets.layers:
-        raise ValueError(f"{_wish(config)} leaves no layer to adapt{_skipped_note(targets.skipped)}")
+        raise UserError(f"{_wish(config)} leaves no layer to adapt{_skipped_note(targets.skipped)}")
     return targets
 
 
@@ -56,11 +57,11 @@ def saved_names(modules: dict[str, nn.Module], config: LoraConfig) -> list[str]:
         return []
     found = matching(config.modules_to_save, modules, "modules_to_save")
     if "" in found:
-        raise ValueError("modules_to_save names the whole model; name a part of it, such as its head")
+        raise UserError("modules_to_save names the whole model; name a part of it, such as its head")
     outer = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
     for name in outer:
         if adapted := [inner for inner, _ in lora_layers(modules[name])]:
-            raise ValueError(
+            raise UserError(
                 f"modules_to_save: {name} holds layers of another adapter ({adapted[0] or 'itself'}); "
                 "exclude them from that adapter, or save this module there too"
             )
@@ -85,7 +86,7 @@ def matching(wish: list[str] | str, names: Iterable[str], what: str) -> set[str]
     if isinstance(wish, str):
         found = {name for name in names if full_match(wish, name)}
         if not found:
-            raise ValueError(
+            raise UserError(
                 f"{what}={wish!r} matches no module's full name{near(wish, names)}; a string is a regular "
                 "expression over full names, so put plain names or suffixes into a list"
             )
@@ -97,7 +98,7 @@ def matching(wish: list[str] | str, names: Iterable[str], what: str) -> set[str]
                 hits[suffix].add(name)
     if missed := [entry for entry in wish if not hits[entry]]:
         hints = "; ".join(f"{entry!r}{near(entry, names)}" for entry in missed)
-        raise ValueError(f"{what} names no module of this model: {hints}")
+        raise UserError(f"{what} names no module of this model: {hints}")
     return set().union(*hits.values())
 
 
@@ -178,7 +179,7 @@ def _in_blocks(chosen: dict[str, bool], config: LoraConfig) -> dict[str, bool]:
     if missing := sorted(wanted - set(index.values())):
         present = sorted(set(index.values()))
         have = f"{present[0]} to {present[-1]}" if present else "none"
-        raise ValueError(f"layers_to_transform: no targeted layer in block {missing}; blocks here: {have}")
+        raise UserError(f"layers_to_transform: no targeted layer in block {missing}; blocks here: {have}")
     return {name: named for name, named in chosen.items() if index.get(name) in wanted}
 
 
@@ -194,7 +195,7 @@ def _adaptable(chosen: dict[str, bool], modules: dict[str, nn.Module], config: L
             targets.skipped[name] = reason
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(
+        raise UserError(
             f"target_modules names what cannot be adapted: {'; '.join(problems[:5])}{more}; "
             "name other layers or take these out with exclude_modules"
         )
@@ -227,7 +228,7 @@ def _check_patterns(field: str, patterns: Mapping[str, float], layers: Iterable[
     missed = [key for key in patterns if not any(matches_pattern(key, name) for name in layers)]
     if missed:
         hints = "; ".join(f"{key!r}{near(key, layers)}" for key in missed)
-        raise ValueError(f"{field} matches no adapted layer: {hints}")
+        raise UserError(f"{field} matches no adapted layer: {hints}")
 
 
 def suffixes(name: str) -> Iterable[str]:

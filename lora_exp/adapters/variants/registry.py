@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_exp.adapters.discovery import import_all
+from lora_exp.errors import UserError
 
 if TYPE_CHECKING:
     from lora_exp.adapters.variants.lora import LoraAdapter
@@ -20,7 +21,7 @@ def variant(name: str) -> Callable[[_Variant], _Variant]:
 
     def register(kind: _Variant) -> _Variant:
         if (known := _VARIANTS.get(name)) is not None and known.__qualname__ != kind.__qualname__:
-            raise ValueError(f"variant {name!r} is registered already, as {known.__module__}.{known.__qualname__}")
+            raise UserError(f"variant {name!r} is registered already, as {known.__module__}.{known.__qualname__}")
         kind.variant = name
         _VARIANTS[name] = kind
         return kind
@@ -29,10 +30,10 @@ def variant(name: str) -> Callable[[_Variant], _Variant]:
 
 
 def variant_named(name: str) -> type[LoraAdapter]:
-    """Raises ValueError for a name that is none."""
+    """Raises UserError for a name that is none."""
     import_all("lora_exp.adapters.variants")
     if name not in _VARIANTS:
-        raise ValueError(f"variant={name!r} is no variant; choose one of {', '.join(variant_names())}")
+        raise UserError(f"variant={name!r} is no variant; choose one of {', '.join(variant_names())}")
     return _VARIANTS[name]
 
 
@@ -42,11 +43,11 @@ def variant_names() -> list[str]:
 
 
 def variant_class(name: str, options: Mapping[str, Any]) -> type[LoraAdapter]:
-    """The class, after a look whether it takes these options. Raises ValueError for one that it does not know."""
+    """The class, after a look whether it takes these options. Raises UserError for one that it does not know."""
     kind = variant_named(name)
     parameters = inspect.signature(kind).parameters
     known = [key for key, value in parameters.items() if value.kind is inspect.Parameter.KEYWORD_ONLY]
     if unknown := [key for key in options if key not in known]:
         takes = f"it takes {', '.join(known)}" if known else "it takes none"
-        raise ValueError(f"variant_options: {', '.join(unknown)} is no option of {name!r}; {takes}")
+        raise UserError(f"variant_options: {', '.join(unknown)} is no option of {name!r}; {takes}")
     return kind
