@@ -1,7 +1,7 @@
 """A LoRA library: adapted layers, models with adapters, PEFT's file format. Needs torch alone."""
 
 from lora_exp.adapters.config import LoraConfig, scaling_factor
-from lora_exp.adapters.inspection.ties import load_merged
+from lora_exp.adapters.files.merged import load_merged
 from lora_exp.adapters.layers.adapted import LoRALayerBase
 from lora_exp.adapters.layers.bitsandbytes import LoRALinear4bit, LoRALinear8bit
 from lora_exp.adapters.layers.conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
@@ -12,7 +12,7 @@ from lora_exp.adapters.layers.registry import adapts
 from lora_exp.adapters.layers.transformers_conv1d import LoRAConv1D
 from lora_exp.adapters.model import LoraModel
 from lora_exp.adapters.numerics.reference import use_reference
-from lora_exp.adapters.routing.route import BASE
+from lora_exp.adapters.routing.plan import BASE
 from lora_exp.adapters.surgery.merging import MergeReport
 from lora_exp.adapters.variants.dora import DoraAdapter
 from lora_exp.adapters.variants.lora import LoraAdapter

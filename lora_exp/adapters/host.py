@@ -19,6 +19,7 @@ class Host(nn.Module):
     """
 
     layer_type: ClassVar[str]
+    made_from: ClassVar[tuple[type[Host], type[nn.Module]] | None] = None  # where the class was made on the fly
     out_axis: ClassVar[int] = 0  # the weight's dimension that counts output features
     takes_dropout: ClassVar[bool] = True  # not where inputs are indices
 

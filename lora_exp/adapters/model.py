@@ -14,15 +14,17 @@ from torch import Tensor, nn
 
 from lora_exp.adapters.config import LoraConfig
 from lora_exp.adapters.files import peft_folder, safetensors
+from lora_exp.adapters.files.merged import untied_metadata
 from lora_exp.adapters.inspection import adapter_state, base_hash
 from lora_exp.adapters.inspection.gradients import unreached_layers
 from lora_exp.adapters.inspection.parameter_counts import count_parameters
-from lora_exp.adapters.inspection.ties import undo_ties, untied_metadata, weight_ties
+from lora_exp.adapters.inspection.ties import undo_ties, weight_ties
 from lora_exp.adapters.inspection.traversal import biased_modules, lora_layers, saved_modules
 from lora_exp.adapters.layers.adapted import DEFAULT
 from lora_exp.adapters.numerics.dropout import draw_seed
 from lora_exp.adapters.numerics.packed_weights import recover_class
-from lora_exp.adapters.routing.route import BASE, Clock, Plan, Route, sampled_plan, sliced_plan
+from lora_exp.adapters.routing.plan import BASE, Plan, sampled_plan, sliced_plan
+from lora_exp.adapters.routing.route import Clock, Route
 from lora_exp.adapters.signature import class_like, restore
 from lora_exp.adapters.surgery import merging
 from lora_exp.adapters.surgery.injection import inject

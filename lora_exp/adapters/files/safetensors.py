@@ -20,7 +20,7 @@ from lora_exp.errors import UserError
 
 _CONFIG_KEY = "lora_config"
 # What decides an adapter's function beside its tensors; the rest says where it is and how it is trained.
-_MEANING = ("lora_alpha", "use_rslora", "use_dora", "bias", "alpha_pattern", "rank", "rank_pattern")
+_MEANING = ("lora_alpha", "use_rslora", "variant", "bias", "alpha_pattern", "rank", "rank_pattern")
 
 
 def save_adapter(path: str | Path, tensors: Mapping[str, Tensor], config: LoraConfig) -> None:
@@ -134,6 +134,7 @@ def _check_config(path: str | Path, metadata: Mapping[str, str], config: LoraCon
     if _CONFIG_KEY not in metadata:
         raise UserError(f"{path} was not written by save_model; load PEFT's files with from_pretrained")
     stored = read_json(metadata[_CONFIG_KEY], f"the config in {path}")
+    stored = {"variant": "dora" if stored.get("use_dora") else "lora", **stored}  # older files name none
     ours = config.to_dict()
     if differing := [key for key in _MEANING if not _same(stored.get(key), ours[key])]:
         listed = ", ".join(f"{key} {stored.get(key)!r} there, {ours[key]!r} here" for key in differing)

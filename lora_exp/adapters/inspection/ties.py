@@ -8,20 +8,15 @@ from __future__ import annotations
 
 import copy
 import inspect
-import json
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_exp.adapters.files.safetensors import read_tensors
 from lora_exp.adapters.inspection.traversal import base_modules, joined, own_parameter
-from lora_exp.errors import UserError
 
 _FLAG = "tie_word_embeddings"
-_UNTIED = "untied"  # key of a merged file's metadata: groups of names that were one weight of the base
 
 
 def weight_ties(model: nn.Module) -> list[set[str]]:
@@ -42,7 +37,7 @@ def undo_ties(model: nn.Module, before: Iterable[set[str]]) -> None:
     if configs := list(_tying_configs(model)):
         may_say = all(_flag_only_ties(config) for config in configs) and not _reads_flag(model)
         for names in now if may_say else [names for names in now if any(names <= group for group in broken)]:
-            _separate(model, names)
+            separate(model, names)
         for config in configs if may_say else ():
             setattr(config, _FLAG, False)
 
@@ -57,31 +52,7 @@ def untied_groups(state: Mapping[str, Tensor], ties: Iterable[set[str]]) -> list
     return found
 
 
-def untied_metadata(groups: list[list[str]]) -> dict[str, str]:
-    return {_UNTIED: json.dumps(groups)} if groups else {}
-
-
-def load_merged(model: nn.Module, path: str | Path) -> nn.Module:
-    """Load what `save_model(merge_weights=True)` wrote into a plain model of the original class, strictly.
-
-    Ties of which one side was adapted are undone first, in the model and in its transformers config; with
-    `load_state_dict` alone the last of the tied names would decide. Returns `model`.
-    """
-    tensors, metadata = read_tensors(path)
-    before = [set(names) for names in json.loads(metadata.get(_UNTIED, "[]"))]
-    ties = weight_ties(model)
-    known = dict(model.named_parameters(remove_duplicate=False))
-    for names in before:
-        _separate(model, [name for name in names if name in known])
-    undo_ties(model, [group for group in ties if any(names & group for names in before)])
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise UserError(f"{path} does not fit this model ({error}); load it into the base's own class") from error
-    return model
-
-
-def _separate(model: nn.Module, names: Iterable[str]) -> None:
+def separate(model: nn.Module, names: Iterable[str]) -> None:
     """Give each name but one a copy of the parameter."""
     for name in sorted(names)[1:]:
         owner, _, key = name.rpartition(".")

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_exp.adapters.host import Host
 from lora_exp.adapters.kernels.linear import Served, fused_linear
 from lora_exp.adapters.kernels.terms import Terms
 from lora_exp.adapters.layers.registry import base_class_of, forward_override, restore
-from lora_exp.adapters.layers.unloading import merged_copy
+from lora_exp.adapters.layers.trained_biases import CHILD, remove_biases
 from lora_exp.adapters.numerics.reference import fused_allowed, is_plain
-from lora_exp.adapters.routing.route import BASE, Route
+from lora_exp.adapters.routing.plan import BASE
+from lora_exp.adapters.routing.route import Route
 from lora_exp.adapters.variants.lora import LoraAdapter
 
 DEFAULT = "default"
@@ -27,7 +31,6 @@ class LoRALayerBase(Host):
     geometry as `Host` asks for it.
     """
 
-    made_from: ClassVar[tuple[type[LoRALayerBase], type[nn.Module]] | None] = None
     fuses: ClassVar[bool] = False  # whether its gradients are written by hand, in `kernel`
     kernel: ClassVar[Callable[[Any, Tensor, Served], Tensor | None]] = staticmethod(fused_linear)
     own_attributes: ClassVar[tuple[str, ...]] = ("route", "kept")  # what the base class has not
@@ -164,3 +167,53 @@ class LoRALayerBase(Host):
         """scale * AB in the weight's shape, for the named or the active adapter."""
         adapter: Any = self.adapter if name is None else self.adapters[name]
         return adapter.delta_weight(self)
+
+
+def strip(layer: LoRALayerBase) -> nn.Module:
+    """The layer itself, back in the class it had before it was adapted."""
+    plain: nn.Module = layer
+    original = layer.plain_class()
+    del layer.adapters
+    for key in layer.own_attributes:
+        layer.__dict__.pop(key, None)
+    plain.__class__ = original
+    if "_old_forward" in plain.__dict__:  # accelerate's, see injection
+        plain.__dict__["_old_forward"] = original.forward.__get__(plain)
+    return plain
+
+
+def allow_fast_paths(model: nn.Module) -> None:
+    """Undo what keeps torch's encoder from reading the weights of adapted layers without calling them."""
+    encoders = [module for module in model.modules() if isinstance(module, nn.TransformerEncoder)]
+    for layer in model.modules():
+        if isinstance(layer, nn.TransformerEncoderLayer):
+            act = layer.activation
+            layer.activation_relu_or_gelu = (
+                1
+                if act is F.relu or isinstance(act, nn.ReLU)
+                else 2
+                if act is F.gelu or isinstance(act, nn.GELU)
+                else 0
+            )
+    for encoder in encoders:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch says why a layer has no fast path
+            like: Any = nn.TransformerEncoder(encoder.layers[0], 0, None, encoder.enable_nested_tensor)
+        encoder.use_nested_tensor = like.use_nested_tensor
+
+
+def merged_copy(layer: LoRALayerBase) -> Any:
+    """A plain layer of the original class with the active adapter merged in; `layer` stays as it is."""
+    twin = copy.copy(layer)
+    twin.__dict__ = {key: dict(value) if isinstance(value, dict) else value for key, value in vars(layer).items()}
+    weight = layer.adapter.merged(layer).detach().to(layer.merged_dtype)
+    trained: Any = twin._modules.get(CHILD)
+    if trained is not None:
+        remove_biases(twin)
+    twin.weight = nn.Parameter(weight)  # first: a quantised layer goes back to another class with a dense weight
+    strip(twin)
+    if isinstance(bias := getattr(twin, "bias", None), nn.Parameter):
+        name = layer.adapter.name
+        own = trained.values[name] if trained is not None and name in trained.values else bias
+        twin.bias = nn.Parameter(own.detach().to(bias.dtype, copy=True))
+    return twin

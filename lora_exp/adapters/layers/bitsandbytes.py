@@ -16,10 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_exp.adapters.layers.adapted import DEFAULT
+from lora_exp.adapters.layers.adapted import DEFAULT, strip
 from lora_exp.adapters.layers.linear import LoRALinear
 from lora_exp.adapters.layers.registry import adapted_class, adapts
-from lora_exp.adapters.layers.unloading import strip
 from lora_exp.adapters.numerics.packed_weights import (
     bring_constants,
     constants,
@@ -28,7 +27,8 @@ from lora_exp.adapters.numerics.packed_weights import (
     keep_trainable,
     recover_class,
 )
-from lora_exp.adapters.routing.route import Plan, Route
+from lora_exp.adapters.routing.plan import Plan
+from lora_exp.adapters.routing.route import Route
 from lora_exp.adapters.variants.lora import LoraAdapter
 
 _MODULES = "bitsandbytes.nn.modules"

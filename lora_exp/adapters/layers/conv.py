@@ -16,7 +16,8 @@ from lora_exp.adapters.kernels.conv import fused_convolution
 from lora_exp.adapters.kernels.conv_ops import Geometry
 from lora_exp.adapters.layers.adapted import DEFAULT, LoRALayerBase
 from lora_exp.adapters.layers.registry import adapts
-from lora_exp.adapters.routing.route import Plan, Route
+from lora_exp.adapters.routing.plan import Plan
+from lora_exp.adapters.routing.route import Route
 from lora_exp.adapters.variants.lora import LoraAdapter
 from lora_exp.errors import UserError
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from lora_exp.adapters.layers.adapted import DEFAULT, LoRALayerBase
 from lora_exp.adapters.layers.registry import adapts
-from lora_exp.adapters.routing.route import Plan, Route
+from lora_exp.adapters.routing.plan import Plan
+from lora_exp.adapters.routing.route import Route
 from lora_exp.adapters.variants.lora import LoraAdapter
 
 

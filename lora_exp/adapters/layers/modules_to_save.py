@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from lora_exp.adapters.layers.adapted import strip
 from lora_exp.adapters.layers.trained_biases import CHILD, remove_biases
-from lora_exp.adapters.layers.unloading import strip
-from lora_exp.adapters.routing.route import Plan, Route
+from lora_exp.adapters.routing.plan import Plan
+from lora_exp.adapters.routing.route import Route
 from lora_exp.errors import UserError
 
 if TYPE_CHECKING:

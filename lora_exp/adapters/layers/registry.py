@@ -7,19 +7,17 @@ says `@adapts("bitsandbytes.nn.modules.Linear4bit")` adds a kind of layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from torch import nn
 
 from lora_exp.adapters.discovery import import_all
+from lora_exp.adapters.host import Host
 from lora_exp.errors import UserError
 
-if TYPE_CHECKING:
-    from lora_exp.adapters.layers.adapted import LoRALayerBase
-
-_LAYERS: dict[str, type[LoRALayerBase]] = {}
-_MADE: dict[tuple[type, type], type[LoRALayerBase]] = {}
-_Layer = TypeVar("_Layer", bound="type[LoRALayerBase]")
+_LAYERS: dict[str, type[Host]] = {}
+_MADE: dict[tuple[type, type], type[Host]] = {}
+_Layer = TypeVar("_Layer", bound="type[Host]")
 
 
 def adapts(*base_names: str) -> Callable[[_Layer], _Layer]:
@@ -32,7 +30,7 @@ def adapts(*base_names: str) -> Callable[[_Layer], _Layer]:
     return register
 
 
-def layer_class_for(module: nn.Module) -> type[LoRALayerBase] | None:
+def layer_class_for(module: nn.Module) -> type[Host] | None:
     """Our class for a module, by its nearest registered base class."""
     for base in type(module).__mro__:
         if (found := _LAYERS.get(qualified_name(base))) is not None:
@@ -53,7 +51,7 @@ def layer_types(wished: Sequence[str]) -> frozenset[str]:
     return frozenset(wished)
 
 
-def adapted_class(layer_class: type[LoRALayerBase], base_class: type[nn.Module]) -> type[LoRALayerBase]:
+def adapted_class(layer_class: type[Host], base_class: type[nn.Module]) -> type[Host]:
     """`layer_class` itself if it adapts exactly `base_class`, else a subclass of both, made once."""
     if base_class in layer_class.__mro__:
         return layer_class
@@ -64,13 +62,13 @@ def adapted_class(layer_class: type[LoRALayerBase], base_class: type[nn.Module])
     return _MADE.setdefault((layer_class, base_class), made)
 
 
-def restore(layer_class: type[LoRALayerBase], base_class: type[nn.Module]) -> LoRALayerBase:
+def restore(layer_class: type[Host], base_class: type[nn.Module]) -> Host:
     """An empty layer of a class that was made on the fly, for pickle and deepcopy to fill."""
     made = adapted_class(layer_class, base_class)
     return made.__new__(made)
 
 
-def base_class_of(layer: LoRALayerBase) -> type[nn.Module]:
+def base_class_of(layer: Host) -> type[nn.Module]:
     """The torch class that a layer adapts."""
     if layer.made_from is not None:
         return layer.made_from[1]

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from lora_exp.adapters.layers.adapted import DEFAULT, LoRALayerBase
 from lora_exp.adapters.layers.registry import adapted_class, adapts
-from lora_exp.adapters.routing.route import Plan, Route
+from lora_exp.adapters.routing.plan import Plan
+from lora_exp.adapters.routing.route import Route
 from lora_exp.adapters.variants.lora import LoraAdapter
 from lora_exp.errors import UserError
 

@@ -17,7 +17,7 @@ from lora_exp.adapters.routing.checkpoint_replay import moment
 from lora_exp.errors import UserError
 
 if TYPE_CHECKING:
-    from lora_exp.adapters.routing.route import Plan
+    from lora_exp.adapters.routing.plan import Plan
 
 _REMEMBERED = 4096  # spans a thread
 

@@ -12,7 +12,7 @@ from lora_exp.adapters.routing.checkpoint_replay import Hook
 from lora_exp.adapters.routing.passes import Calls, Replay, Spans
 
 if TYPE_CHECKING:
-    from lora_exp.adapters.routing.route import Plan
+    from lora_exp.adapters.routing.plan import Plan
 
 _REMEMBERED = 32  # threads that have ended
 

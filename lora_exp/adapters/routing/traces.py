@@ -17,7 +17,7 @@ from lora_exp.adapters.routing.threads import Thread
 from lora_exp.errors import UserError
 
 if TYPE_CHECKING:
-    from lora_exp.adapters.routing.route import Plan
+    from lora_exp.adapters.routing.plan import Plan
 
 _UNSEEN = (
     "a checkpointed block is replayed whose first run this model has not seen, so its adapters are not known; were "

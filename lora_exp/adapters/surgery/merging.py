@@ -17,12 +17,11 @@ from lora_exp.adapters.inspection.traversal import (
     own_parameter,
     saved_modules,
 )
-from lora_exp.adapters.layers.adapted import LoRALayerBase
+from lora_exp.adapters.layers.adapted import LoRALayerBase, allow_fast_paths, strip
 from lora_exp.adapters.layers.bitsandbytes import as_plain, dense_of
 from lora_exp.adapters.layers.trained_biases import CHILD, remove_biases
-from lora_exp.adapters.layers.unloading import allow_fast_paths, strip
 from lora_exp.adapters.numerics.packed_weights import is_quantised, moved_to
-from lora_exp.adapters.routing.route import Plan
+from lora_exp.adapters.routing.plan import Plan
 from lora_exp.errors import UserError
 
 

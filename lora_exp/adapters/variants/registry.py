@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from lora_exp.adapters.discovery import import_all
 from lora_exp.errors import UserError
 
-if TYPE_CHECKING:
-    from lora_exp.adapters.variants.lora import LoraAdapter
-
-_VARIANTS: dict[str, type[LoraAdapter]] = {}
-_Variant = TypeVar("_Variant", bound="type[LoraAdapter]")
+_VARIANTS: dict[str, type[Any]] = {}
+_Variant = TypeVar("_Variant", bound="type[Any]")
 
 
 def variant(name: str) -> Callable[[_Variant], _Variant]:
@@ -29,7 +26,7 @@ def variant(name: str) -> Callable[[_Variant], _Variant]:
     return register
 
 
-def variant_named(name: str) -> type[LoraAdapter]:
+def variant_named(name: str) -> type[Any]:
     """Raises UserError for a name that is none."""
     import_all("lora_exp.adapters.variants")
     if name not in _VARIANTS:
@@ -42,7 +39,7 @@ def variant_names() -> list[str]:
     return sorted(_VARIANTS)
 
 
-def variant_class(name: str, options: Mapping[str, Any]) -> type[LoraAdapter]:
+def variant_class(name: str, options: Mapping[str, Any]) -> type[Any]:
     """The class, after a look whether it takes these options. Raises UserError for one that it does not know."""
     kind = variant_named(name)
     parameters = inspect.signature(kind).parameters
