@@ -29,6 +29,18 @@ class Host(nn.Module):
     route: Route
     kept: dict[str, nn.Parameter]  # the base's own parameters while an adapter is merged in
 
+    @classmethod
+    def refusal(cls, module: nn.Module, rank: int) -> str | None:
+        """Why this kind of layer cannot adapt `module` at `rank`; None if it can."""
+        raise NotImplementedError
+
+    @classmethod
+    def largest_rank(cls, module: nn.Module) -> int:
+        """The larger side of the weight as a matrix; no rank above it has a meaning."""
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        outputs = weight.shape[cls.out_axis]
+        return max(outputs, weight.numel() // outputs)
+
     # Geometry
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

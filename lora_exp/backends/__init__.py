@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from lora_exp.backends.base_weights import chosen_weights, save_weights, saved_weights, say_ties
-from lora_exp.config import Config, default_targets, resolve_alpha
+from lora_exp.config import Config, conf_folder, default_targets, resolve_alpha
 from lora_exp.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -163,7 +163,7 @@ def _lora_config(config: Config) -> Any:
         lora_dropout=config.dropout,
         bias=config.bias,
         use_rslora=config.scaling.name == "rslora",
-        variant=config.adapter.variant,
+        variant=config.adapter.variant or "lora",
         variant_options=config.adapter.options,
         modules_to_save=config.model.modules_to_save or None,
         layer_types=tuple(config.layer.types),
@@ -180,9 +180,10 @@ def _targeted(base: nn.Module, config: Config, wanted: Any) -> dict[str, nn.Modu
     for name, module in layers.items():
         kind = getattr(layer_class_for(module), "layer_type", "")
         if wanted.layer_types != ("all",) and kind not in wanted.layer_types:
+            choices = f"layer={kind}, " if (conf_folder() / "layer" / f"{kind}.yaml").is_file() else ""
             raise UserError(
                 f"targets={config.targets} names {name}, which is of type {kind}, but layer={config.layer.name}: "
-                f"choose layer=all, or other targets"
+                f"choose {choices}layer=all or other targets"
             )
     return layers
 

@@ -150,7 +150,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return None, None if dx is None else as_dtype(dx, dtype).view(shape), *found
 
 
-def _joined(grad: Tensor, parts: Sequence[Share], weighted: Sequence[Tensor]) -> Tensor:
+def _joined(grad: Tensor, parts: Sequence[Share], weighted: Sequence[Any]) -> Tensor:
     """What W takes back to dx: G, or g∘G in the rows of DoRA without dropout."""
     if parts[0].rows is None:
         return weighted[0] if parts[0].scales_base else grad

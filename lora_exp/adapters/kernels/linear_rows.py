@@ -93,7 +93,9 @@ def share_gradients(
         _add_input(share, mask, dz, a, weighted, *to)
     d = x if x is None or mask is None else mask.mul_(x)
     if needs[1]:
-        z = times_transposed(d, a.T) if z is None and d is not None else z
+        if z is None:
+            assert d is not None  # kept wherever z is not
+            z = times_transposed(d, a.T)
         dB = as_dtype(factor_product(as_dtype(z, grad.dtype), grad, share.factor), B.dtype)
         dB = dB if g is None else dB.mul_(share.ratio(magnitude, B.dtype))
     if needs[0] and dz is not None and d is not None:

@@ -47,7 +47,8 @@ class Share:
     __slots__ = ("boost", "factor", "norm", "p", "rows", "scale", "scales_base", "seed")
 
     def __init__(self, rows: slice | None, terms: Terms) -> None:
-        self.rows, self.scale, self.p, self.norm = rows, terms.scale, terms.dropout, terms.norm
+        self.rows, self.scale, self.p = rows, terms.scale, terms.dropout
+        self.norm: Any = terms.norm
         self.seed = terms.seed() if self.p else 0
         self.boost = 1 / keep_share(self.p) if self.p else 1.0
         self.factor = self.scale * self.boost
@@ -59,8 +60,7 @@ class Share:
 
     def ratio(self, magnitude: Tensor, dtype: torch.dtype) -> Tensor:
         """(N,) g"""
-        norm: Any = self.norm
-        return as_dtype(magnitude / norm, dtype)
+        return as_dtype(magnitude / self.norm, dtype)
 
 
 def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -32,7 +32,6 @@ class LoRALayerBase(Host):
     """
 
     fuses: ClassVar[bool] = False  # whether its gradients are written by hand, in `kernel`
-    kernel: ClassVar[Callable[[Any, Tensor, Served], Tensor | None]] = staticmethod(fused_linear)
     own_attributes: ClassVar[tuple[str, ...]] = ("route", "kept")  # what the base class has not
     adapters: nn.ModuleDict
 
@@ -53,7 +52,7 @@ class LoRALayerBase(Host):
         if all(adapter is None for adapter, _ in served):
             return self.base_forward(x)
         terms = self._terms(x, served)
-        if terms is not None and (fused := self.kernel(self, x, terms)) is not None:
+        if terms is not None and (fused := self.kernel(x, terms)) is not None:
             return fused
         first = served[0][0]
         if len(served) == 1 and first is not None:
@@ -73,6 +72,10 @@ class LoRALayerBase(Host):
                 return None
             found.append((terms, rows))
         return found
+
+    def kernel(self, x: Tensor, terms: Served) -> Tensor | None:
+        """The output by a hand-written kernel, if this kind `fuses`; None where it cannot. A linear layer's."""
+        return fused_linear(self, x, terms)
 
     def _trains_base(self) -> bool:
         return any(parameter is not None and parameter.requires_grad for parameter in self._parameters.values())
@@ -96,13 +99,6 @@ class LoRALayerBase(Host):
         if (owner := forward_override(module)) is not None:
             return f"{owner.__name__} has a forward of its own, which an adapter could not follow"
         return None
-
-    @classmethod
-    def largest_rank(cls, module: nn.Module) -> int:
-        """The larger side of the weight as a matrix; no rank above it has a meaning."""
-        weight: Tensor = module.weight  # type: ignore[assignment]
-        outputs = weight.shape[cls.out_axis]
-        return max(outputs, weight.numel() // outputs)
 
     def adopt(self, route: Route) -> None:
         """Turn a base layer whose class has just become this one into an adapted layer without adapters."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_exp.adapters.kernels.conv import fused_convolution
+from lora_exp.adapters.kernels.conv import Served, fused_convolution
 from lora_exp.adapters.kernels.conv_ops import Geometry
 from lora_exp.adapters.layers.adapted import DEFAULT, LoRALayerBase
 from lora_exp.adapters.layers.registry import adapts
@@ -32,7 +32,6 @@ class _LoRAConv(LoRALayerBase):
 
     fuses = True
     own_attributes = (*LoRALayerBase.own_attributes, "geometry")
-    kernel = staticmethod(fused_convolution)
     groups: int
     in_channels: int
     out_channels: int
@@ -128,6 +127,9 @@ class _LoRAConv(LoRALayerBase):
 
     def peft_magnitude(self, magnitude: Tensor) -> Tensor:
         return self.along_output(magnitude)[None]
+
+    def kernel(self, x: Tensor, terms: Served) -> Tensor | None:
+        return fused_convolution(self, x, terms)
 
     @functools.cached_property
     def geometry(self) -> Geometry | None:

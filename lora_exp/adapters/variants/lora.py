@@ -33,6 +33,7 @@ class LoraAdapter(nn.Module):
     """
 
     variant: ClassVar[str]
+    _states_terms: ClassVar[bool] = True
     peft_flags: ClassVar[Mapping[str, object]] = {}  # what adapter_config.json says of it beside LoRA's fields
 
     lora_A: nn.Parameter
@@ -50,6 +51,10 @@ class LoraAdapter(nn.Module):
         self.use_rslora = use_rslora
         self.scale = scaling_factor(rank, alpha, use_rslora)
         self.layer_key = layer_key
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls._states_terms = _states_terms(cls)
 
     def prepare(self, host: Host) -> None:
         """Make this adapter's parameters for `layer`, such that its output does not change yet."""
@@ -72,7 +77,7 @@ class LoraAdapter(nn.Module):
 
     def kernel_terms(self, host: Host) -> Terms | None:
         """`terms`, unless a class below the one that states them has changed the formula."""
-        return self.terms(host) if _states_its_terms(type(self)) else None
+        return self.terms(host) if self._states_terms else None
 
     def output(self, host: Host, x: Tensor) -> Tensor:
         """The adapted layer's output for x: the plain path that the kernels are compared with."""
@@ -114,8 +119,8 @@ class LoraAdapter(nn.Module):
         return f"rank={self.rank}, alpha={self.alpha}, scale={self.scale:.6g}, dropout={self.dropout}"
 
 
-@functools.cache
-def _states_its_terms(kind: type) -> bool:
+def _states_terms(kind: type) -> bool:
+    """Whether no class below the one that states the terms has changed the formula."""
     owners = kind.__mro__
     stated = next(i for i, owner in enumerate(owners) if "terms" in vars(owner))
     return all("terms" in vars(owner) or not any(key in vars(owner) for key in _FORMULA) for owner in owners[:stated])
