@@ -18,9 +18,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lora_exp import models
 from lora_exp.backends import Adapted, adapt
 from lora_exp.config import Config
-from lora_exp.data import load_data
+from lora_exp.data import Batch, kind_of, load_data
 from lora_exp.machine.place import Place, resolve_place, set_seed
-from lora_exp.training.objectives import OBJECTIVES, Batch
 from lora_exp.training.optimizers import build_optimizer
 
 
@@ -65,7 +64,7 @@ def measure(config: Config, place: Place | None = None) -> Measured:
     """Load, adapt and train one step of ``config`` on the CPU."""
     quantised = config.quantization.name != "none"
     place = place or resolve_place("cpu", config.model.dtype, not config.adapter.is_added, quantised)
-    shape = load_data(config.data, lambda: None).shape if config.data.kind == "images" else {}
+    shape = {} if kind_of(config.data).needs_tokenizer else load_data(config.data, lambda: None).shape
     base: Any = models.load_base(models.find_source(config.model), config.model, place, shape, config.quantization)
     weights = _bytes(_stored(base))
     set_seed(config.seed)
@@ -96,7 +95,7 @@ class _Step:
 
     def loss(self) -> Tensor:
         with self.place.compute():
-            return OBJECTIVES[self.config.data.kind].losses(self.adapted.model, self.batch).total.sum()
+            return kind_of(self.config.data).losses(self.adapted.model, self.batch).total.sum()
 
     def activations(self, checkpointing: bool) -> int:
         model = self.adapted.model
@@ -169,13 +168,15 @@ def _stored(model: nn.Module) -> list[Tensor]:
 
 
 def _batch(base: Any, config: Config) -> Batch:
-    rows, data = config.train.micro_batch_size, config.data
-    if data.kind == "images":
-        shape = (1, data.image_size, data.image_size)
-        row = {"pixels": torch.randint(0, 256, shape, dtype=torch.uint8), "labels": torch.tensor(1)}
-    else:
-        row = {"input_ids": torch.randint(0, base.get_input_embeddings().num_embeddings, (data.block_size,))}
-    return OBJECTIVES[data.kind].collate([row] * rows)
+    """Rows as a plan has them, with values that differ: of tokens, any of the model's."""
+    kind = kind_of(config.data)
+    row = kind.row()
+    if "input_ids" in row:
+        tokens = base.get_input_embeddings().num_embeddings
+        row["input_ids"] = torch.randint(0, tokens, row["input_ids"].shape)
+    if "pixels" in row:
+        row["pixels"] = torch.randint(0, 256, row["pixels"].shape, dtype=torch.uint8)
+    return kind.collate([row] * config.train.micro_batch_size)
 
 
 def _file_bytes(adapted: Adapted) -> int:

@@ -23,7 +23,7 @@ from lora_exp.checks import check
 from lora_exp.config import Config, conf_folder, flat_values, register, to_config
 from lora_exp.credentials import CredentialError, adopt_login, redacted, refuse_in_arguments
 from lora_exp.errors import UserError
-from lora_exp.job import RESULT_FILE, SWEEP_FILE, Job, Outcome, PlanResult, Result, read_swept, write_outcome
+from lora_exp.job import RESULT_FILE, SWEEP_FILE, Job, Outcome, PlanResult, Result, filed, read_swept, write_outcome
 from lora_exp.machine import claims, signals
 from lora_exp.machine.allocator import keep_freed_memory
 from lora_exp.machine.waiting import wait_briefly
@@ -160,16 +160,13 @@ def _explain(error: Exception, job: Job) -> str:
     if _says_full(error):
         reason = message.splitlines()[0]
         return f"The disk is full ({reason}): make room{_kept(job)}"
-    if isinstance(error, UserError) and message:
+    if isinstance(error, UserError) and message and not getattr(error, "trace", None):
         return message + (_kept(job) if type(error).__name__ == "TrackingError" else "")
     if isinstance(error, OSError) and error.strerror:
         where = f" ({error.filename})" if error.filename else ""
         return f"{error.strerror}{where}: free or mend it{_kept(job)}"
-    try:
-        (job.folder / "traceback.txt").write_text(redacted(traceback.format_exc()))
-    except OSError:
-        return f"{type(error).__name__}: {message}"
-    return f"{type(error).__name__}: {message}\nThe traceback is in {job.folder / 'traceback.txt'}"
+    said = message if isinstance(error, UserError) and message else f"{type(error).__name__}: {message}"
+    return said + filed(job.folder, getattr(error, "trace", None) or traceback.format_exc())
 
 
 def _kept(job: Job) -> str:

@@ -7,35 +7,32 @@ import math
 from dataclasses import asdict
 from typing import Any
 
+from lora_exp.backends import backends, trained
 from lora_exp.config import (
     BLOCK_SIZES,
     Config,
     ConfigError,
     QuantizationConfig,
-    default_targets,
     resolve_alpha,
 )
 from lora_exp.credentials import login_problems
-from lora_exp.inputs import architecture_facts, path_problems
-from lora_exp.models.positions import length_problem
+from lora_exp.data import kind_of
+from lora_exp.inputs import model_path_problem
+from lora_exp.models.kind import model_kind_of, model_kinds
+from lora_exp.training.metrics import metrics
 
 TASKS = ("train", "plan")
 QUANTIZATIONS = ("none", "nf4", "fp4", "int8")
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
-BACKENDS = ("native", "peft")
-TRAINS = ("adapter", "modules_to_save", "weights")
 BIASES = ("none", "all", "lora_only")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SCHEDULES = ("cosine", "linear", "constant")
-# A kind is a file in data/ or models/; each kind of data with the kinds of model that learn from it.
-DATA_KINDS = {"text": ("causal_lm",), "images": ("efficientnet_lite",)}
-MODEL_KINDS = tuple(kind for kinds in DATA_KINDS.values() for kind in kinds)
 
 
 def check(config: Config) -> None:
     """Raise ``ConfigError`` with every problem that can be seen before anything is loaded."""
     problems = [*_adapter_problems(config), *_place_problems(config), *_number_problems(config)]
-    problems += [*path_problems(config), *_length_problems(config)]
+    problems += [*_kind_problems(config), *_quantization_problems(config)]
     if problems:
         raise ConfigError(problems)
 
@@ -54,29 +51,10 @@ def _adapter_problems(config: Config) -> list[str]:
     if config.targets is not None and not _is_names(config.targets):
         problems.append(f"targets={config.targets} must be a list of names, a regular expression or all-linear")
     problems += _not_among("bias", config.bias, BIASES)
-    problems += _not_among("backend", config.backend, BACKENDS)
-    if not config.adapter.is_added and config.backend == "peft":
-        problems.append(
-            f"backend=peft has no adapter={config.adapter.name}: use backend=native, which trains weights themselves"
-        )
-    problems += _not_among("adapter.trains", config.adapter.trains, TRAINS)
-    if config.adapter.is_added and config.adapter.variant is None:
-        problems.append(f"adapter={config.adapter.name} names no variant: set adapter.variant, such as lora")
-    return problems + _target_problems(config)
-
-
-def _target_problems(config: Config) -> list[str]:
-    model, label = config.model, config.model.label or config.model.name
-    if config.adapter.trains == "modules_to_save" and not model.modules_to_save:
-        return [f"adapter=head trains model.modules_to_save alone, and model={label} has none: name them, or use lora"]
-    if config.adapter.trains == "modules_to_save" and config.targets is not None:
-        return [f"targets={config.targets} has no meaning with adapter=head: leave it out, or use adapter=lora"]
-    if config.adapter.is_added and config.targets is None and model.targets and not default_targets(config):
-        return [
-            f"layer={config.layer.name}: model={label} names targets for {', '.join(model.targets)} alone: "
-            f"choose one of them, or name yours, such as targets=[NAME]"
-        ]
-    return []
+    for registry, name in ((backends, config.backend), (trained, config.adapter.trains)):
+        problem = registry.problem(name)
+        problems += [problem] if problem else registry[name]().problems(config)
+    return problems
 
 
 def _place_problems(config: Config) -> list[str]:
@@ -86,8 +64,8 @@ def _place_problems(config: Config) -> list[str]:
         problems.append("no model is named: add model.name=ORG/NAME (hub) or model.path=FOLDER (hub layout)")
     problems += _not_among("machine.bf16", config.machine.bf16, ("auto", "native", "float32"))
     problems += _not_among("machine.float32", config.machine.float32, ("auto", "blas", "onednn"))
-    problems += _kind_problems(config)
-    problems += _quantization_problems(config)
+    if config.model.path and (problem := model_path_problem(config.model.path, config.task == "plan")):
+        problems.append(problem)
     if not (config.data.path or config.data.packaged):
         problems.append(f"data={config.data.label} names no files: add data.path=FILE_OR_FOLDER")
     problems += login_problems(asdict(config))
@@ -95,22 +73,17 @@ def _place_problems(config: Config) -> list[str]:
 
 
 def _kind_problems(config: Config) -> list[str]:
-    model, data = config.model, config.data
-    problems = _not_among("model.kind", model.kind, MODEL_KINDS) + _not_among("data.kind", data.kind, tuple(DATA_KINDS))
-    if not problems and model.kind not in DATA_KINDS[data.kind]:
+    """What the kinds of model and data see in the config, and whether they go together."""
+    model, data = config.model, kind_of(config.data)
+    problems = data.problems(config.task)
+    if problem := model_kinds.problem(model.kind):
+        return [*problems, problem]
+    if model.kind not in data.learners:
         problems.append(
             f"model={model.label or model.name} ({model.kind}) does not learn from data={data.label} ({data.kind}): "
-            f"choose a model of kind {' or '.join(DATA_KINDS[data.kind])}, or other data"
+            f"choose a model of kind {' or '.join(data.learners)}, or other data"
         )
-    return problems
-
-
-def _length_problems(config: Config) -> list[str]:
-    if config.model.kind != "causal_lm" or config.data.kind != "text":
-        return []
-    facts = architecture_facts(config.model)
-    problem = length_problem(facts, config.data.block_size, config.model.label or config.model.name)
-    return [problem] if problem else []
+    return problems + model_kind_of(model).problems(model, data.positions)
 
 
 def _quantization_problems(config: Config) -> list[str]:
@@ -122,10 +95,9 @@ def _quantization_problems(config: Config) -> list[str]:
         problems.append(f"quantization.block_size={section.block_size} is not a block size: use one of {listed}")
     if section.name == "int8" and (section.double_quant or section.block_size != QuantizationConfig.block_size):
         problems.append("quantization=int8 has one constant a row: leave double_quant and block_size to nf4 and fp4")
-    if section.name != "none" and config.model.kind != "causal_lm":
+    is_known = model_kinds.problem(config.model.kind) is None
+    if section.name != "none" and is_known and not model_kind_of(config.model).quantises:
         problems.append(f"quantization={section.name} is for language models: use quantization=none")
-    if section.name != "none" and config.adapter.trains == "weights":
-        problems.append(f"quantization={section.name} freezes what adapter=full would train: use adapter=lora")
     return problems + _not_among("optimizer", config.optimizer.name, OPTIMIZERS) + _missing_library(config)
 
 
@@ -156,12 +128,6 @@ def _number_problems(config: Config) -> list[str]:
         problems.append(f"train.warmup_steps={train.warmup_steps} is outside [0, train.steps={train.steps}]")
     if not train.max_grad_norm > 0:
         problems.append(f"train.max_grad_norm={train.max_grad_norm} must be above 0: use inf to switch clipping off")
-    if data.block_size < 2:
-        problems.append(f"data.block_size={data.block_size} is below 2: a block needs a token to predict from")
-    if data.image_size < 8:
-        problems.append(f"data.image_size={data.image_size} is below 8: 64 is fast, 224 what most bases know")
-    if data.train_images is not None and data.train_images < 1:
-        problems.append(f"data.train_images={data.train_images} is below 1: leave it out to train on all")
     if not 0 < data.val_fraction < 1:
         problems.append(f"data.val_fraction={data.val_fraction} is outside (0, 1)")
     if not (optimizer.lr > 0 and math.isfinite(optimizer.lr)):
@@ -178,6 +144,7 @@ def _number_problems(config: Config) -> list[str]:
         )
     if not config.plan.reserve_gib >= 0:
         problems.append(f"plan.reserve_gib={config.plan.reserve_gib} is below 0")
+    problems += [problem for name in train.metrics if (problem := metrics.problem(name))]
     return problems + _not_among("train.schedule", train.schedule, SCHEDULES)
 
 

@@ -22,7 +22,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from lora_exp.config import ConfigError, conf_folder
-from lora_exp.keys import nearest, unknown_key, unknown_keys, wrong_value
+from lora_exp.keys import nearest, unknown_key, unknown_keys, wrong_data, wrong_value
+from lora_exp.plugins import PluginError, import_plugins
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 
@@ -35,7 +36,11 @@ def check_arguments(arguments: Sequence[str]) -> None:
     roots = [conf_folder(), *([Path(given.config_dir)] if given.config_dir else [])]
     overrides = _parsed(given.overrides)
     is_elsewhere = any(override.get_key_element() == "hydra.searchpath" for override in overrides)
+    # A file of the user's own may bring a plugin, and that a kind of data: checked when it is composed.
+    may_bring_kinds = is_elsewhere or given.config_dir or not _plugins_imported(overrides)
     known = [override for override in overrides if not _is_group(override, roots)]
+    if may_bring_kinds:
+        known = [override for override in known if not override.key_or_group.startswith("data.")]
     problems = [unknown_key(override.key_or_group) for override in known]
     # Groups of a search path that Hydra alone knows: what they bring is checked when it is composed.
     found = [p for p, o in zip(problems, known, strict=True) if p and not (is_elsewhere and "." not in o.key_or_group)]
@@ -43,13 +48,18 @@ def check_arguments(arguments: Sequence[str]) -> None:
 
 
 def check_composed(composed: DictConfig) -> None:
-    """The same for what Hydra has composed, and for the keys that a file lets a sweep go through."""
+    """The same for what Hydra has composed, its plugins imported, and for the keys that a file lets a sweep go through.
+
+    Raises ``PluginError`` too.
+    """
+    import_plugins(list(composed.plugins), Path(OmegaConf.select(composed, "hydra.runtime.cwd") or Path.cwd()))
     params = OmegaConf.select(composed, "hydra.sweeper.params") or {}
     sources = OmegaConf.select(composed, "hydra.runtime.config_sources") or []
     roots = [Path(source.path) for source in sources if source.schema == "file"]
     swept = [key.lstrip("+~") for key in params]
     keys = [key for key in swept if not key.startswith("hydra.") and not any((root / key).is_dir() for root in roots)]
-    _refuse([*unknown_keys(composed), *(problem for key in keys if (problem := unknown_key(key)))])
+    unknown = [*unknown_keys(composed), *(problem for key in keys if (problem := unknown_key(key)))]
+    _refuse(unknown or wrong_data(composed))
 
 
 def check_mode(composed: DictConfig) -> None:
@@ -105,6 +115,17 @@ def explain(error: Exception) -> str | None:
         if isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
             return unknown_key(cause.full_key, place) or _not_there(cause)
     return str(error).strip() if isinstance(error, HydraException) else None
+
+
+def _plugins_imported(overrides: Sequence[Override]) -> bool:
+    """Whether the plugins that a command line names are there; one that fails is said when a job has a folder."""
+    named = [override.value() for override in overrides if override.key_or_group == "plugins"]
+    try:
+        for value in named:
+            import_plugins([str(name) for name in value] if isinstance(value, list) else [], Path.cwd())
+    except PluginError:
+        return False
+    return True
 
 
 def _parsed(arguments: Sequence[str]) -> list[Override]:

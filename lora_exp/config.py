@@ -16,6 +16,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from lora_exp.errors import UserError
+from lora_exp.registry import Registry
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes'
 KNOBS = ("rank", "alpha", "scale", "dropout", "bias")  # of the factors: without them they have no meaning
@@ -111,28 +112,25 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """Data to train on; ``val_fraction`` of it is held out.
-
-    ``kind=text``: a block is ``block_size`` tokens. ``kind=images``: S × S pixels, S = ``image_size``;
-    ``train_images`` of those not held out (null: all of them).
-    """
+    """Data to train on; ``val_fraction`` of it is held out. A ``kind`` has fields of its own (``data/kinds/``)."""
 
     kind: str = "text"
     label: str = MISSING
     path: str | None = None
     packaged: PackagedConfig | None = None
-    text_field: str = "text"
-    group_by: list[str] = field(default_factory=list)
-    block_size: int = 128
     val_fraction: float = 0.05
-    image_size: int = 64
-    train_images: int | None = None
     cache_dir: str | None = None
+
+
+data_kinds: Registry[type[DataConfig]] = Registry("data.kind", "lora_exp.data.kinds")
 
 
 @dataclass
 class TrainConfig:
-    """``steps``, ``eval_every`` and ``log_every`` count optimizer steps, ``eval_blocks`` rows (blocks, images)."""
+    """``steps``, ``eval_every`` and ``log_every`` count optimizer steps, ``eval_blocks`` rows (blocks, images).
+
+    ``metrics``: of each evaluation, beside those that the kind of data has.
+    """
 
     steps: int = 24
     micro_batch_size: int = 4
@@ -144,6 +142,7 @@ class TrainConfig:
     eval_blocks: int = 32
     log_every: int = 1
     gradient_checkpointing: bool = False
+    metrics: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -194,7 +193,7 @@ class TrackingConfig:
 
 @dataclass
 class Config:
-    """One experiment."""
+    """One experiment. ``plugins``: modules of the user's own, imported before the config is checked."""
 
     layer: LayerConfig = field(default_factory=LayerConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
@@ -216,6 +215,14 @@ class Config:
     seed: int = 0
     backend: str = "native"
     device: str = "auto"
+    plugins: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Schema(Config):
+    """What Hydra composes into. Which fields ``data`` has is known when its kind is, so that all are let in here."""
+
+    data: Any = field(default_factory=lambda: asdict(DataConfig()))
 
 
 class ConfigError(UserError):
@@ -229,7 +236,9 @@ class ConfigError(UserError):
 
 def register() -> None:
     """Put the schema where the defaults list of ``conf/config.yaml`` finds it."""
-    ConfigStore.instance().store(name="schema", node=Config)
+    schema = OmegaConf.structured(_Schema)
+    OmegaConf.set_struct(schema.data, False)
+    ConfigStore.instance().store(name="schema", node=schema)
     OmegaConf.register_new_resolver("lora_exp.choices", _choices, replace=True)
 
 
@@ -252,9 +261,19 @@ def to_config(composed: DictConfig) -> Config:
         raise ConfigError([f"{key} is not set: add {key}=VALUE" for key in missing])
     config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
+    config = Config(**vars(config) | {"data": data_section(composed.data)})
     model = config.model
     model.label = model.label or model.name or (Path(model.path).name if model.path else None)
     return config
+
+
+def data_section(composed: DictConfig) -> DataConfig:
+    """``data`` as its kind has it. Raises UserError for an unknown kind, OmegaConf's errors for a field or a value."""
+    given = OmegaConf.to_container(composed, resolve=True)
+    kind = data_kinds[str(composed.kind)]
+    section = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), given))
+    assert isinstance(section, DataConfig)
+    return section
 
 
 def resolve_alpha(alpha: Any, rank: int) -> float:
@@ -293,18 +312,13 @@ def flat_values(config: Config) -> dict[str, Any]:
         if isinstance(value, dict):
             values |= _flat_section(key, value)
     values["lr"] = values.pop("optimizer.lr")
+    if not config.plugins:
+        del values["plugins"]
     if not config.adapter.is_added:  # LoRA's knobs have no meaning there, and would group unlike runs
         return {key: value for key, value in values.items() if key not in KNOBS}
     with contextlib.suppress(ValueError, ZeroDivisionError):  # a config that check() refuses is listed as it is
         values |= {"alpha": resolve_alpha(config.alpha, config.rank), "scale": scale_of(config)}
     return values
-
-
-# Fields of the data section that are another kind's.
-_OTHER_KIND = {
-    "text": ("image_size", "train_images"),
-    "images": ("text_field", "group_by", "block_size"),
-}
 
 
 def _flat_section(group: str, section: dict[str, Any]) -> dict[str, Any]:
@@ -323,14 +337,6 @@ def _flat_section(group: str, section: dict[str, Any]) -> dict[str, Any]:
         return {group: section["name"]}
     if group == "quantization":  # what is at its default is left out, as none has no use for it
         section = {name: value for name, value in section.items() if value != getattr(QuantizationConfig, name, None)}
-    skipped = {
-        title,
-        "kind",
-        "packaged",
-        "cache_dir",
-        "targets",
-        "architecture",
-        *_OTHER_KIND.get(section.get("kind", ""), ()),
-    }
+    skipped = {title, "kind", "packaged", "cache_dir", "targets", "architecture"}
     rest = {f"{group}.{name}": value for name, value in section.items() if name not in skipped}
     return values | {key: value for key, value in rest.items() if value not in (None, {}, [])}

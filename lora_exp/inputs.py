@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lora_exp.config import Config, ModelConfig
+from lora_exp.config import ModelConfig
 
 TEXT_SUFFIXES = (".txt", ".md", ".jsonl")
 _LISTED = ", ".join(TEXT_SUFFIXES)
@@ -15,16 +15,6 @@ _CONVERSIONS = {
     ".csv": "print(*map(json.dumps, csv.DictReader(open({old!r}))), sep='\\n')",
     ".tsv": "print(*map(json.dumps, csv.DictReader(open({old!r}), delimiter='\\t')), sep='\\n')",
 }
-
-
-def path_problems(config: Config) -> list[str]:
-    """What is wrong with ``model.path`` and, where data is read, with ``data.path``."""
-    problems = [model_path_problem(config.model.path, config.task == "plan") if config.model.path else None]
-    if config.data.path and config.data.kind == "text" and config.task == "train":
-        problems.append(text_path_problem(config.data.path))
-    if config.data.path and config.data.kind == "images":
-        problems.append(image_path_problem(config.data.path))
-    return [problem for problem in problems if problem]
 
 
 def model_path_problem(named: str, may_be_file: bool = False) -> str | None:

@@ -15,6 +15,7 @@ from lora_exp.credentials import redacted
 
 RESULT_FILE = "result.json"
 METRICS_FILE = "metrics.jsonl"
+TRACEBACK_FILE = "traceback.txt"
 SWEPT_FILE = "swept.json"  # of a sweep's folder: the keys that differ between its jobs
 SWEEP_FILE = "sweep.json"  # of a sweep's folder: its parent run
 
@@ -37,12 +38,12 @@ class Job:
 class Result:
     """What a finished training found. Losses are in nats a prediction; ``adapter`` is the folder of the saved adapter.
 
-    ``eval_perplexity`` is a language model's, ``eval_accuracy`` a classifier's.
+    ``metrics``: what the last evaluation found beside the loss, by name.
     """
 
     eval_loss: float
     eval_loss_before: float
-    eval_perplexity: float | None
+    metrics: dict[str, float]
     trainable: int
     total: int
     adapter_bytes: int
@@ -50,7 +51,6 @@ class Result:
     wall_s: float
     adapter: str
     run_id: str | None
-    eval_accuracy: float | None = None
     base_weight_bytes: int | None = None
 
     @property
@@ -101,6 +101,11 @@ class Outcome:
     error: str | None = None
 
 
+def shown(metric: float) -> str:
+    """A metric as a person reads it: a share to four places, what is larger to two."""
+    return f"{metric:.{2 if metric > 1 else 4}f}"
+
+
 def write_outcome(folder: Path, outcome: Outcome) -> None:
     """Write ``result.json``, in which no login may stand."""
     text = json.dumps(asdict(outcome), indent=2)
@@ -118,6 +123,15 @@ def write_whole(file: Path, text: str) -> None:
         raise
 
 
+def filed(folder: Path, trace: str) -> str:
+    """Keep a traceback in ``folder``. Returns the line that says where; none where it cannot be written."""
+    try:
+        (folder / TRACEBACK_FILE).write_text(redacted(trace))
+    except OSError:
+        return ""
+    return f"\nThe traceback is in {folder / TRACEBACK_FILE}"
+
+
 def read_outcome(folder: Path) -> Outcome | None:
     """The outcome of the job in ``folder``; None if it left none."""
     file = folder / RESULT_FILE
@@ -126,6 +140,9 @@ def read_outcome(folder: Path) -> Outcome | None:
     raw = json.loads(file.read_text())
     result = raw.pop("result")
     kind = RESULTS[raw["values"].get("task", "train")]
+    if result and kind is Result and "metrics" not in result:  # as results were written once
+        old = {name: result.pop(f"eval_{name}", None) for name in ("perplexity", "accuracy")}
+        result["metrics"] = {name: value for name, value in old.items() if value is not None}
     return Outcome(**raw, result=kind(**result) if result else None)
 
 

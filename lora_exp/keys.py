@@ -7,13 +7,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import Field, fields, is_dataclass
-from functools import cache
 from typing import Any, get_args, get_origin, get_type_hints
 
 import omegaconf
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ValidationError
 
-from lora_exp.config import Config
+from lora_exp.config import Config, DataConfig, data_kinds, data_section
 
 _TYPES = {
     int: "a whole number",
@@ -25,10 +25,10 @@ _TYPES = {
 }
 
 
-def unknown_key(path: str, place: str = "") -> str | None:
+def unknown_key(path: str, place: str = "", data_kind: str | None = None) -> str | None:
     """Why the dotted ``path`` is no key of the config, and which may have been meant; None where it is one.
 
-    ``place`` is the file that it stands in.
+    ``place`` is the file that it stands in. Below ``data`` are the fields of ``data_kind``; None: those of any kind.
     """
     kind: Any = Config
     parts = re.sub(r"\[(.*?)\]", r".\1", path).split(".")
@@ -38,17 +38,37 @@ def unknown_key(path: str, place: str = "") -> str | None:
             if _is_open(kind):
                 return None
             return f"{path}{place} is not a key of the config: {'.'.join(parts[:depth])} has none below it"
-        known = get_type_hints(section)
+        known = _fields(section, data_kind)
         if part not in known:
-            return f"{path}{place} is not a key of the config: {_meant(parts, depth, list(known))}"
+            of_kind = f" of data.kind={data_kind}" if data_kind and section is DataConfig else ""
+            return f"{path}{place} is not a key{of_kind or ' of the config'}: {_meant(parts, depth, known, data_kind)}"
         kind = known[part]
     return None
 
 
 def unknown_keys(composed: DictConfig) -> list[str]:
     """The same for each key of a composed config that is not in the schema (``hydra`` aside)."""
-    found = (unknown_key(path) for path in _paths(composed) if path.partition(".")[0] != "hydra")
+    kind = str(composed.data.kind)
+    if problem := data_kinds.problem(kind):
+        return [problem]
+    given = OmegaConf.to_container(composed.data)
+    data = [f"data.{name}{below}" for name, value in given.items() for below in _below_mapping(value)]  # type: ignore[union-attr]
+    paths = [path for path in _paths(composed) if path.partition(".")[0] not in ("hydra", "data")]
+    found = (unknown_key(path, data_kind=kind) for path in [*paths, *data])
     return [problem for problem in found if problem]
+
+
+def _below_mapping(value: Any) -> list[str]:
+    return [f".{name}" for name in value] if isinstance(value, dict) and value else [""]
+
+
+def wrong_data(composed: DictConfig) -> list[str]:
+    """What the field of ``data`` wants whose value is of another type than its kind says."""
+    try:
+        data_section(composed.data)
+    except ValidationError as error:
+        return [wrong_value(f"data.{error.full_key}", error.value)]
+    return []
 
 
 def wrong_value(path: str, value: Any, place: str = "") -> str:
@@ -68,11 +88,13 @@ def nearest(name: str, among: list[str]) -> list[str]:
     return [other for other in near if _likeness(name, other) > best - 0.15]
 
 
-def _meant(parts: list[str], depth: int, siblings: list[str]) -> str:
+def _meant(parts: list[str], depth: int, known: dict[str, Any], data_kind: str | None) -> str:
+    siblings = list(known)
     above = ".".join([*parts[:depth], ""])[:]
     near = [above + name for name in nearest(parts[depth], siblings)] if depth == len(parts) - 1 else []
-    near = near or nearest(".".join(parts), _leaves())
-    near = near or [leaf for leaf in _leaves() if leaf.rpartition(".")[2] == parts[-1]]
+    leaves = list(_below(Config, "", data_kind))
+    near = near or nearest(".".join(parts), leaves)
+    near = near or [leaf for leaf in leaves if leaf.rpartition(".")[2] == parts[-1]]
     if near:
         return f"did you mean {' or '.join(near)}?"
     return f"{above.rstrip('.') or 'it'} has {', '.join(siblings)}"
@@ -82,18 +104,22 @@ def _likeness(one: str, other: str) -> float:
     return difflib.SequenceMatcher(None, one, other).ratio()
 
 
-@cache
-def _leaves() -> list[str]:
-    return list(_below(Config, ""))
-
-
-def _below(section: type, prefix: str) -> Iterator[str]:
-    for name, kind in get_type_hints(section).items():
+def _below(section: type, prefix: str, data_kind: str | None) -> Iterator[str]:
+    for name, kind in _fields(section, data_kind).items():
         deeper = _section(kind)
         if deeper is None:
             yield prefix + name
         else:
-            yield from _below(deeper, f"{prefix}{name}.")
+            yield from _below(deeper, f"{prefix}{name}.", data_kind)
+
+
+def _fields(section: type, data_kind: str | None = None) -> dict[str, Any]:
+    """The annotations of a section's fields; of ``data``, those of its kind, or of every kind."""
+    kinds = [section]
+    if section is DataConfig:
+        kinds = [data_kinds[name] for name in ([data_kind] if data_kind else data_kinds.names())]
+    hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
+    return {field.name: hints[field.name] for kind in kinds for field in fields(kind)}
 
 
 def _section(kind: Any) -> type | None:
@@ -133,9 +159,10 @@ def _looked_up(path: str) -> tuple[Any, Any]:
     kind, field = Config, None
     for part in path.split("."):
         section = _section(kind)
-        if section is None or part not in (hints := get_type_hints(section)):
+        if section is None or part not in (hints := _fields(section)):
             return Any, None
-        kind, field = hints[part], next(known for known in fields(section) if known.name == part)
+        owners = [section, *(data_kinds[name] for name in data_kinds.names() if section is DataConfig)]
+        kind, field = hints[part], next(own for owner in owners for own in fields(owner) if own.name == part)
     return kind, _default(field) if field else None
 
 
@@ -151,7 +178,7 @@ def _named(kind: Any) -> str:
         if (name := _TYPES.get(get_origin(option) or option)) is not None:
             return name
     section = _section(kind)
-    return f"a section with {', '.join(get_type_hints(section))}" if section else "what it may be"
+    return f"a section with {', '.join(_fields(section))}" if section else "what it may be"
 
 
 def _as_typed(value: Any) -> str:

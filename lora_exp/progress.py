@@ -12,6 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lora_exp.job import shown
+
 log = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LINES = 5.0
 
@@ -70,7 +72,7 @@ class TrainingProgress:
 def _other_figures(record: Mapping[str, Any]) -> list[str]:
     """What an evaluation found beside the loss: a perplexity, an accuracy."""
     names = [name for name in record if name.startswith("eval/") and name != "eval/loss"]
-    return [f"{name.removeprefix('eval/')} {record[name]:.{2 if record[name] > 1 else 4}f}" for name in names]
+    return [f"{name.removeprefix('eval/')} {shown(record[name])}" for name in names]
 
 
 def _bar() -> Progress:

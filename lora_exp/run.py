@@ -15,8 +15,8 @@ from typing import Any, TextIO
 from lora_exp import models
 from lora_exp.backends import Adapted, Origin, adapt
 from lora_exp.config import Config, flat_values
-from lora_exp.data import Data, load_data
-from lora_exp.job import METRICS_FILE, Job, Result
+from lora_exp.data import Data, kind_of, load_data
+from lora_exp.job import METRICS_FILE, Job, Result, shown
 from lora_exp.machine import signals
 from lora_exp.machine.cache import file_sha256
 from lora_exp.machine.memory import peak_gib, reset_peak
@@ -30,7 +30,7 @@ from lora_exp.tracking.lineage import data_facts
 from lora_exp.tracking.setup import log_setup, run_name, sweep_name
 from lora_exp.training.batches import check_evaluation, check_rows, evaluation_batches, training_batches
 from lora_exp.training.loop import DivergedError, Forward, Lane, Record, all_finite, train
-from lora_exp.training.objectives import OBJECTIVES
+from lora_exp.training.metrics import chosen
 from lora_exp.training.optimizers import build_optimizer, build_schedule
 from lora_exp.training.utilisation import Utilisation
 
@@ -41,7 +41,7 @@ LANE = "default"
 def run(config: Config, job: Job) -> Result:
     """Seed, track, load, adapt, train, save. The adapter and every metric are on disk before this returns.
 
-    Raises ValueError for what the user can mend, with the next move in its message.
+    Raises UserError for what the user can mend, with the next move in its message.
     """
     started = time.monotonic()
     is_quantised = config.quantization.name != "none"
@@ -92,7 +92,7 @@ def _prepare(tracked: tracking.Run, config: Config, place: Place) -> tuple[Adapt
     _resume_collection()
     with signals.at_once():
         base = models.load_base(source, config.model, place, data.shape, config.quantization)
-        digest = models.base_sha256(base, source)
+        digest = models.base_files_sha256(base, source)
     tracked.log_tags({"base_sha256": digest})
     dtype = str(place.dtype).removeprefix("torch.")
     stored = dtype if config.quantization.name == "none" else f"{config.quantization.name} and {dtype}"
@@ -116,7 +116,8 @@ def _prepare(tracked: tracking.Run, config: Config, place: Place) -> tuple[Adapt
 def _origin(config: Config, digest: str, tokenizer: Callable[[], Any]) -> Origin:
     """A path of the user's own keeps its name; the cache's copy of a packaged model has the hub's."""
     name = None if config.model.path else config.model.name
-    return Origin(name, None if digest == "unknown" else digest, tokenizer if config.data.kind == "text" else None)
+    needed = tokenizer if kind_of(config.data).needs_tokenizer else None
+    return Origin(name, None if digest == "unknown" else digest, needed)
 
 
 def _resume_collection() -> None:
@@ -128,7 +129,7 @@ def _resume_collection() -> None:
 
 def _lane(adapted: Adapted, data: Data, config: Config, place: Place) -> Lane:
     section, pin = config.train, place.device.type == "cuda"
-    size, collate = section.micro_batch_size, OBJECTIVES[config.data.kind].collate
+    size, collate = section.micro_batch_size, kind_of(config.data).collate
     optimizer = build_optimizer(adapted.parameters, config.optimizer)
     return Lane(
         name=LANE,
@@ -149,16 +150,16 @@ def _train(
     place: Place,
     share: Utilisation,
 ) -> list[Record]:
-    objective = OBJECTIVES[config.data.kind]
+    kind = kind_of(config.data)
     forward = Forward(
         model=adapted.model,
-        losses=objective.losses,
-        count=objective.count,
+        losses=kind.losses,
+        count=kind.count,
         device=place.device,
         compute=place.compute,
         check_gradients=adapted.check_gradients,
-        metrics=objective.metrics,
-        unit=objective.unit,
+        metrics=chosen(*kind.metrics, *config.train.metrics),
+        unit=kind.unit,
         between_batches=signals.obey,
     )
     records: list[Record] = []
@@ -218,7 +219,7 @@ def _summarise(
     return Result(
         eval_loss=float(evaluated[-1]["eval/loss"]),
         eval_loss_before=float(evaluated[0]["eval/loss"]),
-        eval_perplexity=evaluated[-1].get("eval/perplexity"),
+        metrics=_beside_loss(evaluated[-1]),
         trainable=adapted.trainable,
         total=adapted.total,
         adapter_bytes=sum(file.stat().st_size for file in _weights(job)),
@@ -226,9 +227,13 @@ def _summarise(
         wall_s=wall_s,
         adapter=str(job.folder / "adapter"),
         run_id=tracked.run_id,
-        eval_accuracy=evaluated[-1].get("eval/accuracy"),
         base_weight_bytes=adapted.base_weight_bytes,
     )
+
+
+def _beside_loss(record: Record) -> dict[str, float]:
+    names = [name for name in record if name.startswith("eval/") and name != "eval/loss"]
+    return {name.removeprefix("eval/"): float(record[name]) for name in names}
 
 
 def _log_result(tracked: tracking.Run, result: Result, records: list[Record], job: Job) -> None:
@@ -242,10 +247,9 @@ def _weights(job: Job) -> list[Path]:
 
 
 def _report(result: Result) -> None:
-    perplexity = "" if result.eval_perplexity is None else f"perplexity {result.eval_perplexity:.2f}, "
-    accuracy = "" if result.eval_accuracy is None else f"accuracy {result.eval_accuracy:.4f}, "
+    others = "".join(f"{name} {shown(value)}, " for name, value in result.metrics.items())
     log.info(
-        f"validation loss {result.eval_loss_before:.4f} → {result.eval_loss:.4f}, {perplexity}{accuracy}"
+        f"validation loss {result.eval_loss_before:.4f} → {result.eval_loss:.4f}, {others}"
         f"{result.wall_s:.0f} s, peak memory {result.peak_memory_gib:.2f} GiB"
     )
     log.info(f"adapter {result.adapter} ({result.adapter_bytes / 1e6:.1f} MB)")

@@ -1,38 +1,38 @@
 """Labelled images: a table of grey pixels, split by class, at the side the model is to see.
 
-Letters: N images, S their side (``data.image_size``).
+Letters: N images, B of a batch, S their side (``data.image_size``).
 """
 
 from __future__ import annotations
 
 import gzip
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lora_exp.config import DataConfig
-from lora_exp.data import Data
+from lora_exp.data.kind import Data
+from lora_exp.data.kinds.images import Images
 from lora_exp.data.split import held_out
 from lora_exp.errors import UserError
 from lora_exp.inputs import image_path_problem
 from lora_exp.machine.cache import cache_folder, file_sha256, made_once
 from lora_exp.machine.packaged import find_packaged, install_line
+from lora_exp.training.metrics import RowLosses
 
 # Raised when rows made by an older version of this file would differ.
 _FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Images(Dataset):
+class Table(Dataset):
     """``pixels`` uint8 (N, 1, S, S) and ``labels`` int64 (N,); a row has both of one image."""
 
     pixels: Tensor
@@ -45,13 +45,12 @@ class Images(Dataset):
         return {"pixels": self.pixels[index], "labels": self.labels[index]}
 
 
-def load(section: DataConfig, tokenizer: Callable[[], Any]) -> Data:
+def load_table(section: Images) -> Data:
     """Read, resize and split the images, or take them from the cache.
 
     Of each class its share is held out; ``train_images`` of the others are trained on, spread evenly over them.
     Raises UserError for a file that is missing or no such table, or one image alone.
     """
-    del tokenizer
     file = _find_file(section)
     key = f"{file_sha256(file)[:20]}-{file.suffix.lstrip('.')}-{section.image_size}-{_FORMAT}"
     folder = cache_folder("datasets", section.label, key, section.cache_dir)
@@ -60,14 +59,14 @@ def load(section: DataConfig, tokenizer: Callable[[], Any]) -> Data:
     train, validation = split(table["labels"], section)
     classes = int(table["labels"].max()) + 1
     return Data(
-        train=Images(table["pixels"][train], table["labels"][train]),
-        validation=Images(table["pixels"][validation], table["labels"][validation]),
+        train=Table(table["pixels"][train], table["labels"][train]),
+        validation=Table(table["pixels"][validation], table["labels"][validation]),
         rows=f"images of {section.image_size}×{section.image_size} pixels in {classes} classes",
         shape={"classes": classes, "image_size": section.image_size},
     )
 
 
-def split(labels: Tensor, section: DataConfig) -> tuple[Tensor, Tensor]:
+def split(labels: Tensor, section: Images) -> tuple[Tensor, Tensor]:
     """Indices (N_train,) and (N_validation,) into ``labels`` (N,), each class in its share."""
     if len(labels) < 2:
         raise UserError(f"data={section.label} has {len(labels)} images, of which none can be held out: give more")
@@ -78,7 +77,21 @@ def split(labels: Tensor, section: DataConfig) -> tuple[Tensor, Tensor]:
     return train[torch.arange(most) * len(train) // max(most, 1)], validation
 
 
-def _find_file(section: DataConfig) -> Path:
+def image_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> RowLosses:
+    """Cross-entropy of ``pixels`` (B, 3, S, S) against classes ``labels`` (B,), in float32; one prediction an image."""
+    labels = batch["labels"]
+    logits = model(batch["pixels"]).float()  # (B, classes)
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    return RowLosses(losses, torch.ones_like(labels), {"hits": (logits.argmax(1) == labels).long()})
+
+
+def collate_images(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Images of C = 1 or 3 channels, uint8 (C, S, S) → ``pixels`` (B, 3, S, S) in [0, 1] and ``labels`` (B,)."""
+    pixels = torch.stack([row["pixels"] for row in rows]).expand(-1, 3, -1, -1)
+    return {"pixels": pixels.float() / 255, "labels": torch.stack([row["labels"] for row in rows]).long()}
+
+
+def _find_file(section: Images) -> Path:
     if section.path:
         if problem := image_path_problem(section.path):
             raise UserError(problem)

@@ -10,14 +10,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_exp.config import DataConfig
+from lora_exp.data.kinds.text import Text
 from lora_exp.errors import UserError
 
 _MOST_SHOWN = 60
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
-def read_documents(file: Path, section: DataConfig) -> list[str]:
+def read_documents(file: Path, section: Text) -> list[str]:
     """The ``text_field`` of each line, or, with ``group_by``, of neighbouring lines that share those fields.
 
     Without the empty ones. Raises UserError for a line that has no such text.
@@ -37,7 +37,7 @@ def read_text(file: Path) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _documents(file: Path, section: DataConfig) -> Iterator[str]:
+def _documents(file: Path, section: Text) -> Iterator[str]:
     records = _records(file, section)
     if not section.group_by:
         yield from (record[section.text_field] for record in records)
@@ -48,7 +48,7 @@ def _documents(file: Path, section: DataConfig) -> Iterator[str]:
             yield "\n".join([" ".join(map(str, shared)), *texts])
 
 
-def _records(file: Path, section: DataConfig) -> Iterable[dict[str, Any]]:
+def _records(file: Path, section: Text) -> Iterable[dict[str, Any]]:
     for number, line in enumerate(read_text(file).split("\n"), start=1):
         if not line.strip():
             continue
@@ -65,7 +65,7 @@ def _records(file: Path, section: DataConfig) -> Iterable[dict[str, Any]]:
         yield record
 
 
-def _check_text(record: dict[str, Any], section: DataConfig, where: str) -> None:
+def _check_text(record: dict[str, Any], section: Text, where: str) -> None:
     name, texts = section.text_field, [key for key, value in record.items() if isinstance(value, str)]
     if name not in record:
         raise UserError(_lacks(record, name, where, "data.text_field=", texts))

@@ -1,6 +1,6 @@
 """Text for causal language models: read, split, tokenised once, cut into blocks.
 
-Letters: N blocks, T tokens a block (``data.block_size``).
+Letters: N blocks, B of a batch, T tokens a block (``data.block_size``).
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 from datasets import Dataset
+from torch import Tensor
 
-from lora_exp.config import DataConfig
-from lora_exp.data import Data
+from lora_exp.data.kinds.text import Text
 from lora_exp.data.records import read_documents, read_text
 from lora_exp.data.split import cut, held_out
 from lora_exp.errors import UserError
@@ -41,14 +41,7 @@ class Blocks:
     validation: Dataset
 
 
-def load(section: DataConfig, tokenizer: Callable[[], Any]) -> Data:
-    """``load_blocks`` as data for a run."""
-    blocks = load_blocks(section, tokenizer())
-    shape = {"block_size": section.block_size}
-    return Data(blocks.train, blocks.validation, f"blocks of {section.block_size} tokens", shape)
-
-
-def load_blocks(section: DataConfig, tokenizer: Any) -> Blocks:
+def load_blocks(section: Text, tokenizer: Any) -> Blocks:
     """Read, split, tokenise and cut the text, or take the result from the cache.
 
     Of JSON Lines whole documents are held out, evenly spread over all files; of a text file its last part.
@@ -61,7 +54,13 @@ def load_blocks(section: DataConfig, tokenizer: Any) -> Blocks:
     return Blocks(splits["train"], splits["validation"])
 
 
-def _find_files(section: DataConfig) -> list[Path]:
+def collate_blocks(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Blocks of T tokens → ``input_ids`` and ``labels``, both (B, T) int64: every token is predicted."""
+    tokens = torch.stack([row["input_ids"] for row in rows]).long()
+    return {"input_ids": tokens, "labels": tokens}
+
+
+def _find_files(section: Text) -> list[Path]:
     if section.path:
         if problem := text_path_problem(section.path):
             raise UserError(problem)
@@ -80,7 +79,7 @@ def _find_files(section: DataConfig) -> list[Path]:
     return [packaged]
 
 
-def _key(section: DataConfig, files: list[Path], tokenizer: Any) -> str:
+def _key(section: Text, files: list[Path], tokenizer: Any) -> str:
     parts = [
         _FORMAT,
         [(file_sha256(file), file.suffix.lower()) for file in files],
@@ -91,7 +90,7 @@ def _key(section: DataConfig, files: list[Path], tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
 
 
-def _tokenise(section: DataConfig, files: list[Path], tokenizer: Any, folder: Path) -> None:
+def _tokenise(section: Text, files: list[Path], tokenizer: Any, folder: Path) -> None:
     train, validation = _split(section, files)
     splits = {
         "train": _blocks(train, "training", section, tokenizer),
@@ -100,7 +99,7 @@ def _tokenise(section: DataConfig, files: list[Path], tokenizer: Any, folder: Pa
     datasets.DatasetDict(splits).save_to_disk(str(folder))
 
 
-def _split(section: DataConfig, files: list[Path]) -> tuple[list[str], list[str]]:
+def _split(section: Text, files: list[Path]) -> tuple[list[str], list[str]]:
     """The texts to train on, and those held out."""
     train: list[str] = []
     validation: list[str] = []
@@ -124,7 +123,7 @@ def _split(section: DataConfig, files: list[Path]) -> tuple[list[str], list[str]
     return train, validation
 
 
-def _blocks(texts: list[str], split: str, section: DataConfig, tokenizer: Any) -> Dataset:
+def _blocks(texts: list[str], split: str, section: Text, tokenizer: Any) -> Dataset:
     encoded = tokenizer([text for text in texts if text.strip()] or [""], add_special_tokens=False)["input_ids"]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     tokens = list(itertools.chain.from_iterable(ids + end for ids in encoded if ids))

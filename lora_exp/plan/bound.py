@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lora_exp.config import Config
+from lora_exp.data import kind_of
 
 _WIDE = 4  # bytes: nothing is wider than float32
 _TIMES = 3  # what is made around a module (residuals, activation functions, gradients) over its input and output
@@ -23,11 +24,11 @@ _TRAINED = 4  # a trained parameter, its gradient and AdamW's two states
 
 def upper_bound(model: Any, config: Config) -> float:
     """Bytes that a step of training ``model``, a language model on any device, stays below; infinity if unknown."""
-    widths, facts = _widths(model), model.config.get_text_config()
+    widths, facts, length = _widths(model), model.config.get_text_config(), kind_of(config.data).positions
     heads, depth = (getattr(facts, key, None) for key in ("num_attention_heads", "num_hidden_layers"))
-    if widths is None or not isinstance(heads, int) or not isinstance(depth, int):
+    if widths is None or length is None or not isinstance(heads, int) or not isinstance(depth, int):
         return math.inf
-    length, rows = config.data.block_size, config.train.micro_batch_size
+    rows = config.train.micro_batch_size
     scores = rows * heads * length**2 * depth * _SCORES
     head = model.get_output_embeddings()
     made = rows * length * (_TIMES * sum(widths) + _LOGITS * (head.weight.shape[0] if head is not None else 0))

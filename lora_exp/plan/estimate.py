@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from lora_exp.adapters.inspection.traversal import lora_layers
 from lora_exp.adapters.layers.adapted import LoRALayerBase
 from lora_exp.backends import Adapted, adapt
-from lora_exp.config import Config, DataConfig
+from lora_exp.config import Config
+from lora_exp.data import kind_of
 from lora_exp.machine.place import Place, resolve_place
-from lora_exp.plan.architecture import Outline, outline_of, prepare_for_kbit, quantised_names
+from lora_exp.models.kind import Outline
+from lora_exp.plan.architecture import outline_of, prepare_for_kbit, quantised_names
 from lora_exp.plan.bound import upper_bound
 from lora_exp.plan.kernels import Kernels
 from lora_exp.plan.sizes import base_bytes, file_bytes, optimizer_bytes, unpacked_bytes
 from lora_exp.plan.trace import Step, Work, trace_step
-from lora_exp.training.objectives import OBJECTIVES
 
 GIB = 2**30
 _PEFT_NAME = "base_model.model.{}.weight"
@@ -121,7 +122,7 @@ def _plan(config: Config, outline: Outline, place: Place) -> Plan:
     adds = config.adapter.is_added
     stored = base_bytes(weights, quantised, config.quantization)
     step = _step(adapted.model, config, place, weights, quantised)
-    units = config.data.block_size if config.data.kind == "text" else 1
+    kind = kind_of(config.data)
     return Plan(
         dtype=str(dtype).removeprefix("torch."),
         device_type=place.device.type,
@@ -138,8 +139,8 @@ def _plan(config: Config, outline: Outline, place: Place) -> Plan:
         step_peak_bytes=step.peak_bytes,
         adapter_file_bytes=file_bytes(trained),
         flops_per_step=step.flops * config.train.grad_accum_steps,
-        tokens_per_step=config.train.micro_batch_size * units * config.train.grad_accum_steps,
-        unit=OBJECTIVES[config.data.kind].unit,
+        tokens_per_step=config.train.micro_batch_size * kind.units * config.train.grad_accum_steps,
+        unit=kind.unit,
         warnings=_warnings(config, model, step),
     )
 
@@ -170,21 +171,13 @@ def layer_kind(module: nn.Module) -> str:
 
 
 def _step(model: nn.Module, config: Config, place: Place, weights: Mapping[str, Tensor], quantised: set[str]) -> Step:
-    objective, section = OBJECTIVES[config.data.kind], config.train
+    kind, section = kind_of(config.data), config.train
     with torch.device("meta"):
-        batch = objective.collate([_row(config.data)] * section.micro_batch_size)
+        batch = kind.collate([kind.row()] * section.micro_batch_size)
     unpacked = max((unpacked_bytes(weights[name], config.quantization) for name in quantised), default=0)
-    work = Work(model, objective.losses, batch, unpacked)
+    work = Work(model, kind.losses, batch, unpacked)
     kernels = Kernels(place.device.type, place.autocast, config.quantization.name in ("nf4", "fp4"))
     return trace_step(work, kernels, section.gradient_checkpointing)
-
-
-def _row(section: DataConfig) -> dict[str, Tensor]:
-    """A row of data as the objective's collate takes it."""
-    if section.kind == "images":
-        shape = (1, section.image_size, section.image_size)
-        return {"pixels": torch.zeros(shape, dtype=torch.uint8), "labels": torch.zeros((), dtype=torch.long)}
-    return {"input_ids": torch.zeros(section.block_size, dtype=torch.long)}
 
 
 def _module(name: str, layer: LoRALayerBase) -> Module:
@@ -222,8 +215,9 @@ def _bytes(tensors: Mapping[str, Tensor]) -> int:
 def _warnings(config: Config, model: nn.Module, step: Step) -> list[str]:
     found = []
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if isinstance(positions, int) and config.data.kind == "text" and config.data.block_size > positions:
-        found.append(f"data.block_size={config.data.block_size} is above the model's {positions} positions: lower it")
+    wanted = kind_of(config.data).positions
+    if isinstance(positions, int) and wanted is not None and wanted > positions:
+        found.append(f"data.block_size={wanted} is above the model's {positions} positions: lower it")
     if step.all_logits:
         found.append(f"The loss holds all logits of a micro batch at once: {step.all_logits}.")
     return found

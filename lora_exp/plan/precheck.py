@@ -17,6 +17,7 @@ import torch
 from lora_exp.config import Config
 from lora_exp.errors import UserError
 from lora_exp.machine.place import Place
+from lora_exp.models.kind import model_kind_of
 from lora_exp.plan.estimate import GIB, Planner
 from lora_exp.plan.show import remedies
 
@@ -32,12 +33,12 @@ _CGROUP = Path("/sys/fs/cgroup/memory.max")
 def check_fits(config: Config, place: Place) -> None:
     """Warn when the plan of ``config`` exceeds the memory of ``place``; with ``plan.strict`` raise ValueError.
 
-    A step is traced only where a bound, which costs a few milliseconds, leaves it open. Language models only. A model
-    that cannot be planned is left to the training, which says better what is wrong with it, unless ``plan.strict``
-    asks for certainty.
+    A step is traced only where a bound, which costs a few milliseconds, leaves it open, and never where a plan has to
+    read the data. A model that cannot be planned is left to the training, which says better what is wrong with it,
+    unless ``plan.strict`` asks for certainty.
     """
     section = config.plan
-    if not (section.check or section.strict) or config.model.kind != "causal_lm":
+    if not (section.check or section.strict) or not model_kind_of(config.model).planned_early:
         return
     available = section.gpu_gib or memory_gib(place.device)
     try:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_exp.config import Config
+from lora_exp.data import kind_of
 from lora_exp.plan.estimate import GIB, Module, Plan
 from lora_exp.plan.fit import Fit
 
@@ -60,7 +61,7 @@ def remedies(config: Config, largest_batch: int) -> list[str]:
         return [*ways, "adapter=lora", "a smaller model"]
     if config.quantization.name == "none" and config.task == "plan":
         ways.append("quantization=nf4")
-    return [*ways, "a smaller data.block_size", "a smaller model"]
+    return [*ways, *kind_of(config.data).remedies, "a smaller model"]
 
 
 def _modules(modules: list[Module]) -> Table:
@@ -94,11 +95,9 @@ def _memory(plan: Plan) -> Table:
 
 
 def _facts(plan: Plan, config: Config) -> list[str]:
-    size = config.data.image_size
-    rows = f"images of {size}×{size}" if plan.unit == "images" else f"blocks of {config.data.block_size}"
     return [
         f"Adapter file {plan.adapter_file_bytes / 1e6:.2f} MB. A step of {config.train.grad_accum_steps} × "
-        f"{config.train.micro_batch_size} {rows}: {plan.tokens_per_step:,} {plan.unit}, "
+        f"{config.train.micro_batch_size} {kind_of(config.data).rows}: {plan.tokens_per_step:,} {plan.unit}, "
         f"{plan.flops_per_step / 1e12:.4g} TFLOPs."
     ]
 

@@ -15,8 +15,9 @@ from omegaconf import DictConfig
 from lora_exp.composing import check_composed, check_mode, swept_keys
 from lora_exp.config import ConfigError
 from lora_exp.credentials import CredentialError, refuse_in_config
-from lora_exp.job import SWEPT_FILE
+from lora_exp.job import SWEPT_FILE, filed
 from lora_exp.machine.claims import FolderInUseError, claim
+from lora_exp.plugins import PluginError
 
 # The sweep this process has begun and not yet reported: Hydra has no hook for one that ends in an error.
 begun: list[Path] = []
@@ -46,6 +47,10 @@ def _prepare(config: DictConfig, folder: Path, setting: str, *checks: Callable[[
             check(config)
         _require_writable(folder)
         claim(folder, setting)
+    except PluginError as error:
+        _require_writable(folder)
+        sys.stderr.write(f"{error}{filed(folder, error.trace) if error.trace else ''}\n")
+        sys.exit(1)
     except (ConfigError, CredentialError, FolderInUseError) as error:
         # SystemExit: Hydra turns any other exception of a callback into a warning and runs on.
         sys.stderr.write(f"{error}\n")

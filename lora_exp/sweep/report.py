@@ -14,15 +14,13 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_exp.config import KNOBS
-from lora_exp.job import RESULT_FILE, Outcome, PlanResult, Result, read_metrics, read_outcome
+from lora_exp.job import RESULT_FILE, Outcome, PlanResult, Result, read_metrics, read_outcome, shown
 from lora_exp.plots import final_loss, loss_curves
 from lora_exp.tracking import mlflow as tracking
 
-# Each with how a result shows it; a column that is empty for every job is left out.
+# Each with how a result shows it; metrics come behind the loss. A column that is empty for every job is left out.
 RESULT_COLUMNS: dict[str, Callable[[Result], str]] = {
     "eval/loss": lambda result: f"{result.eval_loss:.4f}",
-    "perplexity": lambda result: "" if result.eval_perplexity is None else f"{result.eval_perplexity:.2f}",
-    "accuracy": lambda result: "" if result.eval_accuracy is None else f"{result.eval_accuracy:.4f}",
     "trainable": lambda result: f"{result.trainable:,}",
     "base MB": lambda result: "" if result.base_weight_bytes is None else f"{result.base_weight_bytes / 1e6:.1f}",
     "adapter MB": lambda result: f"{result.adapter_bytes / 1e6:.2f}",
@@ -78,7 +76,7 @@ def report_sweep(folder: Path, interrupted: bool) -> bool:
     columns = result_columns(jobs)
     rows = [_row(job, varying, columns) for job in jobs]
     header = ["job", *varying, *columns, "status"]
-    _print(header, rows)
+    _print(header, rows, set(columns) - set(PLAN_COLUMNS))
     _write_csv(folder / "comparison.csv", header, rows)
     markdown = _markdown(header, rows)
     (folder / "comparison.md").write_text(markdown)
@@ -109,11 +107,14 @@ def differing(jobs: list[JobReport]) -> list[str]:
 
 
 def result_columns(jobs: list[JobReport]) -> list[str]:
-    """The columns that some job's result fills; those of a language model's if none has a result."""
+    """The columns that some job's result fills; those of any training if none has a result."""
     results = [_cells(job.outcome.result) for job in jobs if job.outcome.result]
     if not results:
-        return [name for name in RESULT_COLUMNS if name != "accuracy"]
+        return list(RESULT_COLUMNS)
     names = dict.fromkeys(name for cells in results for name in cells)
+    if metrics := [name for name in names if name not in RESULT_COLUMNS and name not in PLAN_COLUMNS]:
+        others = [name for name in names if name not in metrics]
+        names = dict.fromkeys([*others[:1], *metrics, *others[1:]])
     return [name for name in names if any(cells.get(name) for cells in results)]
 
 
@@ -162,7 +163,8 @@ def _row(job: JobReport, varying: list[str], columns: list[str]) -> list[str]:
 def _cells(result: Result | PlanResult) -> dict[str, str]:
     if isinstance(result, PlanResult):
         return {name: show(result) for name, show in PLAN_COLUMNS.items()}
-    return {name: show(result) for name, show in RESULT_COLUMNS.items()}
+    metrics = {name: shown(value) for name, value in result.metrics.items()}
+    return {name: show(result) for name, show in RESULT_COLUMNS.items()} | metrics
 
 
 def fitting(header: list[str], rows: list[list[str]], width: int) -> tuple[list[str], list[list[str]]]:
@@ -177,14 +179,14 @@ def fitting(header: list[str], rows: list[list[str]], width: int) -> tuple[list[
     return [header[index] for index in shown], [[row[index] for index in shown] for row in rows]
 
 
-def _print(header: list[str], rows: list[list[str]]) -> None:
+def _print(header: list[str], rows: list[list[str]], unbroken: set[str]) -> None:
     console = Console()
     console = Console(width=console.width if console.is_terminal else 140)
     header, rows = fitting(header, rows, console.width)
     table = Table(title="Sweep, best first", title_justify="left")
     for name in header:
         right = name not in ("status",)
-        table.add_column(name, justify="right" if right else "left", no_wrap=name in RESULT_COLUMNS)
+        table.add_column(name, justify="right" if right else "left", no_wrap=name in unbroken)
     for row in rows:
         table.add_row(*row, style="red" if row[-1] != "FINISHED" else None)
     console.print(table, markup=False)

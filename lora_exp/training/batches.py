@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset
 
 from lora_exp.errors import UserError
-from lora_exp.training.objectives import Batch, collate_blocks
+from lora_exp.training.objectives import Batch
 
 Collate = Callable[[list[Any]], Batch]
 
@@ -30,9 +30,7 @@ def check_evaluation(rows: Dataset) -> None:
         raise UserError("No row is held out for validation: raise data.val_fraction, or give more data")
 
 
-def training_batches(
-    rows: Dataset, size: int, seed: int, pin: bool, collate: Collate = collate_blocks
-) -> Iterator[Batch]:
+def training_batches(rows: Dataset, size: int, seed: int, pin: bool, collate: Collate) -> Iterator[Batch]:
     """Micro batches of ``size`` rows for ever, each epoch in a new order drawn from ``seed``."""
     check_rows(rows, size)
     order = RandomSampler(rows, generator=torch.Generator().manual_seed(seed))  # type: ignore[arg-type]
@@ -41,9 +39,7 @@ def training_batches(
         yield from loader
 
 
-def evaluation_batches(
-    rows: Dataset, size: int, most: int, pin: bool, collate: Collate = collate_blocks
-) -> list[Batch]:
+def evaluation_batches(rows: Dataset, size: int, most: int, pin: bool, collate: Collate) -> list[Batch]:
     """Up to ``most`` rows, evenly spread over ``rows`` and always the same ones, as micro batches."""
     check_evaluation(rows)
     have = len(rows)  # type: ignore[arg-type]

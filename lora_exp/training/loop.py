@@ -20,7 +20,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lora_exp.config import TrainConfig
 from lora_exp.errors import UserError
-from lora_exp.training.objectives import CAUSAL_LM_METRICS, Batch, Metric, RowLosses, Sums
+from lora_exp.training.metrics import Metric, RowLosses, Sums, chosen
+from lora_exp.training.objectives import Batch
 
 Context = contextlib.AbstractContextManager[object]
 Record = dict[str, Any]
@@ -54,7 +55,7 @@ class Forward:
     compute: Callable[[], Context] = contextlib.nullcontext
     route: Callable[[Mapping[str, int]], Context] = field(default=lambda rows: contextlib.nullcontext())
     check_gradients: Callable[[], object] = lambda: None
-    metrics: Mapping[str, Metric] = field(default_factory=lambda: CAUSAL_LM_METRICS)
+    metrics: Mapping[str, Metric] = field(default_factory=chosen)
     unit: str = "tokens"
     between_batches: Callable[[], object] = lambda: None
 

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from lora_exp.config import DataConfig, PackagedConfig
+from lora_exp.config import PackagedConfig
 from lora_exp.data import Data, load_data
-from lora_exp.data.images import split
-from lora_exp.training.objectives import OBJECTIVES
+from lora_exp.data.images import collate_images, split
+from lora_exp.data.kinds.images import Images
 
 
 def load(file: Path, tmp_path: Path, **changes: Any) -> Data:
-    values = {"label": "tiny", "kind": "images", "path": str(file), "image_size": 8, "val_fraction": 0.25}
-    section = DataConfig(cache_dir=str(tmp_path / "cache"), **(values | changes))
+    values = {"label": "tiny", "path": str(file), "image_size": 8, "val_fraction": 0.25}
+    section = Images(cache_dir=str(tmp_path / "cache"), **(values | changes))
     return load_data(section, lambda: pytest.fail("images need no tokenizer"))
 
 
@@ -43,7 +43,7 @@ def test_every_image_is_on_one_side_and_every_class_on_both(table: Path, tmp_pat
 
 def test_rows_become_pixels_of_three_channels_from_0_to_1(table: Path, tmp_path: Path) -> None:
     data = load(table, tmp_path)
-    batch = OBJECTIVES["images"].collate([data.train[index] for index in range(5)])
+    batch = collate_images([data.train[index] for index in range(5)])
     assert batch["pixels"].shape == (5, 3, 8, 8)
     assert batch["labels"].dtype == torch.int64
     number = int(data.train[4]["pixels"].max())
@@ -58,7 +58,7 @@ def test_fewer_training_images_are_spread_over_the_classes(table: Path, tmp_path
 
 def test_the_split_does_not_depend_on_the_order_of_classes() -> None:
     labels = torch.arange(100) % 10
-    section = DataConfig(label="x", kind="images", val_fraction=0.2)
+    section = Images(label="x", val_fraction=0.2)
     _, validation = split(labels, section)
     assert torch.bincount(labels[validation]).tolist() == [2] * 10
 

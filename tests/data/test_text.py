@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from lora_exp.config import DataConfig
+from lora_exp.data.kinds.text import Text
 from lora_exp.data.text import load_blocks
 
 
@@ -18,8 +18,8 @@ def tokenizer(tiny_llama: Path) -> Any:
     return AutoTokenizer.from_pretrained(tiny_llama)
 
 
-def section(path: Path, tmp_path: Path, **changes: Any) -> DataConfig:
-    return DataConfig(label="t", path=str(path), block_size=8, cache_dir=str(tmp_path / "cache"), **changes)
+def section(path: Path, tmp_path: Path, **changes: Any) -> Text:
+    return Text(label="t", path=str(path), block_size=8, cache_dir=str(tmp_path / "cache"), **changes)
 
 
 def numbered(tmp_path: Path, count: int = 400) -> Path:

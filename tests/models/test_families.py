@@ -13,18 +13,19 @@ from lora_exp.backends import adapt
 from lora_exp.config import (
     AdapterConfig,
     Config,
-    DataConfig,
     LayerConfig,
     ModelConfig,
     OptimizerConfig,
     QuantizationConfig,
     ScalingConfig,
 )
+from lora_exp.data.kinds.text import Text
+from lora_exp.data.text import collate_blocks
 from lora_exp.machine.place import Place
 from lora_exp.models import find_source, load_base
 from lora_exp.models.positions import most_positions, trained_positions
 from lora_exp.plan.estimate import Planner
-from lora_exp.training.objectives import causal_lm_losses, collate_blocks
+from lora_exp.training.objectives import causal_lm_losses
 
 CPU = Place(torch.device("cpu"), torch.float32)
 POSITIONS = 24
@@ -98,7 +99,7 @@ def config(folder: Path, kind: str, **model: Any) -> Config:
         quantization=QuantizationConfig("none"),
         optimizer=OptimizerConfig("adamw"),
         model=ModelConfig(label=kind, path=str(folder), **model),
-        data=DataConfig(label="text", path="x.txt", block_size=16),
+        data=Text(label="text", path="x.txt", block_size=16),
         targets=TARGETS.get(kind, "all-linear"),
         rank=2,
         device="cpu",

@@ -61,7 +61,7 @@ def test_a_sweep_of_head_lora_and_dora_reports_accuracy(
         assert {"eval/loss", "eval/accuracy"} <= set(records[0])
         assert "train/images_per_s" in records[1]
         result = read(sweep / str(job) / "result.json")["result"]
-        assert (result["eval_accuracy"], result["eval_perplexity"]) == (records[-1]["eval/accuracy"], None)
+        assert result["metrics"] == {"accuracy": records[-1]["eval/accuracy"]}
 
 
 def test_peft_runs_the_same_experiment(cli: Callable[..., Any], vision_overrides: list[str], workplace: Path) -> None:
@@ -138,5 +138,5 @@ def test_lora_on_convolutions_beats_the_head_alone_on_real_digits(cli: Callable[
             "train.eval_blocks=250", "device=cpu",
         )  # fmt: skip
         assert done.code == 0, done.err
-        accuracy[adapter] = read(workplace / adapter / "result.json")["result"]["eval_accuracy"]
+        accuracy[adapter] = read(workplace / adapter / "result.json")["result"]["metrics"]["accuracy"]
     assert accuracy["lora"] > accuracy["head"] + 0.05, accuracy

@@ -14,7 +14,8 @@ from lora_exp.adapters import LoraConfig, LoraModel
 from lora_exp.backends import adapt
 from lora_exp.config import Config, QuantizationConfig, conf_folder, register, to_config
 from lora_exp.models import checkpoint_layers
-from lora_exp.plan.architecture import facts_of, meta_model, quantised_names
+from lora_exp.models.unloaded import facts_of, meta_model
+from lora_exp.plan.architecture import quantised_names
 from lora_exp.plan.estimate import Plan, Planner
 from lora_exp.plan.fit import fit
 from lora_exp.plan.sizes import base_bytes, quantised_bytes

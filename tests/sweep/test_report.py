@@ -17,7 +17,7 @@ def add(folder: Path, number: int, loss: float | None, **values: Any) -> None:
     place.mkdir(parents=True)
     result = None
     if loss is not None:
-        result = Result(loss, 3.0, 20.0, 1000 * number + 1, 10**6, 4096, 0.5, 12.0, "adapter", None)
+        result = Result(loss, 3.0, {"perplexity": 20.0}, 1000 * number + 1, 10**6, 4096, 0.5, 12.0, "adapter", None)
         (place / "metrics.jsonl").write_text('{"lane": "default", "step": 0, "eval/loss": 3.0}\n{"lane": "cut')
     status = "FINISHED" if result else "FAILED"
     error = None if result else "rank=0 is below 1:\nuse 8 | or more"
@@ -65,7 +65,8 @@ def test_a_finished_sweep_counts_as_finished_unless_interrupted(tmp_path: Path) 
 
 @pytest.mark.parametrize(("width", "left_out"), [(140, 0), (100, 1), (80, 3), (60, 4)])
 def test_a_narrow_terminal_keeps_what_was_swept_the_result_and_the_status(width: int, left_out: int) -> None:
-    header = ["job", "rank", "adapter", *(name for name in RESULT_COLUMNS if name != "accuracy"), "status"]
+    loss, *others = RESULT_COLUMNS
+    header = ["job", "rank", "adapter", loss, "perplexity", *others, "status"]
     row = ["3", "4", "dora", "3.6021", "36.68", "1,376,640", "538.1", "5.59", "7", "FINISHED"]
     columns, (shown,) = fitting(header, [row], width)
     assert len(header) - len(columns) == left_out

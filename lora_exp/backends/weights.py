@@ -4,15 +4,50 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
+from lora_exp.backends.registry import Adapted, Origin, Way, trains
 from lora_exp.config import Config
 from lora_exp.errors import UserError
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
+
 log = logging.getLogger(__name__)
+
+
+@trains("weights")
+class Weights(Way):
+    """All of them, or with ``targets`` set those of the modules that these name."""
+
+    def problems(self, config: Config) -> list[str]:
+        stored = config.quantization.name
+        if stored == "none":
+            return []
+        return [f"quantization={stored} freezes what adapter=full would train: use adapter=lora"]
+
+    def adapt(self, base: nn.Module, config: Config, origin: Origin) -> Adapted:
+        return _trained(base, chosen_weights(base, config))
+
+
+@trains("modules_to_save")
+class ModulesToSave(Way):
+    """Those of ``model.modules_to_save`` alone: a new head."""
+
+    def problems(self, config: Config) -> list[str]:
+        label = config.model.label or config.model.name
+        if not config.model.modules_to_save:
+            return [
+                f"adapter=head trains model.modules_to_save alone, and model={label} has none: name them, or use lora"
+            ]
+        if config.targets is not None:
+            return [f"targets={config.targets} has no meaning with adapter=head: leave it out, or use adapter=lora"]
+        return []
+
+    def adapt(self, base: nn.Module, config: Config, origin: Origin) -> Adapted:
+        return _trained(base, saved_weights(base, config))
 
 
 def chosen_weights(base: nn.Module, config: Config) -> dict[str, nn.Parameter]:
@@ -63,6 +98,22 @@ def save_weights(base: Any, chosen: dict[str, nn.Parameter], folder: Path) -> No
         base.save_pretrained(folder)  # unties shared weights as safetensors needs it
         return
     write_tensors(folder / "weights.safetensors", base.state_dict() if whole else chosen, {})
+
+
+def _trained(base: nn.Module, chosen: dict[str, nn.Parameter]) -> Adapted:
+    """Train ``chosen`` weights of the base themselves."""
+    from lora_exp.adapters.inspection.parameter_counts import count_parameters
+
+    trained = {id(parameter) for parameter in chosen.values()}  # a tied weight has a name wherever it is used
+    for parameter in base.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+    say_ties(base, chosen)
+    trainable, total = count_parameters(chosen.values(), base.parameters())
+
+    def save(folder: Path) -> None:
+        save_weights(base, chosen, folder)
+
+    return Adapted(base, list(chosen.values()), trainable, total, save)
 
 
 def _every_name(base: nn.Module) -> list[str]:

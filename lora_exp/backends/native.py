@@ -1,0 +1,40 @@
+"""Our own LoRA library."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from lora_exp.backends.registry import Adapted, Origin, Way, backend
+from lora_exp.backends.targets import lora_config, targeted
+from lora_exp.config import Config
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
+
+log = logging.getLogger(__name__)
+
+
+@backend("native")
+class Native(Way):
+    def adapt(self, base: nn.Module, config: Config, origin: Origin) -> Adapted:
+        from lora_exp.adapters import LoraModel
+
+        wanted = lora_config(config)
+        targeted(base, config, wanted)
+        model = LoraModel(base, wanted, verbose=False)
+        trainable, total = model.parameter_counts()
+        parameters = list(model.adapter_parameters().values())
+
+        def check_gradients() -> None:
+            unreached = model.check_gradients()  # raises if that is all of them
+            if unreached:
+                named = ", ".join(unreached[:10]) + (", …" if len(unreached) > 10 else "")
+                log.warning(f"{len(unreached)} adapted layers got no gradient in the first step: {named}")
+
+        def save(folder: Path) -> None:
+            model.save_pretrained(folder, base_files_sha256=origin.files_sha256)
+
+        return Adapted(model, parameters, trainable, total, save, check_gradients)

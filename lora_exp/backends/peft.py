@@ -1,0 +1,77 @@
+"""PEFT's library."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from lora_exp.backends.registry import Adapted, Origin, Way, backend
+from lora_exp.backends.targets import lora_config, targeted
+from lora_exp.config import Config
+from lora_exp.errors import UserError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
+
+
+@backend("peft")
+class Peft(Way):
+    def problems(self, config: Config) -> list[str]:
+        if config.adapter.is_added:
+            return []
+        name = config.adapter.name
+        return [f"backend=peft has no adapter={name}: use backend=native, which trains weights themselves"]
+
+    def adapt(self, base: nn.Module, config: Config, origin: Origin) -> Adapted:
+        import peft
+
+        wanted = lora_config(config)
+        layers = targeted(base, config, wanted)
+        _check_peft_can(layers, wanted)
+        named = wanted.target_modules if wanted.target_modules not in (None, "all-linear") else sorted(layers)
+        asked = peft.LoraConfig(
+            r=wanted.rank,
+            target_modules=named,
+            lora_alpha=wanted.lora_alpha,
+            lora_dropout=wanted.lora_dropout,
+            bias=wanted.bias,
+            use_rslora=wanted.use_rslora,
+            use_dora=wanted.use_dora,
+            modules_to_save=wanted.modules_to_save,
+            revision=getattr(getattr(base, "config", None), "_commit_hash", None),
+        )
+        with warnings.catch_warnings():  # PEFT 0.21 asks under a name that transformers 5.23 has changed
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            model = peft.get_peft_model(base, asked)
+        trainable, total = model.get_nb_trainable_parameters()
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+        def save(folder: Path) -> None:
+            # "auto" would add the whole frozen embedding to the file of an adapted one.
+            model.save_pretrained(str(folder), save_embedding_layers=False)
+
+        return Adapted(model, parameters, trainable, total, save)
+
+
+def _check_peft_can(layers: dict[str, nn.Module], wanted: Any) -> None:
+    """PEFT 0.21 trains these convolutions on another geometry than the base's, or cannot merge them."""
+    for name, module in layers.items():
+        weight: Any = module.weight
+        if wanted.use_dora and weight.device.type == "cpu" and type(weight).__name__ == "Int8Params":
+            raise UserError(
+                f"backend=peft cannot train {name}: PEFT's DoRA loses int8 constants on a CPU after the first pass: "
+                "use backend=native, adapter=lora or quantization=nf4"
+            )
+        problems = {
+            "groups": getattr(module, "groups", 1) != 1,
+            "dilation": any(extent != 1 for extent in getattr(module, "dilation", ())),
+            "padding_mode": getattr(module, "padding_mode", "zeros") != "zeros",
+        }
+        for what, is_problem in problems.items():
+            if is_problem:
+                raise UserError(
+                    f"backend=peft cannot adapt {name}: PEFT's LoRA leaves out the convolution's {what}="
+                    f"{getattr(module, what)}, so that it could not be merged: use backend=native, or other targets"
+                )

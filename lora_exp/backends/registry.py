@@ -1,0 +1,62 @@
+"""Which ways there are to train something on a frozen base: each registers itself, in a file of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lora_exp.config import Config
+from lora_exp.registry import Registry
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A model with its trainable parameters. ``save(folder)`` writes them as safetensors there.
+
+    ``base_weight_bytes``: what the base's own weights take, quantisation constants included.
+    """
+
+    model: nn.Module
+    parameters: list[nn.Parameter]
+    trainable: int
+    total: int
+    save: Callable[[Path], None]
+    check_gradients: Callable[[], object] = lambda: None
+    base_weight_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a base came from, for whoever loads what was trained on it.
+
+    ``name``: the hub's, where the weights lie in a folder that nobody else has; None: the name it was loaded by
+    stands. ``files_sha256``: the digest of its weight files. ``tokenizer()`` loads the one to save beside.
+    """
+
+    name: str | None = None
+    files_sha256: str | None = None
+    tokenizer: Callable[[], Any] | None = None
+
+
+class Way:
+    """A backend (``backend=name``), or what of a base is trained (``adapter.trains=name``)."""
+
+    def problems(self, config: Config) -> list[str]:
+        """What it cannot do of the config, as can be seen before anything is loaded."""
+        return []
+
+    def adapt(self, base: nn.Module, config: Config, origin: Origin) -> Adapted:
+        """Freeze ``base`` and add what the config trains."""
+        raise NotImplementedError
+
+
+backends: Registry[type[Way]] = Registry("backend", "lora_exp.backends")
+backend = backends.add
+trained: Registry[type[Way]] = Registry("adapter.trains", "lora_exp.backends")
+trains = trained.add

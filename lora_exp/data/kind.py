@@ -1,0 +1,131 @@
+"""What a kind of data is: one class, whose fields are the config section ``data`` and whose methods are all the rest.
+
+A file says ``@data_kind("name")`` above a dataclass that follows ``DataKind``; ``data.kind=name`` then chooses it.
+Its file is imported to look at a config, so that what takes long to import is imported inside its methods.
+
+Letters: B rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from lora_exp.config import DataConfig, data_kinds
+from lora_exp.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.utils.data import Dataset
+
+    from lora_exp.training.metrics import RowLosses
+
+Batch = Mapping[str, "Tensor"]
+Row = dict[str, "Tensor"]
+_Kind = TypeVar("_Kind", bound="type[DataKind]")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training and validation rows, which share nothing. ``rows`` says what one is.
+
+    ``shape``: what the model must be made to fit, such as its number of classes.
+    """
+
+    train: Dataset[Any]
+    validation: Dataset[Any]
+    rows: str
+    shape: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class DataKind(DataConfig):
+    """A kind of data. A batch maps names to tensors whose first dimension is the rows'; ``labels`` is among them.
+
+    ``learners``: the kinds of model that learn from it. ``unit``: what ``labels`` holds, for the speed of training.
+    ``metrics``: of each evaluation, beside ``loss``. ``needs_tokenizer``: whether what is trained is saved with one.
+    """
+
+    name: ClassVar[str] = ""
+    learners: ClassVar[tuple[str, ...]] = ()
+    unit: ClassVar[str] = "rows"
+    metrics: ClassVar[tuple[str, ...]] = ()
+    needs_tokenizer: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        self.kind = self.name or self.kind
+
+    # Before anything is loaded
+
+    def problems(self, task: str) -> list[str]:
+        """What can be seen to be wrong with the fields; ``task`` is train or plan."""
+        return []
+
+    @property
+    def positions(self) -> int | None:
+        """How many positions of a language model a row takes; None where it is none's."""
+        return None
+
+    @property
+    def units(self) -> int:
+        """How many of ``unit`` a row holds."""
+        return 1
+
+    @property
+    def rows(self) -> str:
+        """What rows are, such as "blocks of 128"."""
+        return "rows"
+
+    @property
+    def remedies(self) -> list[str]:
+        """What makes a row smaller, where memory is short."""
+        return []
+
+    def row(self) -> Row:
+        """A row as ``collate`` takes it, to plan with: its shapes and dtypes count, not its values."""
+        raise UserError(f"data.kind={self.kind} has no row to plan with: train it (task=train), or give the kind one")
+
+    # The data
+
+    def load(self, tokenizer: Callable[[], Any]) -> Data:
+        """The rows; ``tokenizer()`` loads the model's. Raises UserError for data that cannot be had or used."""
+        raise NotImplementedError
+
+    def collate(self, rows: list[Row]) -> Batch:
+        """Rows as one batch, stacked as they are."""
+        import torch
+
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    # The objective
+
+    def losses(self, model: nn.Module, batch: Batch) -> RowLosses:
+        """What is minimised, a row at a time."""
+        raise NotImplementedError
+
+    def count(self, batch: Batch) -> Tensor:
+        """How many predictions each row holds, (B,), told before the pass: one, unless said otherwise."""
+        import torch
+
+        return torch.ones(len(batch["labels"]), dtype=torch.long)
+
+
+def data_kind(name: str) -> Callable[[_Kind], _Kind]:
+    """Decorator: this dataclass is what ``data.kind=name`` means."""
+
+    def register(kind: _Kind) -> _Kind:
+        kind.name = name
+        return data_kinds.add(name)(dataclass(kind))
+
+    return register
+
+
+def kind_of(section: DataConfig) -> DataKind:
+    """The section as what it is: a kind of data. One that has no more than the common fields is made one."""
+    if isinstance(section, DataKind):
+        return section
+    values = {each.name: getattr(section, each.name) for each in fields(section)}
+    made = data_kinds[section.kind](**values)
+    assert isinstance(made, DataKind)
+    return made

@@ -1,0 +1,1 @@
+"""The kinds of data, one file each: all that a config, a run and a plan ask of it."""

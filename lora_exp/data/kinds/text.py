@@ -1,0 +1,78 @@
+"""Text for causal language models, in blocks of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lora_exp.data.kind import Batch, Data, DataKind, Row, data_kind
+from lora_exp.inputs import text_path_problem
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from lora_exp.training.metrics import RowLosses
+
+
+@data_kind("text")
+class Text(DataKind):
+    """``text_field`` of each line of JSON Lines is a document, or what neighbours of the same ``group_by`` fields
+    have in it; a block is ``block_size`` tokens."""
+
+    text_field: str = "text"
+    group_by: list[str] = field(default_factory=list)
+    block_size: int = 128
+
+    learners: ClassVar[tuple[str, ...]] = ("causal_lm",)
+    unit: ClassVar[str] = "tokens"
+    metrics: ClassVar[tuple[str, ...]] = ("perplexity",)
+    needs_tokenizer: ClassVar[bool] = True
+
+    def problems(self, task: str) -> list[str]:
+        found = [text_path_problem(self.path) if self.path and task == "train" else None]
+        if self.block_size < 2:
+            found.append(f"data.block_size={self.block_size} is below 2: a block needs a token to predict from")
+        return [problem for problem in found if problem]
+
+    @property
+    def positions(self) -> int | None:
+        return self.block_size
+
+    @property
+    def units(self) -> int:
+        return self.block_size
+
+    @property
+    def rows(self) -> str:
+        return f"blocks of {self.block_size}"
+
+    @property
+    def remedies(self) -> list[str]:
+        return ["a smaller data.block_size"]
+
+    def row(self) -> Row:
+        import torch
+
+        return {"input_ids": torch.zeros(self.block_size, dtype=torch.long)}
+
+    def load(self, tokenizer: Callable[[], Any]) -> Data:
+        from lora_exp.data.text import load_blocks
+
+        blocks = load_blocks(self, tokenizer())
+        return Data(blocks.train, blocks.validation, f"{self.rows} tokens", {"block_size": self.block_size})
+
+    def collate(self, rows: list[Row]) -> Batch:
+        from lora_exp.data.text import collate_blocks
+
+        return collate_blocks(rows)
+
+    def losses(self, model: nn.Module, batch: Batch) -> RowLosses:
+        from lora_exp.training.objectives import causal_lm_losses
+
+        return causal_lm_losses(model, batch)
+
+    def count(self, batch: Batch) -> Tensor:
+        from lora_exp.training.objectives import count_predictions
+
+        return count_predictions(batch)

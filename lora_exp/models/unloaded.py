@@ -1,0 +1,105 @@
+"""A causal language model on the meta device, which has shapes and no memory, from architecture facts alone."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lora_exp.config import ModelConfig
+from lora_exp.errors import UserError
+from lora_exp.models.causal_lm import attention_option, attention_problem
+from lora_exp.models.kind import Outline
+from lora_exp.models.positions import length_problem
+from lora_exp.models.source import Source
+
+transformers.utils.logging.set_verbosity_error()
+
+
+def outline(section: ModelConfig, positions: int | None) -> Outline:
+    """What makes a new model on the meta device, in a given dtype, as training would load it.
+
+    Raises UserError for facts that cannot be had, or rows of more ``positions`` than it has.
+    """
+    facts = facts_of(section)
+    if positions is not None and (problem := length_problem(facts.to_dict(), positions, section.label or section.name)):
+        raise UserError(problem)
+    return lambda dtype: meta_model(copy.deepcopy(facts), section, dtype)
+
+
+def facts_of(section: ModelConfig) -> Any:
+    """The transformers config: of ``model.path`` if set, else the YAML's architecture, else the hub's config.json.
+
+    Raises UserError for a path without one, for facts that describe no known model, and for a hub out of reach.
+    """
+    if section.path:
+        return _from_file(section)
+    if section.architecture:
+        return _from_facts(dict(section.architecture), f"model={section.label}")
+    source = Source(section.name or "", section.revision, section.trust_remote_code)
+    try:
+        return AutoConfig.from_pretrained(source.name, **source.options)
+    except (OSError, ValueError) as error:
+        reason = re.sub(r"\s+", " ", str(error))[:300]
+        raise UserError(
+            f"The config.json of {section.name} cannot be had ({reason}): name a local one by "
+            "model.path=FILE_OR_FOLDER, or plan a model whose architecture is shipped (--help lists them)"
+        ) from error
+
+
+def meta_model(facts: Any, section: ModelConfig, dtype: torch.dtype) -> nn.Module:
+    """The causal language model in ``dtype`` on the meta device. Raises UserError if transformers has none such."""
+    try:
+        with torch.device("meta"), _Unfilled():
+            model = AutoModelForCausalLM.from_config(
+                facts,
+                dtype=dtype,
+                trust_remote_code=section.trust_remote_code,
+                **attention_option(section),
+            )
+    except (ValueError, ImportError) as error:
+        said = attention_problem(section, error)
+        raise UserError(said or f"{section.label} cannot be planned ({error}): name a causal language model") from error
+    model.config.use_cache = False
+    return model
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves out first values, which take half of the time that it takes to make a model and which meta has not."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def _from_file(section: ModelConfig) -> Any:
+    path = Path(section.path or "").expanduser()
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"model.path={section.path} has no config.json: name such a file or a folder in hub layout")
+    if section.trust_remote_code:
+        return AutoConfig.from_pretrained(str(file.parent), trust_remote_code=True)
+    try:
+        facts = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file} is not valid JSON ({error}): copy it anew") from error
+    return _from_facts(facts, str(file))
+
+
+def _from_facts(facts: dict[str, Any], where: str) -> Any:
+    facts.pop("quantization_config", None)  # the run's own quantisation counts
+    kind = str(facts.pop("model_type", ""))
+    try:
+        return AutoConfig.for_model(kind, **facts)
+    except (ValueError, TypeError) as error:
+        reason = re.sub(r"\s+", " ", str(error))[:300]
+        raise UserError(f"{where}: transformers cannot read this architecture ({reason})") from error

@@ -1,0 +1,52 @@
+"""Modules of the user's own (``plugins=[my_module]``): they register variants, layer kinds, kinds of data, metrics."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from lora_exp.errors import UserError
+from lora_exp.keys import nearest
+
+
+class PluginError(UserError):
+    """A plugin that cannot be had; ``trace`` is its own traceback where it fails to import, to be filed."""
+
+    def __init__(self, message: str, trace: str | None = None) -> None:
+        super().__init__(message)
+        self.trace = trace
+
+
+def import_plugins(names: Sequence[str], folder: Path) -> None:
+    """Import each, from ``folder`` (the one that one stands in) or wherever Python finds it. Raises PluginError."""
+    if names and str(folder) not in sys.path:
+        sys.path.append(str(folder))  # at the end: a file there must not take the place of a library
+    for name in names:
+        _import(name, folder)
+
+
+def _import(name: str, folder: Path) -> None:
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise _failed(name, error) from error
+        near = nearest(name, [file.stem for file in sorted(folder.glob("*.py"))])
+        hint = f"did you mean {' or '.join(near)}?" if near else "stand in the folder of its file, or install it"
+        raise PluginError(f"plugins: {name} is neither in {folder} nor installed: {hint}") from None
+    except Exception as error:
+        raise _failed(name, error) from error
+
+
+def _failed(name: str, error: Exception) -> PluginError:
+    """Said by its file and line: the frames of the import machinery are nobody's."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
+    places = [frame for frame in frames if frame.filename != __file__]
+    where = f" at {places[-1].filename}, line {places[-1].lineno}" if places else ""
+    if isinstance(error, SyntaxError):
+        where = f" at {error.filename}, line {error.lineno}"
+    message = f"plugins: {name} fails to import ({type(error).__name__}: {error}){where}: mend it, or leave it out"
+    return PluginError(message, "".join(traceback.format_exception(error)))

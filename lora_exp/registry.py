@@ -1,0 +1,57 @@
+"""What a name in the config means: each entry registers itself, so that a new one is a new file."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+from lora_exp.errors import UserError
+
+_Entry = TypeVar("_Entry")
+_Given = TypeVar("_Given")
+
+
+class Registry(Generic[_Entry]):
+    """The entries that the config key ``key`` chooses from; ours are in ``home``, a module or a folder of modules."""
+
+    def __init__(self, key: str, home: str) -> None:
+        self.key = key
+        self._home = home
+        self._entries: dict[str, Any] = {}
+
+    def add(self, name: str) -> Callable[[_Given], _Given]:
+        """Decorator of a class or function: this is what ``key=name`` means."""
+
+        def register(entry: _Given) -> _Given:
+            known = self._entries.get(name)
+            if known is not None and _place(known) != _place(entry):
+                raise UserError(f"{self.key}={name} is registered already, as {_place(known)}: choose another name")
+            self._entries[name] = entry
+            return entry
+
+        return register
+
+    def __getitem__(self, name: str) -> _Entry:
+        """Raises UserError for a name that is not known."""
+        if problem := self.problem(name):
+            raise UserError(problem)
+        found: _Entry = self._entries[name]
+        return found
+
+    def names(self) -> list[str]:
+        home = importlib.import_module(self._home)
+        for module in pkgutil.iter_modules(getattr(home, "__path__", [])):
+            importlib.import_module(f"{self._home}.{module.name}")
+        return sorted(self._entries)
+
+    def problem(self, name: str) -> str | None:
+        """Why ``name`` cannot be chosen; None if it can."""
+        if name in self._entries or name in self.names():
+            return None
+        return f"{self.key}={name} is not known: choose one of {', '.join(self.names())}"
+
+
+def _place(entry: Any) -> str:
+    return f"{entry.__module__}.{entry.__qualname__}"

@@ -1,0 +1,82 @@
+"""What an evaluation is summed up by: metrics by name, functions of the sums over its rows.
+
+Letters: B rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from lora_exp.errors import UserError
+from lora_exp.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RowLosses:
+    """``total`` (B,): the sum of a row's losses in nats. ``count`` (B,): how many predictions it holds.
+
+    ``counted``: what else is counted a row, (B,) each, such as the ``hits`` among its predictions.
+    """
+
+    total: Tensor
+    count: Tensor
+    counted: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """The rows' losses, predictions and whatever else they count, over a whole evaluation."""
+
+    loss: float = 0.0
+    count: int = 0
+    counted: Mapping[str, float] = field(default_factory=dict)
+
+    def plus(self, rows: RowLosses) -> Sums:
+        """Sums with these rows added."""
+        here = {name: values.double().sum().item() for name, values in rows.counted.items()}
+        counted = {name: self.counted.get(name, 0.0) + here.get(name, 0.0) for name in {**self.counted, **here}}
+        loss = self.loss + rows.total.double().sum().item()
+        return Sums(loss, self.count + int(rows.count.sum().item()), counted)
+
+    def share(self, name: str) -> float:
+        """What was counted under ``name``, a prediction; of no predictions nan. Raises UserError if nothing was."""
+        if not self.count:
+            return math.nan
+        if name not in self.counted:
+            known = f"it counts {', '.join(self.counted)}" if self.counted else "it counts nothing else than losses"
+            raise UserError(f"a metric needs {name!r}, which this kind of data does not count ({known}): leave it out")
+        return self.counted[name] / self.count
+
+
+Metric = Callable[[Sums], float]
+metrics: Registry[Metric] = Registry("train.metrics", __name__)
+metric = metrics.add
+
+
+@metric("loss")
+def mean_loss(sums: Sums) -> float:
+    """Nats a prediction; of none nan, which no comparison takes for the best."""
+    return sums.loss / sums.count if sums.count else math.nan
+
+
+@metric("perplexity")
+def perplexity(sums: Sums) -> float:
+    """e to the mean loss; above e^709 a float overflows."""
+    return math.exp(min(mean_loss(sums), 700.0))
+
+
+@metric("accuracy")
+def accuracy(sums: Sums) -> float:
+    """The share of predictions that are right."""
+    return sums.share("hits")
+
+
+def chosen(*names: str) -> dict[str, Metric]:
+    """The metrics of these names, ``loss`` first and each once. Raises UserError for one that there is not."""
+    return {name: metrics[name] for name in dict.fromkeys(("loss", *names))}
