@@ -42,9 +42,12 @@ def _import(name: str, folder: Path) -> None:
 
 
 def _failed(name: str, error: Exception) -> PluginError:
-    """Said by its file and line: the frames of the import machinery are nobody's."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
-    places = [frame for frame in frames if frame.filename != __file__]
+    """Said by the last line that is neither ours nor the import machinery's."""
+    room = str(Path(__file__).parent)
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [
+        frame for frame in frames if not frame.filename.startswith((room, "<frozen importlib", importlib.__file__))
+    ]
     where = f" at {places[-1].filename}, line {places[-1].lineno}" if places else ""
     if isinstance(error, SyntaxError):
         where = f" at {error.filename}, line {error.lineno}"

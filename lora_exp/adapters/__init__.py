@@ -16,6 +16,7 @@ from lora_exp.adapters.routing.plan import BASE
 from lora_exp.adapters.surgery.merging import MergeReport
 from lora_exp.adapters.variants.dora import DoraAdapter
 from lora_exp.adapters.variants.lora import LoraAdapter
+from lora_exp.adapters.variants.registry import variant
 
 __all__ = [
     "BASE",
@@ -42,4 +43,5 @@ __all__ = [
     "load_merged",
     "scaling_factor",
     "use_reference",
+    "variant",
 ]
