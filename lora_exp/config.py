@@ -15,6 +15,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from lora_exp.adapters.config import scaling_factor
 from lora_exp.errors import UserError
 from lora_exp.registry import Registry
 
@@ -296,9 +297,14 @@ def default_targets(config: Config) -> list[str]:
 
 
 def scale_of(config: Config) -> float:
-    """The factor in front of AB: alpha / rank, or alpha / sqrt(rank)."""
+    """The factor in front of AB, by the library's rule."""
     alpha = resolve_alpha(config.alpha, config.rank)
-    return alpha / (math.sqrt(config.rank) if config.scaling.name == "rslora" else config.rank)
+    return scaling_factor(config.rank, alpha, uses_rslora(config))
+
+
+def uses_rslora(config: Config) -> bool:
+    """Whether the scaling's rule is rank-stabilised."""
+    return config.scaling.name == "rslora"
 
 
 def flat_values(config: Config) -> dict[str, Any]:

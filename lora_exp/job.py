@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lora_exp.adapters.files.whole import write_text
 from lora_exp.credentials import redacted
 
 RESULT_FILE = "result.json"
@@ -109,18 +110,7 @@ def shown(metric: float) -> str:
 def write_outcome(folder: Path, outcome: Outcome) -> None:
     """Write ``result.json``, in which no login may stand."""
     text = json.dumps(asdict(outcome), indent=2)
-    write_whole(folder / RESULT_FILE, redacted(text) + "\n")
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write ``file`` whole or not at all."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    try:
-        temporary.write_text(text)
-        temporary.replace(file)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_text(folder / RESULT_FILE, redacted(text) + "\n")
 
 
 def filed(folder: Path, trace: str) -> str:

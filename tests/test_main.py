@@ -130,7 +130,7 @@ def test_a_run_leaves_everything_it_promises(cli: Cli, tiny_overrides: list[str]
         assert name in run.data.metrics, name
     assert run.data.metrics["eval/loss"] == pytest.approx(outcome.result.eval_loss)
     assert [m.step for m in client.get_metric_history(run.info.run_id, "train/loss")] == [1, 2, 3, 4]
-    assert len(run.data.tags["base_sha256"]) == 64
+    assert len(run.data.tags["base_files_sha256"]) == 64
     assert "version.torch" in run.data.tags
     artifacts = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert artifacts >= {"config.yaml", "overrides.txt", "adapter", "metrics.jsonl", "loss_curve.png"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lora_exp.backends.registry import Adapted, Origin, Way, backends, trains
-from lora_exp.config import Config, conf_folder, default_targets, resolve_alpha
+from lora_exp.config import Config, conf_folder, default_targets, resolve_alpha, uses_rslora
 from lora_exp.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def lora_config(config: Config) -> Any:
         lora_alpha=resolve_alpha(config.alpha, config.rank),
         lora_dropout=config.dropout,
         bias=config.bias,
-        use_rslora=config.scaling.name == "rslora",
+        use_rslora=uses_rslora(config),
         variant=config.adapter.variant or "lora",
         variant_options=config.adapter.options,
         modules_to_save=config.model.modules_to_save or None,

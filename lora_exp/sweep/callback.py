@@ -12,6 +12,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from lora_exp.adapters.files.whole import write_text
 from lora_exp.composing import check_composed, check_mode, swept_keys
 from lora_exp.config import ConfigError
 from lora_exp.credentials import CredentialError, refuse_in_config
@@ -38,7 +39,7 @@ class SweepCallback(Callback):
 
 def write_swept(folder: Path, config: DictConfig) -> None:
     """Note what differs between the jobs, for those in other processes too: it is what they are named by."""
-    (folder / SWEPT_FILE).write_text(json.dumps(swept_keys(config)) + "\n")
+    write_text(folder / SWEPT_FILE, json.dumps(swept_keys(config)) + "\n")
 
 
 def _prepare(config: DictConfig, folder: Path, setting: str, *checks: Callable[[DictConfig], None]) -> None:

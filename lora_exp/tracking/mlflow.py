@@ -17,10 +17,11 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock
 
+from lora_exp.adapters.files.whole import write_text
 from lora_exp.config import TrackingConfig
 from lora_exp.credentials import NAME_ALONE, adopt_login, redacted
 from lora_exp.errors import UserError
-from lora_exp.job import SWEEP_FILE, write_whole
+from lora_exp.job import SWEEP_FILE
 from lora_exp.machine import signals
 from lora_exp.machine.network import refusal
 from lora_exp.tracking import artifacts, database, lineage, system_metrics
@@ -365,7 +366,7 @@ def _parent_tags(
                 "uri": section.uri,
                 "experiment": section.experiment,
             }
-            write_whole(folder / SWEEP_FILE, json.dumps(known, indent=2) + "\n")
+            write_text(folder / SWEEP_FILE, json.dumps(known, indent=2) + "\n")
     return {"mlflow.parentRunId": known["parent_run_id"], "sweep_id": known["sweep_id"]}
 
 

@@ -15,7 +15,7 @@ from lora_exp.config import ModelConfig, PackagedConfig
 from lora_exp.machine.cache import file_sha256
 from lora_exp.machine.packaged import find_packaged
 from lora_exp.machine.place import Place
-from lora_exp.models import base_sha256, find_source, load_base, load_tokenizer, prepare_source
+from lora_exp.models import base_files_sha256, find_source, load_base, load_tokenizer, prepare_source
 
 CPU = Place(torch.device("cpu"), torch.float32)
 ABSENT = PackagedConfig("no-such-package", "1.0", "weights.gguf", "0" * 64)
@@ -31,7 +31,7 @@ def test_a_path_wins_over_everything(tiny_llama: Path) -> None:
     assert source.name == str(tiny_llama)
     model = load_base(source, section, CPU)
     assert model.config.hidden_size == 32
-    assert base_sha256(model, source) == file_sha256(tiny_llama / "model.safetensors")
+    assert base_files_sha256(model, source) == file_sha256(tiny_llama / "model.safetensors")
 
 
 def test_without_the_package_the_hub_is_asked_and_all_three_ways_are_named(workplace: Path) -> None:
@@ -82,7 +82,7 @@ def test_a_damaged_base_is_mended_before_it_is_loaded_and_its_hash_is_that_of_wh
     model = load_base(source, packaged_tiny, CPU)
     load_tokenizer(source, packaged_tiny)
     loaded = file_sha256(Path(source.name) / "model.safetensors")
-    assert base_sha256(model, source) == loaded == file_sha256(tiny_llama / "model.safetensors")
+    assert base_files_sha256(model, source) == loaded == file_sha256(tiny_llama / "model.safetensors")
 
 
 def test_the_hash_of_a_folder_is_that_of_its_bytes_whatever_their_time_stamp(tiny_llama: Path, tmp_path: Path) -> None:
@@ -90,13 +90,13 @@ def test_the_hash_of_a_folder_is_that_of_its_bytes_whatever_their_time_stamp(tin
     section = ModelConfig(label="m", path=str(tmp_path / "copy"))
     source = find_source(section)
     model = load_base(source, section, CPU)
-    first = base_sha256(model, source)
+    first = base_files_sha256(model, source)
     file = tmp_path / "copy/model.safetensors"
     before, raw = file.stat(), bytearray(file.read_bytes())
     raw[-1] ^= 1
     file.write_bytes(raw)
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert base_sha256(model, source) == file_sha256(file) != first
+    assert base_files_sha256(model, source) == file_sha256(file) != first
 
 
 def test_remote_code_is_off_unless_asked_for() -> None:

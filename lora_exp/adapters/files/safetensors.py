@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lora_exp.adapters.config import LoraConfig
+from lora_exp.adapters.files.whole import write_whole
 from lora_exp.adapters.surgery.undo import values_undone_on_failure
 from lora_exp.errors import UserError
 
@@ -52,31 +51,6 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
     """Write a safetensors file, whole or not at all; tensors that share memory are written once each."""
     own = {name: _owned(tensor) for name, tensor in tensors.items()}
     write_whole(path, lambda partial: save_file(own, str(partial), metadata={"format": "pt", **metadata}))
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a text file in UTF-8, whole or not at all."""
-    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
-
-
-def write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, which takes its place when it is done, with the umask's mode.
-
-    A reader never sees half of it. safetensors makes its files for the owner alone, so that nobody else could
-    read a shared folder.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
-    try:
-        partial.unlink(missing_ok=True)
-        partial.touch()
-        mode = partial.stat().st_mode & 0o777
-        write(partial)
-        partial.chmod(mode)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -17,9 +17,10 @@ from lora_exp.adapters.kernels.terms import Terms
 from lora_exp.adapters.layers.registry import base_class_of, forward_override, restore
 from lora_exp.adapters.layers.trained_biases import CHILD, remove_biases
 from lora_exp.adapters.numerics.reference import fused_allowed, is_plain
-from lora_exp.adapters.routing.plan import BASE
+from lora_exp.adapters.routing.plan import BASE, Plan
 from lora_exp.adapters.routing.route import Route
 from lora_exp.adapters.variants.lora import LoraAdapter
+from lora_exp.errors import UserError
 
 DEFAULT = "default"
 
@@ -32,6 +33,7 @@ class LoRALayerBase(Host):
     """
 
     fuses: ClassVar[bool] = False  # whether its gradients are written by hand, in `kernel`
+    first_variant: ClassVar[type[LoraAdapter]] = LoraAdapter  # of a layer that a user makes by hand
     own_attributes: ClassVar[tuple[str, ...]] = ("route", "kept")  # what the base class has not
     adapters: nn.ModuleDict
 
@@ -107,6 +109,13 @@ class LoRALayerBase(Host):
         self.kept = {}
         for parameter in self.parameters(recurse=False):
             parameter.requires_grad_(False)
+
+    def begin(self, rank: int, alpha: float, dropout: float, use_rslora: bool) -> None:
+        """The end of every constructor: a layer on its own, outside any model, holds one adapter. Raises UserError."""
+        self.adopt(Route(Plan((DEFAULT,))))
+        if reason := self.refusal(self, rank):
+            raise UserError(reason)
+        self.add_adapter(self.first_variant(DEFAULT, rank, alpha, dropout, use_rslora))
 
     def add_adapter(self, adapter: LoraAdapter) -> None:
         adapter.prepare(self)

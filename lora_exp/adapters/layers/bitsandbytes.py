@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_exp.adapters.layers.adapted import DEFAULT, strip
+from lora_exp.adapters.layers.adapted import strip
 from lora_exp.adapters.layers.linear import LoRALinear
 from lora_exp.adapters.layers.registry import adapted_class, adapts
 from lora_exp.adapters.numerics.packed_weights import (
@@ -29,7 +29,6 @@ from lora_exp.adapters.numerics.packed_weights import (
 )
 from lora_exp.adapters.routing.plan import Plan
 from lora_exp.adapters.routing.route import Route
-from lora_exp.adapters.variants.lora import LoraAdapter
 
 _MODULES = "bitsandbytes.nn.modules"
 
@@ -68,8 +67,7 @@ class _Quantised(LoRALinear):
         """`quantisation` goes to the bitsandbytes layer; as there, `.to(device)` is what quantises."""
         assert self.made_from is not None
         self.made_from[1].__init__(self, in_features, out_features, bias, **quantisation)
-        self.adopt(Route(Plan((DEFAULT,))))
-        self.add_adapter(LoraAdapter(DEFAULT, rank, lora_alpha, lora_dropout, use_rslora))
+        self.begin(rank, lora_alpha, lora_dropout, use_rslora)
 
     @classmethod
     def refusal(cls, module: nn.Module, rank: int) -> str | None:

@@ -14,12 +14,8 @@ from torch import Tensor, nn
 
 from lora_exp.adapters.kernels.conv import Served, fused_convolution
 from lora_exp.adapters.kernels.conv_ops import Geometry
-from lora_exp.adapters.layers.adapted import DEFAULT, LoRALayerBase
+from lora_exp.adapters.layers.adapted import LoRALayerBase
 from lora_exp.adapters.layers.registry import adapts
-from lora_exp.adapters.routing.plan import Plan
-from lora_exp.adapters.routing.route import Route
-from lora_exp.adapters.variants.lora import LoraAdapter
-from lora_exp.errors import UserError
 
 
 class _LoRAConv(LoRALayerBase):
@@ -67,10 +63,7 @@ class _LoRAConv(LoRALayerBase):
             padding_mode,
         )
         super().__init__(*shape, device=device, dtype=dtype)
-        self.adopt(Route(Plan((DEFAULT,))))
-        if reason := self.refusal(self, rank):
-            raise UserError(reason)
-        self.add_adapter(LoraAdapter(DEFAULT, rank, lora_alpha, lora_dropout, use_rslora))
+        self.begin(rank, lora_alpha, lora_dropout, use_rslora)
 
     @classmethod
     def refusal(cls, module: Any, rank: int) -> str | None:

@@ -5,19 +5,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from lora_exp.adapters.layers.adapted import DEFAULT, LoRALayerBase
+from lora_exp.adapters.layers.adapted import LoRALayerBase
 from lora_exp.adapters.layers.conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from lora_exp.adapters.layers.embedding import LoRAEmbedding
 from lora_exp.adapters.layers.linear import LoRALinear
 from lora_exp.adapters.variants.dora import DoraAdapter
-from lora_exp.adapters.variants.lora import LoraAdapter
+from lora_exp.errors import UserError
 
 
 class _StartsWithDora(LoRALayerBase):
-    def add_adapter(self, adapter: LoraAdapter) -> None:
-        if not self.adapters and adapter.name == DEFAULT and type(adapter) is LoraAdapter:
-            adapter = DoraAdapter(DEFAULT, adapter.rank, adapter.alpha, adapter.dropout, adapter.use_rslora)
-        super().add_adapter(adapter)
+    first_variant = DoraAdapter
 
     @property
     def magnitude(self) -> Any:
@@ -27,8 +24,15 @@ class _StartsWithDora(LoRALayerBase):
 class DoRALinear(_StartsWithDora, LoRALinear):
     """h = x W'ᵀ + b, W' = m * (W + delta) / ||W + delta|| by row; m (out,), shapes else as LoRALinear."""
 
-    def __init__(self, in_features: int, out_features: int, rank: int = 8, alpha: float = 8.0, **options: Any) -> None:
-        super().__init__(in_features, out_features, rank=rank, lora_alpha=alpha, **options)
+    def __init__(
+        self, in_features: int, out_features: int, rank: int = 8, alpha: float | None = None, **options: Any
+    ) -> None:
+        """`alpha` and `lora_alpha` are two names of one number, 8 unless one of them is given."""
+        if alpha is not None and options.setdefault("lora_alpha", alpha) != alpha:
+            raise UserError(
+                f"alpha={alpha} and lora_alpha={options['lora_alpha']} are two names of one number: give one of them"
+            )
+        super().__init__(in_features, out_features, rank=rank, **options)
 
 
 class DoRAEmbedding(_StartsWithDora, LoRAEmbedding):

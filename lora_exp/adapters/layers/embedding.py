@@ -11,11 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_exp.adapters.layers.adapted import DEFAULT, LoRALayerBase
+from lora_exp.adapters.layers.adapted import LoRALayerBase
 from lora_exp.adapters.layers.registry import adapts, forward_override
-from lora_exp.adapters.routing.plan import Plan
-from lora_exp.adapters.routing.route import Route
-from lora_exp.adapters.variants.lora import LoraAdapter
 
 
 @adapts("torch.nn.modules.sparse.Embedding")
@@ -48,8 +45,7 @@ class LoRAEmbedding(LoRALayerBase, nn.Embedding):
     ) -> None:
         options = (padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
         nn.Embedding.__init__(self, num_embeddings, embedding_dim, *options, device=device, dtype=dtype)
-        self.adopt(Route(Plan((DEFAULT,))))
-        self.add_adapter(LoraAdapter(DEFAULT, rank, lora_alpha, 0.0, use_rslora))
+        self.begin(rank, lora_alpha, 0.0, use_rslora)
 
     @classmethod
     def refusal(cls, module: nn.Module, rank: int) -> str | None:

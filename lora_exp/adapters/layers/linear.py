@@ -12,11 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_exp.adapters.layers.adapted import DEFAULT, LoRALayerBase
+from lora_exp.adapters.layers.adapted import LoRALayerBase
 from lora_exp.adapters.layers.registry import adapts
-from lora_exp.adapters.routing.plan import Plan
-from lora_exp.adapters.routing.route import Route
-from lora_exp.adapters.variants.lora import LoraAdapter
 
 
 @adapts("torch.nn.modules.linear.Linear")
@@ -42,8 +39,7 @@ class LoRALinear(LoRALayerBase, nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         nn.Linear.__init__(self, in_features, out_features, bias, device=device, dtype=dtype)
-        self.adopt(Route(Plan((DEFAULT,))))
-        self.add_adapter(LoraAdapter(DEFAULT, rank, lora_alpha, lora_dropout, use_rslora))
+        self.begin(rank, lora_alpha, lora_dropout, use_rslora)
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (self.in_features, rank), (rank, self.out_features)

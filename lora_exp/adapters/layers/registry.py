@@ -32,6 +32,7 @@ def adapts(*base_names: str) -> Callable[[_Layer], _Layer]:
 
 def layer_class_for(module: nn.Module) -> type[Host] | None:
     """Our class for a module, by its nearest registered base class."""
+    import_all("lora_exp.adapters.layers")
     for base in type(module).__mro__:
         if (found := _LAYERS.get(qualified_name(base))) is not None:
             return found

@@ -11,11 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_exp.adapters.layers.adapted import DEFAULT, LoRALayerBase
+from lora_exp.adapters.layers.adapted import LoRALayerBase
 from lora_exp.adapters.layers.registry import adapted_class, adapts
-from lora_exp.adapters.routing.plan import Plan
-from lora_exp.adapters.routing.route import Route
-from lora_exp.adapters.variants.lora import LoraAdapter
 from lora_exp.errors import UserError
 
 _BASE = "transformers.pytorch_utils.Conv1D"
@@ -50,8 +47,7 @@ class LoRAConv1D(LoRALayerBase):
         use_rslora: bool = True,
     ) -> None:
         super().__init__(nf, nx)
-        self.adopt(Route(Plan((DEFAULT,))))
-        self.add_adapter(LoraAdapter(DEFAULT, rank, lora_alpha, lora_dropout, use_rslora))
+        self.begin(rank, lora_alpha, lora_dropout, use_rslora)
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         inputs, outputs = self.weight.shape
