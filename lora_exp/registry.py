@@ -25,6 +25,8 @@ class Registry(Generic[_Entry]):
         """Decorator of a class or function: this is what ``key=name`` means."""
 
         def register(entry: _Given) -> _Given:
+            if not _module(entry).startswith(self._home):
+                self.names()  # ours are there before anybody else's, who may not take their names
             known = self._entries.get(name)
             if known is not None and _place(known) != _place(entry):
                 raise UserError(f"{self.key}={name} is registered already, as {_place(known)}: choose another name")
@@ -53,5 +55,9 @@ class Registry(Generic[_Entry]):
         return f"{self.key}={name} is not known: choose one of {', '.join(self.names())}"
 
 
+def _module(entry: Any) -> str:
+    return str(entry.__module__)
+
+
 def _place(entry: Any) -> str:
-    return f"{entry.__module__}.{entry.__qualname__}"
+    return f"{_module(entry)}.{entry.__qualname__}"

@@ -7,10 +7,15 @@ import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from mlflow.tracking import MlflowClient
+
+from lora_exp.config import ModelConfig
+from lora_exp.errors import UserError
+from lora_exp.models import find_source
 
 Cli = Callable[..., "Finished"]  # noqa: F821  # of conftest.py
 
@@ -229,6 +234,62 @@ def test_an_unforeseen_error_is_named_and_its_traceback_filed(
     assert "Traceback (" not in done.err
     (filed,) = (workplace / "outputs/runs").glob("*/*/traceback.txt")
     assert "in broken" in filed.read_text()
+
+
+def _mismatched(*_: object, **__: object) -> None:
+    list(zip([1, 2], [3], strict=True))  # a bug, and a ValueError, as every message is
+
+
+_WHERE = ("run.load_data", "backends.native.targeted", "run._lane", "checks._place_problems")
+BUGS = [f"lora_exp.{name}" for name in _WHERE]
+
+
+@pytest.mark.parametrize("where", BUGS)
+def test_a_bug_is_no_message(
+    cli: Cli, tiny_overrides: list[str], workplace: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    monkeypatch.setattr(where, _mismatched)
+    done = cli(*tiny_overrides)
+    assert done.code == 1
+    (filed,) = (workplace / "outputs/runs").glob("*/*/traceback.txt")
+    assert "ValueError: zip() argument 2 is shorter than argument 1" in done.err
+    assert f"The traceback is in {filed}" in done.err
+    assert "in _mismatched" in filed.read_text()
+    assert "Traceback (" not in done.err
+    assert unfinished(workplace) == []
+
+
+def test_a_bug_inside_of_a_librarys_call_is_no_damaged_model(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import lora_exp.models.causal_lm as room
+
+    source = "def broken(*_, **__):\n    list(zip([1, 2], [3], strict=True))\n"
+    ours: dict[str, Any] = {}
+    exec(compile(source, str(Path(room.__file__).with_name("made_up.py")), "exec"), ours)
+    section = ModelConfig(path=str(tiny_llama))
+    monkeypatch.setattr(room.AutoTokenizer, "from_pretrained", ours["broken"])
+    with pytest.raises(ValueError, match="zip") as caught:
+        room.load_tokenizer(find_source(section), section)
+    assert not isinstance(caught.value, UserError)
+
+
+DAMAGE = {
+    "tokenizer.json": '{"version": "1.0", "model": {"type": "nonsense"}}',
+    "config.json": '{"model_type": "llama", "num_attention_heads": "many"}',
+}
+
+
+@pytest.mark.parametrize("file", DAMAGE)
+def test_files_that_a_library_cannot_read_are_said_to_be_damaged(
+    cli: Cli, tiny_overrides: list[str], tiny_llama: Path, workplace: Path, file: str
+) -> None:
+    broken = workplace / "broken"
+    shutil.copytree(tiny_llama, broken)
+    (broken / file).write_text(DAMAGE[file])
+    done = cli(*tiny_overrides, f"model.path={broken}", "tracking=none")
+    assert done.code == 1
+    assert "could not be loaded" in done.err
+    assert f"{broken} copied anew" in done.err
+    assert not list((workplace / "outputs/runs").glob("*/*/traceback.txt"))
 
 
 def test_the_traceback_comes_when_asked_for(

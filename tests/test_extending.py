@@ -33,7 +33,8 @@ def run(folder: Path, command: str, *overrides: str) -> subprocess.CompletedProc
     assert name == "lora-exp"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     program = "import sys; sys.path.remove(''); sys.argv[0] = 'lora-exp'; from lora_exp.__main__ import main; main()"
-    call = [sys.executable, "-c", program, *arguments, *overrides]  # as the console script, which sees no local files
+    more = [*overrides, arguments.pop()] if arguments[-1] == "-m" else overrides
+    call = [sys.executable, "-c", program, *arguments, *more]  # as the console script, which sees no local files
     return subprocess.run(call, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -48,6 +49,7 @@ def test_the_page_has_a_variant_a_kind_of_data_and_a_metric() -> None:
     assert len(COMMANDS) == 5
 
 
+@pytest.mark.slow
 def test_the_pages_commands_do_what_it_says(stranger: Path, small: list[str], text_file: Path) -> None:
     mine = ["data=text", f"data.path={text_file}", "data.block_size=16"]
     for number, command in enumerate(COMMANDS):

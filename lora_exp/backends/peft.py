@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from lora_exp.backends.registry import Adapted, Origin, Way, backend
 from lora_exp.backends.targets import lora_config, targeted
 from lora_exp.config import Config
-from lora_exp.errors import UserError
+from lora_exp.errors import UserError, is_bug
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,7 +45,10 @@ class Peft(Way):
             modules_to_save=wanted.modules_to_save,
             revision=getattr(getattr(base, "config", None), "_commit_hash", None),
         )
-        with warnings.catch_warnings():  # PEFT 0.21 asks under a name that transformers 5.23 has changed
+        with (
+            warnings.catch_warnings(),
+            _said_plainly(),
+        ):  # PEFT 0.21 asks under a name that transformers 5.23 has changed
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             model = peft.get_peft_model(base, asked)
         trainable, total = model.get_nb_trainable_parameters()
@@ -53,6 +59,18 @@ class Peft(Way):
             model.save_pretrained(str(folder), save_embedding_layers=False)
 
         return Adapted(model, parameters, trainable, total, save)
+
+
+@contextlib.contextmanager
+def _said_plainly() -> Iterator[None]:
+    """PEFT's ValueErrors are about the layers and options that it was asked for."""
+    try:
+        yield
+    except ValueError as error:
+        if is_bug(error):
+            raise
+        reason = re.sub(r"\s+", " ", str(error))[:300]
+        raise UserError(f"backend=peft refuses ({reason}): use backend=native, or other targets") from error
 
 
 def _check_peft_can(layers: dict[str, nn.Module], wanted: Any) -> None:

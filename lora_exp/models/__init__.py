@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_exp.config import ModelConfig, PackagedConfig, QuantizationConfig
-from lora_exp.errors import UserError
+from lora_exp.errors import UserError, is_bug
 from lora_exp.inputs import model_path_problem
 from lora_exp.machine.cache import cache_folder, made_once, read_early, written_sha256
 from lora_exp.machine.packaged import find_packaged, locate_packaged
 from lora_exp.models.checkpointing import checkpoint_layers
 from lora_exp.models.kind import model_kind_of
-from lora_exp.models.source import Source, base_files_sha256
+from lora_exp.models.source import Source, base_files_sha256, cannot_be_had
 
 if TYPE_CHECKING:
     from torch import nn
@@ -66,7 +66,12 @@ def unpacked(section: ModelConfig) -> Path:
     def convert(temporary: Path) -> None:
         file = find_packaged(packaged)
         assert file is not None
-        model_kind_of(section).convert(file, temporary)
+        try:
+            model_kind_of(section).convert(file, temporary)
+        except Exception as error:
+            if isinstance(error, OSError) or is_bug(error):  # the first are about the cache
+                raise
+            raise UserError(cannot_be_had(section, error)) from error
 
     return made_once(_folder(section, packaged), convert)
 

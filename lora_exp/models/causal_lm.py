@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lora_exp.config import ModelConfig, QuantizationConfig
-from lora_exp.errors import UserError
+from lora_exp.errors import UserError, is_bug
 from lora_exp.machine.place import Place
 from lora_exp.models.attention import take_attention
 from lora_exp.models.positions import length_problem, trained_positions
@@ -34,8 +33,8 @@ def load_tokenizer(source: Source, section: ModelConfig) -> Any:
     """The model's tokenizer. Raises UserError naming every way to get the model when it cannot be had."""
     try:
         return AutoTokenizer.from_pretrained(source.name, **source.options)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(cannot_be_had(section, error)) from error
+    except Exception as error:  # tokenizers raises no less for a damaged file
+        raise _said(section, error) from error
 
 
 def load(
@@ -47,8 +46,8 @@ def load(
     """
     try:
         facts = AutoConfig.from_pretrained(source.name, **source.options)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(cannot_be_had(section, error)) from error
+    except Exception as error:
+        raise _said(section, error) from error
     _check_length(facts.to_dict(), shape.get("block_size"), section)
     try:
         with quantising(quantization, place) as quantised:
@@ -62,8 +61,8 @@ def load(
             )
     except CannotQuantiseError:
         raise
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise UserError(attention_problem(section, error) or cannot_be_had(section, error)) from error
+    except Exception as error:
+        raise _said(section, error) from error
     _say_attention(model, section)
     model.config.use_cache = False
     nn.Module.to(model, place.device)
@@ -71,6 +70,11 @@ def load(
         prepare(model, quantization, place)
     take_attention(model)
     return model
+
+
+def _said(section: ModelConfig, error: Exception) -> Exception:
+    """What transformers, tokenizers or safetensors say of the model's files as a message; a bug of ours as it is."""
+    return error if is_bug(error) else UserError(attention_problem(section, error) or cannot_be_had(section, error))
 
 
 def attention_option(section: ModelConfig) -> dict[str, str]:

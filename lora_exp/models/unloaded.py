@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_exp.config import ModelConfig
-from lora_exp.errors import UserError
+from lora_exp.errors import UserError, is_bug
 from lora_exp.models.causal_lm import attention_option, attention_problem
 from lora_exp.models.kind import Outline
 from lora_exp.models.positions import length_problem
@@ -65,7 +65,9 @@ def meta_model(facts: Any, section: ModelConfig, dtype: torch.dtype) -> nn.Modul
                 trust_remote_code=section.trust_remote_code,
                 **attention_option(section),
             )
-    except (ValueError, ImportError) as error:
+    except Exception as error:
+        if is_bug(error):
+            raise
         said = attention_problem(section, error)
         raise UserError(said or f"{section.label} cannot be planned ({error}): name a causal language model") from error
     model.config.use_cache = False
@@ -100,6 +102,8 @@ def _from_facts(facts: dict[str, Any], where: str) -> Any:
     kind = str(facts.pop("model_type", ""))
     try:
         return AutoConfig.for_model(kind, **facts)
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # what transformers raises for facts that contradict each other is of any class
+        if is_bug(error):
+            raise
         reason = re.sub(r"\s+", " ", str(error))[:300]
         raise UserError(f"{where}: transformers cannot read this architecture ({reason})") from error

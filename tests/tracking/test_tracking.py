@@ -77,7 +77,7 @@ def test_a_sweep_that_no_job_joined_needs_no_closing(workplace: Path) -> None:
     assert not (workplace / "outputs").exists()
 
 
-JOIN = "import sys; from pathlib import Path; from lora_exp.config import TrackingConfig as T; from lora_exp.tracking import open_run\nwith open_run(T(), 'child', Path('sweep').resolve()) as run: run.log_metrics({'m': 1.0}, 0)"  # fmt: skip # noqa: E501
+JOIN = "import sys; from pathlib import Path; from lora_exp.config import TrackingConfig as T; from lora_exp.tracking.mlflow import open_run\nwith open_run(T(), 'child', Path('sweep').resolve()) as run: run.log_metrics({'m': 1.0}, 0)"  # fmt: skip # noqa: E501
 
 
 @pytest.mark.slow

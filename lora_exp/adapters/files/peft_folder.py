@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from lora_exp.adapters.files.peft_card import card
 from lora_exp.adapters.files.peft_config import base_name, from_peft, to_peft
-from lora_exp.adapters.files.safetensors import copy_strictly, read_json, read_tensors, write_tensors, write_text
+from lora_exp.adapters.files.safetensors import copy_strictly, read_json, read_tensors, write_tensors
+from lora_exp.adapters.files.whole import write_text
 from lora_exp.adapters.inspection.adapter_state import bias_parameters, saved_tensors
 from lora_exp.adapters.inspection.traversal import base_modules, joined, lora_layers
 from lora_exp.adapters.layers.adapted import LoRALayerBase

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_exp.adapters import LoraConfig, LoraModel
-from lora_exp.adapters.files.safetensors import write_text, write_whole
+from lora_exp.adapters.files.whole import write_text, write_whole
 
 
 def values(model):
