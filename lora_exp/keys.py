@@ -51,8 +51,8 @@ def unknown_keys(composed: DictConfig) -> list[str]:
     kind = str(composed.data.kind)
     if problem := data_kinds.problem(kind):
         return [problem]
-    given = OmegaConf.to_container(composed.data)
-    data = [f"data.{name}{below}" for name, value in given.items() for below in _below_mapping(value)]  # type: ignore[union-attr]
+    given: Any = OmegaConf.to_container(composed.data)
+    data = [f"data.{name}{below}" for name, value in given.items() for below in _below_mapping(value)]
     paths = [path for path in _paths(composed) if path.partition(".")[0] not in ("hydra", "data")]
     found = (unknown_key(path, data_kind=kind) for path in [*paths, *data])
     return [problem for problem in found if problem]

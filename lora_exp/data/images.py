@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,13 +20,15 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lora_exp.data.kind import Data
-from lora_exp.data.kinds.images import Images
 from lora_exp.data.split import held_out
 from lora_exp.errors import UserError
 from lora_exp.inputs import image_path_problem
 from lora_exp.machine.cache import cache_folder, file_sha256, made_once
 from lora_exp.machine.packaged import find_packaged, install_line
 from lora_exp.training.metrics import RowLosses
+
+if TYPE_CHECKING:
+    from lora_exp.data.kinds.images import Images
 
 # Raised when rows made by an older version of this file would differ.
 _FORMAT = 1

@@ -115,8 +115,9 @@ def data_kind(name: str) -> Callable[[_Kind], _Kind]:
     """Decorator: this dataclass is what ``data.kind=name`` means."""
 
     def register(kind: _Kind) -> _Kind:
+        dataclass(kind)
         kind.name = name
-        return data_kinds.add(name)(dataclass(kind))
+        return data_kinds.add(name)(kind)
 
     return register
 

@@ -8,10 +8,12 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lora_exp.data.kinds.text import Text
 from lora_exp.errors import UserError
+
+if TYPE_CHECKING:
+    from lora_exp.data.kinds.text import Text
 
 _MOST_SHOWN = 60
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)

@@ -11,20 +11,22 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import torch
 from datasets import Dataset
 from torch import Tensor
 
-from lora_exp.data.kinds.text import Text
 from lora_exp.data.records import read_documents, read_text
 from lora_exp.data.split import cut, held_out
 from lora_exp.errors import UserError
 from lora_exp.inputs import text_files, text_path_problem
 from lora_exp.machine.cache import cache_folder, file_sha256, made_once
 from lora_exp.machine.packaged import find_packaged, install_line
+
+if TYPE_CHECKING:
+    from lora_exp.data.kinds.text import Text
 
 log = logging.getLogger(__name__)
 datasets.disable_progress_bars()
