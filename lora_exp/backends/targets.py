@@ -43,7 +43,6 @@ def target_modules(config: Config) -> list[str] | str | None:
 def lora_config(config: Config) -> Any:
     from lora_exp.adapters import LoraConfig
 
-    assert config.adapter.variant is not None  # an adapter without one is refused with the config
     return LoraConfig(
         rank=config.rank,
         target_modules=target_modules(config),

@@ -41,10 +41,11 @@ def base() -> Tiny:
 
 
 def wish(layer: str = "linear", adapter: str = "lora", head: bool = True, **changes: Any) -> Config:
+    trains = {"full": "weights", "head": "modules_to_save"}.get(adapter, "adapter")
     model = ModelConfig(label="tiny", targets=TARGETS, modules_to_save=["head"] if head else [])
     config = Config(
         layer=LayerConfig(layer, [layer]),
-        adapter=AdapterConfig(adapter, adapter),
+        adapter=AdapterConfig(adapter, adapter if trains == "adapter" else None, trains=trains),
         scaling=ScalingConfig("rslora"),
         model=model,
     )
