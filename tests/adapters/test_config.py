@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lora_exp.adapters import LoraConfig, LoRALayerBase, LoraModel, scaling_factor
+from lora_exp.adapters.layers.registry import layer_types
 
 
 def adapted(model):
@@ -23,7 +24,14 @@ def test_defaults():
     assert (config.bias, config.use_rslora, config.target_modules) == ("none", True, None)
     assert config.scale == scaling_factor(8, 8.0, True) == 8 / 8**0.5
     assert LoraConfig(**config.to_dict()) == config
-    assert LoraConfig(layer_types="all").layer_types == ("linear", "embedding", "conv1d", "conv2d", "conv3d")
+    assert LoraConfig(layer_types="all").layer_types == ("all",)
+
+
+def test_layer_types_are_those_of_the_kinds_of_layer_there_are():
+    assert layer_types(["all"]) >= {"linear", "embedding", "conv1d", "conv2d", "conv3d"}
+    assert layer_types(["linear", "conv2d"]) == {"linear", "conv2d"}
+    with pytest.raises(ValueError, match=r"'dense' is no layer type; choose from conv1d, .*, or 'all' alone"):
+        injected(nn.Sequential(nn.Linear(4, 4)), layer_types=("dense",))
 
 
 @pytest.mark.parametrize(
@@ -38,7 +46,7 @@ def test_defaults():
         ({"lora_dropout": 1.0}, r"lora_dropout=1.0 .* \[0, 1\)"),
         ({"lora_dropout": -0.1}, "lora_dropout=-0.1"),
         ({"bias": "some"}, "bias='some' .* none, all, lora_only"),
-        ({"layer_types": ("dense",)}, "'dense' is no layer type"),
+        ({"layer_types": ()}, "layer_types is empty"),
         ({"target_modules": []}, "target_modules is an empty list"),
         ({"target_modules": ["q", 3]}, r"target_modules holds \[3\]"),
         ({"target_modules": "(q"}, "not a regular expression"),
