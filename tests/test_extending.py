@@ -61,10 +61,10 @@ def test_the_pages_commands_do_what_it_says(stranger: Path, small: list[str], te
     assert results[0]["values"]["adapter"] == "orthonormal"
     assert results[0]["values"]["adapter.options"] == {"gain": 0.5}
     values = results[1]["values"]
-    assert (values["data"], values["data.length"]) == ("capitals", 24)
+    assert (values["data"], values["data.length"]) == ("capitals", 64)
     assert not [name for name in values if name in ("data.block_size", "data.image_size", "data.text_field")]
     assert set(results[1]["result"]["metrics"]) == {"perplexity"}
-    assert results[2]["result"]["tokens_per_step"] == 2 * 16
+    assert results[2]["result"]["tokens_per_step"] == 2 * 48
     metrics, loss = results[3]["result"]["metrics"], results[3]["result"]["eval_loss"]
     assert metrics["bits"] == pytest.approx(loss / 0.6931471805599453)
     rows = list(csv.DictReader((stranger / "out/4/comparison.csv").read_text().splitlines()))
@@ -102,6 +102,7 @@ WRONG = [
     ("plugins=[my_data] data=capitals data.lenght=3", "data.lenght", "did you mean data.length?", False),
     ("plugins=[my_data] data=capitals data.length=long", "data.length=long is not a whole number", "", False),
     ("plugins=[my_data] data=capitals data.length=1", "data.length=1 is below 2", "", False),
+    ("plugins=[my_data] data=capitals data.length=2", "data.length=2 cuts off the answer to 'The capital", "", False),
     ("data=capitals", "data.kind=pairs is not known: choose one of images, text", "", False),
     ("plugins=[my_metric] train.metrics=[bit]", "train.metrics=bit is not known", "bits", False),
 ]
