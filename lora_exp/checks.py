@@ -54,6 +54,9 @@ def _adapter_problems(config: Config) -> list[str]:
     for registry, name in ((backends, config.backend), (trained, config.adapter.trains)):
         problem = registry.problem(name)
         problems += [problem] if problem else registry[name]().problems(config)
+    if config.start.name != "default" and not config.adapter.is_added:
+        start, name = config.start.name, config.adapter.name
+        problems.append(f"start={start} has no meaning with adapter={name}, which has no factors: leave start out")
     return problems
 
 

@@ -20,7 +20,7 @@ from lora_exp.errors import UserError
 from lora_exp.registry import Registry
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes'
-KNOBS = ("rank", "alpha", "scale", "dropout", "bias")  # of the factors: without them they have no meaning
+KNOBS = ("rank", "alpha", "scale", "dropout", "bias", "start")  # of the factors: without them they have no meaning
 
 
 @dataclass
@@ -46,6 +46,14 @@ class AdapterConfig:
     def is_added(self) -> bool:
         """Whether something is added to the base, so that rank, alpha, scaling and layer have a meaning."""
         return self.trains == "adapter"
+
+
+@dataclass
+class StartConfig:
+    """How an adapter's factors begin, with what that start alone can be told."""
+
+    name: str = MISSING
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -198,6 +206,7 @@ class Config:
 
     layer: LayerConfig = field(default_factory=LayerConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    start: StartConfig = field(default_factory=StartConfig)
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

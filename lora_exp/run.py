@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import itertools
 import json
 import logging
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
+
+from torch import nn
 
 from lora_exp import models
 from lora_exp.backends import Adapted, Origin, adapt
@@ -23,6 +27,7 @@ from lora_exp.machine.memory import peak_gib, reset_peak
 from lora_exp.machine.place import Place, prepare_backends, resolve_device, resolve_place, set_seed
 from lora_exp.machine.precision import take_precision
 from lora_exp.machine.saving import recover, replace_folder
+from lora_exp.models.dense_weights import DenseWeights
 from lora_exp.plan.precheck import check_fits, memory_errors_explained
 from lora_exp.progress import TrainingProgress
 from lora_exp.tracking import mlflow as tracking
@@ -100,7 +105,10 @@ def _prepare(tracked: tracking.Run, config: Config, place: Place) -> tuple[Adapt
     if config.train.gradient_checkpointing:
         models.checkpoint_layers(base)
     set_seed(config.seed)  # again: loading may have drawn numbers, and the adapter's first values must not depend on it
-    adapted = adapt(base, config, _origin(config, digest, tokenizer))
+    origin = _origin(config, digest, tokenizer)
+    show = functools.partial(_show, data, config, place)
+    origin = replace(origin, dense_weights=DenseWeights(source, base), show=show)
+    adapted = adapt(base, config, origin)
     share = 100 * adapted.trainable / adapted.total
     counts = {"trainable": adapted.trainable, "total": adapted.total, "trainable_percent": share}
     figures = {f"params/{name}": value for name, value in counts.items()}
@@ -111,6 +119,18 @@ def _prepare(tracked: tracking.Run, config: Config, place: Place) -> tuple[Adapt
         f"Trainable Proportion : {share:.3f}%"
     )
     return adapted, data
+
+
+def _show(data: Data, config: Config, place: Place, model: nn.Module, rows: int) -> None:
+    """Have ``model`` see the first ``rows`` training rows in the seed's order, as a start may ask."""
+    kind, size, was_training = kind_of(config.data), config.train.micro_batch_size, model.training
+    batches = training_batches(data.train, size, config.seed, False, kind.collate)
+    model.eval()
+    with place.compute():
+        for batch in itertools.islice(batches, -(-rows // size)):
+            signals.obey()
+            kind.losses(model, {key: value.to(place.device) for key, value in batch.items()})
+    model.train(was_training)
 
 
 def _origin(config: Config, digest: str, tokenizer: Callable[[], Any]) -> Origin:

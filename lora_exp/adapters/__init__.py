@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lora_exp.adapters.model import LoraModel
     from lora_exp.adapters.numerics.reference import use_reference
     from lora_exp.adapters.routing.plan import BASE
+    from lora_exp.adapters.starts.start import Given
     from lora_exp.adapters.surgery.merging import MergeReport
     from lora_exp.adapters.variants.dora import DoraAdapter
     from lora_exp.adapters.variants.lora import LoraAdapter
@@ -35,6 +36,7 @@ _HOMES = {
     "DoRAEmbedding": "layers.dora",
     "DoRALinear": "layers.dora",
     "DoraAdapter": "variants.dora",
+    "Given": "starts.start",
     "LoRAConv1D": "layers.transformers_conv1d",
     "LoRAConv1d": "layers.conv",
     "LoRAConv2d": "layers.conv",
@@ -62,6 +64,7 @@ __all__ = [
     "DoRAEmbedding",
     "DoRALinear",
     "DoraAdapter",
+    "Given",
     "LoRAConv1D",
     "LoRAConv1d",
     "LoRAConv2d",

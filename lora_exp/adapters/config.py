@@ -29,6 +29,8 @@ class LoraConfig:
     lora_dropout: probability of dropping an input of the adapter; the frozen path sees no dropout.
     bias: which biases train: "none", "all" of the model's, or those of adapted layers ("lora_only").
     variant, variant_options: which kind of adapter, and what that kind alone can be told.
+    start, start_options: how A and B begin ("default", "orthogonal", "pissa", "olora", "loftq"), and what that start
+        alone can be told. The base is never changed: what a start takes off it in its paper is taken off the adapter.
     use_dora: the variant "dora" (arXiv 2402.09353), as PEFT spells it; `dora_detach_norm=False`, its option
         `detach_norm`, lets gradients through the norm that §4.3 of the paper detaches.
     layers_to_transform: indices of the blocks to adapt, where blocks are numbered in the module's name.
@@ -53,6 +55,8 @@ class LoraConfig:
     dora_detach_norm: bool = True
     variant: str = "lora"
     variant_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    start: str = "default"
+    start_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._settle_dora()
@@ -60,6 +64,7 @@ class LoraConfig:
             object.__setattr__(self, name, _plain_list(getattr(self, name)))
         if isinstance(self.modules_to_save, str):
             object.__setattr__(self, "modules_to_save", [self.modules_to_save])
+        object.__setattr__(self, "start_options", dict(self.start_options))
         kinds = (self.layer_types,) if isinstance(self.layer_types, str) else tuple(self.layer_types)
         object.__setattr__(self, "layer_types", kinds)
         for name in ("rank_pattern", "alpha_pattern"):

@@ -21,6 +21,7 @@ class Host(nn.Module):
     layer_type: ClassVar[str]
     made_from: ClassVar[tuple[type[Host], type[nn.Module]] | None] = None  # where the class was made on the fly
     out_axis: ClassVar[int] = 0  # the weight's dimension that counts output features
+    rank_axis: ClassVar[int] = 1  # A's dimension that counts the rank, as B's first does
     takes_dropout: ClassVar[bool] = True  # not where inputs are indices
 
     compute_dtype: torch.dtype | None = None  # of the base's product; x's own if None

@@ -26,6 +26,7 @@ from lora_exp.adapters.numerics.packed_weights import recover_class
 from lora_exp.adapters.routing.plan import BASE, Plan, sampled_plan, sliced_plan
 from lora_exp.adapters.routing.route import Clock, Route
 from lora_exp.adapters.signature import class_like, restore
+from lora_exp.adapters.starts.start import NOTHING, Given
 from lora_exp.adapters.surgery import merging
 from lora_exp.adapters.surgery.injection import inject
 from lora_exp.adapters.surgery.merging import Merged, MergeReport
@@ -46,7 +47,14 @@ class LoraModel(nn.Module):
 
     made_from: ClassVar[type[LoraModel] | None] = None  # see class_like
 
-    def __init__(self, model: nn.Module, config: LoraConfig, adapter_name: str = DEFAULT, verbose: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: LoraConfig,
+        adapter_name: str = DEFAULT,
+        verbose: bool = True,
+        given: Given = NOTHING,
+    ) -> None:
         super().__init__()
         self.configs: dict[str, LoraConfig] = {}
         self._check_new_name(adapter_name)
@@ -62,7 +70,7 @@ class LoraModel(nn.Module):
         self._merged: Merged | None = None
         with undone_on_failure(model):
             model.requires_grad_(False)
-            self.add_adapter(adapter_name, config)
+            self.add_adapter(adapter_name, config, given)
             self.set_adapter(adapter_name)
             if verbose:
                 print(self.summary())
@@ -131,15 +139,16 @@ class LoraModel(nn.Module):
 
     # Adapters
 
-    def add_adapter(self, name: str, config: LoraConfig) -> None:
+    def add_adapter(self, name: str, config: LoraConfig, given: Given = NOTHING) -> None:
         """Add a named adapter; its factors are drawn from the global RNG. It is not active yet.
 
-        Whatever fails on the way, a Ctrl-C included, leaves the model as it was.
+        given: what a start may ask for, such as a quantised base's weights as they were ("loftq"). Whatever fails on
+        the way, a Ctrl-C included, leaves the model as it was.
         """
         self._check_new_name(name)
         self._check_unmerged("add an adapter")
         with undone_on_failure(self, self.route_state):
-            inject(self.wrapped, config, name, self.route_state)
+            inject(self.wrapped, config, name, self.route_state, given)
             self.configs[name] = config
             self.route_state.clocks[name] = Clock(draw_seed())
 
@@ -217,9 +226,10 @@ class LoraModel(nn.Module):
         return adapter_state.without_repeats({**factors, **biases, **trained})
 
     def adapter_tensors(self, name: str = DEFAULT) -> dict[str, Tensor]:
-        """`adapter_parameters` and the buffers of modules to save: what a file must hold."""
+        """`adapter_parameters`, the start that is taken off them, and buffers of modules to save: what a file holds."""
+        starts = adapter_state.factor_buffers(self.wrapped, name)
         buffers = adapter_state.saved_tensors(self.wrapped, name)
-        return adapter_state.without_repeats({**self.adapter_parameters(name), **buffers})
+        return adapter_state.without_repeats({**self.adapter_parameters(name), **starts, **buffers})
 
     def dropout_state(self, name: str = DEFAULT) -> dict[str, int]:
         """What an adapter's dropout masks follow from; store it to resume a run exactly."""
@@ -350,7 +360,7 @@ class LoraModel(nn.Module):
         """
         stored = peft_folder.read(directory, model)
         with undone_on_failure(model):
-            made = cls(model, stored.config, adapter_name, verbose=False)
+            made = cls(model, stored.config, adapter_name, verbose=False, given=Given(fills=False))
             peft_folder.fill(made, adapter_name, stored, strict_base)
             if verbose:
                 print(made.summary())
@@ -360,7 +370,7 @@ class LoraModel(nn.Module):
         """Add an adapter from a folder in PEFT's format under a new name; it is not active yet."""
         stored = peft_folder.read(directory, self.wrapped)
         with undone_on_failure(self, self.route_state):
-            self.add_adapter(name, stored.config)
+            self.add_adapter(name, stored.config, Given(fills=False))
             peft_folder.fill(self, name, stored, strict_base)
 
     def base_sha256(self) -> str | None:

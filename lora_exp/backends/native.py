@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_exp.backends.registry import Adapted, Origin, Way, backend
 from lora_exp.backends.targets import lora_config, targeted
@@ -23,8 +23,8 @@ class Native(Way):
         from lora_exp.adapters import LoraModel
 
         wanted = lora_config(config)
-        targeted(base, config, wanted)
-        model = LoraModel(base, wanted, verbose=False)
+        layers = targeted(base, config, wanted)
+        model = LoraModel(base, wanted, verbose=False, given=_given(base, layers, wanted, origin))
         trainable, total = model.parameter_counts()
         parameters = list(model.adapter_parameters().values())
 
@@ -38,3 +38,14 @@ class Native(Way):
             model.save_pretrained(folder, base_files_sha256=origin.files_sha256)
 
         return Adapted(model, parameters, trainable, total, save, check_gradients)
+
+
+def _given(base: nn.Module, layers: dict[str, nn.Module], wanted: Any, origin: Origin) -> Any:
+    """What a start may be made of; the base sees data only where the start asks for it."""
+    from lora_exp.adapters import Given
+    from lora_exp.adapters.inspection.input_scales import input_scales
+    from lora_exp.adapters.starts.registry import make_start
+
+    rows, show = make_start(wanted.start, wanted.start_options).rows, origin.show
+    scales = input_scales(layers, lambda: show(base, rows)) if rows and show is not None else None
+    return Given(origin.dense_weights, scales)

@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 @backend("peft")
 class Peft(Way):
     def problems(self, config: Config) -> list[str]:
-        if config.adapter.is_added:
+        start, name = config.start.name, config.adapter.name
+        if config.adapter.is_added and start == "default":
             return []
-        name = config.adapter.name
+        if config.adapter.is_added:
+            return [f"start={start} is not with backend=peft, which would change the base: use backend=native"]
         return [f"backend=peft has no adapter={name}: use backend=native, which trains weights themselves"]
 
     def adapt(self, base: nn.Module, config: Config, origin: Origin) -> Adapted:

@@ -12,7 +12,7 @@ from lora_exp.registry import Registry
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from torch import nn
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,15 @@ class Origin:
 
     ``name``: the hub's, where the weights lie in a folder that nobody else has; None: the name it was loaded by
     stands. ``files_sha256``: the digest of its weight files. ``tokenizer()`` loads the one to save beside.
+    ``dense_weights(layer)``: a layer's weight as it was before it was quantised. ``show(model, rows)``: has a model
+    see that many rows of the training data.
     """
 
     name: str | None = None
     files_sha256: str | None = None
     tokenizer: Callable[[], Any] | None = None
+    dense_weights: Callable[[str], Tensor] | None = None
+    show: Callable[[nn.Module, int], None] | None = None
 
 
 class Way:

@@ -52,6 +52,8 @@ def lora_config(config: Config) -> Any:
         use_rslora=uses_rslora(config),
         variant=config.adapter.variant or "lora",
         variant_options=config.adapter.options,
+        start=config.start.name,
+        start_options=config.start.options,
         modules_to_save=config.model.modules_to_save or None,
         layer_types=tuple(config.layer.types),
     )

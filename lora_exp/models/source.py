@@ -43,7 +43,7 @@ def base_files_sha256(model: nn.Module, source: Source) -> str:
 
     Taken from their bytes, whatever was known of them before: it must be that of what was loaded.
     """
-    files = sorted(_weight_files(model, source))
+    files = sorted(weight_files(model, source))
     if not files:
         return "unknown"
     digests = [source.digests.get(file.name) or file_sha256(file) for file in files]
@@ -65,7 +65,8 @@ def cannot_be_had(section: ModelConfig, error: Exception, on_hub: bool = True) -
     return f"The model {section.label or section.name} could not be loaded ({reason}). Ways to get it:\n{listed}"
 
 
-def _weight_files(model: nn.Module, source: Source) -> list[Path]:
+def weight_files(model: nn.Module, source: Source) -> list[Path]:
+    """The base's safetensors, where they lie now."""
     folder = Path(source.name)
     if not folder.is_dir():
         from huggingface_hub import try_to_load_from_cache

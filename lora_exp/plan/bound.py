@@ -19,7 +19,7 @@ _TIMES = 3  # what is made around a module (residuals, activation functions, gra
 _SCORES = 4  # explicit attention scores, their softmax, dropout and gradient
 _LOGITS = 4  # logits, their float32 copy, softmax and gradient
 _WEIGHTS = 2  # the base and autocast's copies of it
-_TRAINED = 4  # a trained parameter, its gradient and AdamW's two states
+_TRAINED = 8  # a trained parameter, its gradient, AdamW's two states; of some starts it too, and both joined
 
 
 def upper_bound(model: Any, config: Config) -> float:

@@ -119,7 +119,7 @@ def _plan(config: Config, outline: Outline, place: Place) -> Plan:
     weights = dict(model.named_parameters()) | dict(model.named_buffers())
     adapted = adapt(model, config)
     trained = _named(adapted)
-    adds = config.adapter.is_added
+    stored_with, adds = _in_file(adapted), config.adapter.is_added
     stored = base_bytes(weights, quantised, config.quantization)
     step = _step(adapted.model, config, place, weights, quantised)
     kind = kind_of(config.data)
@@ -131,13 +131,13 @@ def _plan(config: Config, outline: Outline, place: Place) -> Plan:
         trainable=adapted.trainable,
         total=adapted.total,
         base_bytes=stored,
-        adapter_bytes=_bytes(trained) if adds else 0,
+        adapter_bytes=_bytes(stored_with) if adds else 0,
         gradient_bytes=_bytes(trained),
         optimizer_bytes=optimizer_bytes(adapted.parameters, config.optimizer),
         activation_bytes=step.activation_bytes,
         head_bytes=step.head_bytes,
         step_peak_bytes=step.peak_bytes,
-        adapter_file_bytes=file_bytes(trained),
+        adapter_file_bytes=file_bytes(stored_with),
         flops_per_step=step.flops * config.train.grad_accum_steps,
         tokens_per_step=config.train.micro_batch_size * kind.units * config.train.grad_accum_steps,
         unit=kind.unit,
@@ -206,6 +206,14 @@ def _named(adapted: Adapted) -> dict[str, nn.Parameter]:
     if hasattr(model, "adapter_parameters"):
         return {_PEFT_NAME.format(name): value for name, value in model.adapter_parameters().items()}
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _in_file(adapted: Adapted) -> dict[str, Tensor]:
+    """What the adapter's file holds, and memory with it: what is trained, and of some starts what they were."""
+    model: Any = adapted.model
+    if hasattr(model, "adapter_tensors"):
+        return {_PEFT_NAME.format(name): value for name, value in model.adapter_tensors().items()}
+    return dict(_named(adapted))
 
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lora_exp.adapters.config import LoraConfig
+from lora_exp.adapters.files.peft_starts import doubled, halved
 from lora_exp.adapters.files.peft_targets import (
     Wish,
     adapted_names,
@@ -76,6 +77,7 @@ def to_peft(model: LoraModel, name: str) -> dict[str, Any]:
         "fan_in_fan_out": any(isinstance(layer, LoRAConv1D) for layer in adapted.values()),
         "init_lora_weights": True,
         "inference_mode": True,
+        **doubled(config),
         **_targets(config, set(adapted), [n for n, _ in base_modules(model.wrapped)]),
     }
 
@@ -99,6 +101,7 @@ def from_peft(
     _check_known(stored, source)
     modules = dict(base_modules(model))
     check_types(stored, source)
+    stored, start = halved(stored, notes)
     wish = dict(stored)
     if is_all_linear(stored.get("target_modules")):
         wish["target_modules"] = sorted(all_linear(model, modules, stored.get("task_type")))
@@ -126,6 +129,7 @@ def from_peft(
         modules_to_save=sorted(saved) or None,
         dora_detach_norm=notes.get("dora_detach_norm", True),
         **_noted_variant(stored, notes),
+        **start,
     )
     return _meaning(config, layers, model, modules)
 

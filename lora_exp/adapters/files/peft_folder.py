@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lora_exp.adapters.files.peft_card import card
 from lora_exp.adapters.files.peft_config import base_name, from_peft, to_peft
+from lora_exp.adapters.files.peft_starts import joined_starts, notes_of, split_starts, stored_rank
 from lora_exp.adapters.files.safetensors import copy_strictly, read_json, read_tensors, write_tensors
 from lora_exp.adapters.files.whole import write_text
 from lora_exp.adapters.inspection.adapter_state import bias_parameters, saved_tensors
@@ -58,7 +59,7 @@ def save(model: LoraModel, directory: str | Path, name: str, base_files_sha256: 
         )
     stored, notes = to_peft(model, name), _notes(model, config, base_files_sha256)
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / WEIGHTS_NAME, peft_views(model, name), {_OURS: json.dumps(notes)})
+    write_tensors(folder / WEIGHTS_NAME, joined_starts(peft_views(model, name)), {_OURS: json.dumps(notes)})
     # Patterns keep their order: the first that matches a layer counts.
     write_text(folder / CONFIG_NAME, json.dumps(dict(sorted(stored.items())), indent=2) + "\n")
     write_text(folder / "README.md", card(stored, notes))
@@ -84,7 +85,8 @@ def read(directory: str | Path, model: nn.Module) -> Stored:
 def fill(model: LoraModel, name: str, stored: Stored, strict_base: bool) -> None:
     """Fill adapter `name` from a folder; keys and shapes must fit exactly."""
     views = peft_views(model, name)
-    copy_strictly(stored.path, _without_base(stored.path, stored.tensors, model, views), views)
+    tensors = split_starts(stored.tensors, views)
+    copy_strictly(stored.path, _without_base(stored.path, tensors, model, views), views)
     _check_base(model, stored.notes, stored.path, strict_base)
 
 
@@ -116,6 +118,7 @@ def _notes(model: LoraModel, config: LoraConfig, base_files_sha256: str | None) 
         "dora_detach_norm": config.dora_detach_norm,
         "variant": config.variant,
         "variant_options": dict(config.variant_options),
+        **notes_of(config),
     }
 
 
@@ -152,7 +155,7 @@ def _stored_ranks(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 def _check_ranks(path: Path, ranks: Mapping[str, int], config: LoraConfig) -> None:
     """Before anything is made of a rank that only the config knows, and which may be absurd."""
     for layer, rank in ranks.items():
-        asked = int(value_for(layer, config.rank_pattern, config.rank))
+        asked = stored_rank(int(value_for(layer, config.rank_pattern, config.rank)), config)
         if asked != rank:
             raise UserError(
                 f"{path} has {layer} of rank {rank}, where {CONFIG_NAME} asks for {asked}: they are of two adapters; "

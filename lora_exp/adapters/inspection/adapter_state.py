@@ -26,6 +26,18 @@ def factor_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     return found
 
 
+def factor_buffers(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """What an adapter's factors mean beside what is trained of them: `layer.start_A`, `layer.start_B`."""
+    found: dict[str, Tensor] = {}
+    for layer_name, layer in lora_layers(model):
+        if name in layer.adapters:
+            adapter = layer.adapters[name]
+            trained = dict(adapter.named_parameters())
+            own = adapter.state_dict(keep_vars=True)
+            found.update((joined(layer_name, key), value) for key, value in own.items() if key not in trained)
+    return found
+
+
 def bias_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """`module.bias` of every trained bias; one that modules share has each module's name."""
     trained_by_base: dict[int, nn.Parameter] = {}

@@ -27,6 +27,7 @@ class _LoRAConv(LoRALayerBase):
     """
 
     fuses = True
+    rank_axis = 0
     own_attributes = (*LoRALayerBase.own_attributes, "geometry")
     groups: int
     in_channels: int

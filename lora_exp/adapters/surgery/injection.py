@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import types
 import zlib
+from collections.abc import Callable
 
 from torch import nn
 
@@ -20,6 +21,8 @@ from lora_exp.adapters.layers.registry import adapted_class, layer_class_for
 from lora_exp.adapters.layers.trained_biases import add_biases, trained_owners
 from lora_exp.adapters.numerics.packed_weights import keep_trainable
 from lora_exp.adapters.routing.route import Route
+from lora_exp.adapters.starts.registry import make_start
+from lora_exp.adapters.starts.start import NOTHING, Beginning, Given
 from lora_exp.adapters.surgery.targets import Targets, find_targets, parents, saved_names, value_for
 from lora_exp.adapters.variants.lora import LoraAdapter
 from lora_exp.adapters.variants.registry import variant_class
@@ -28,7 +31,7 @@ from lora_exp.errors import UserError
 log = logging.getLogger(__name__)
 
 
-def inject(model: nn.Module, config: LoraConfig, name: str, route: Route) -> Targets:
+def inject(model: nn.Module, config: LoraConfig, name: str, route: Route, given: Given = NOTHING) -> Targets:
     """Add the adapter `name` wherever `config` wants it in `model`; all checks come first."""
     modules = dict(base_modules(model))
     targets = find_targets(model, modules, config)
@@ -37,9 +40,12 @@ def inject(model: nn.Module, config: LoraConfig, name: str, route: Route) -> Tar
     saved = saved_names(modules, config)
     owners = trained_owners(_outside(modules, saved), set(targets.layers), config)
     keep_trainable(model)
-    for layer_name, module in targets.layers.items():
-        layer = adopted(module, route)
-        layer.add_adapter(make_adapter(config, name, layer_name, layer))
+    layers = {layer_name: adopted(module, route) for layer_name, module in targets.layers.items()}
+    begin = _beginnings(layers, config, given)
+    for layer_name, layer in layers.items():
+        adapter = make_adapter(config, name, layer_name, layer)
+        adapter.beginning = begin(layer_name)
+        layer.add_adapter(adapter)
     add_biases(owners, name, route)
     add_copies(model, saved, name, route)
     _call_instead_of_fuse(modules, [*targets.layers, *saved, *(owner for owner, _, _ in owners)])
@@ -68,6 +74,19 @@ def make_adapter(config: LoraConfig, name: str, layer_name: str, layer: LoRALaye
     dropout = config.lora_dropout if layer.takes_dropout else 0.0  # PEFT drops no indices either
     kind, key = variant_class(config.variant, config.variant_options), zlib.crc32(layer_name.encode())
     return kind(name, rank, alpha, dropout, config.use_rslora, key, **config.variant_options)
+
+
+def _beginnings(layers: dict[str, LoRALayerBase], config: LoraConfig, given: Given) -> Callable[[str], Beginning]:
+    """How each layer's adapter begins, by the layer's name, after a look whether it can."""
+    start, kind = make_start(config.start, config.start_options), variant_class(config.variant, config.variant_options)
+    if config.start != LoraConfig.start and not vars(kind).get("takes_starts", False):
+        raise UserError(
+            f"start={config.start!r} is not for variant={config.variant!r}, whose parameters begin in a way of their "
+            "own; leave start out"
+        )
+    if given.fills:
+        start.check(layers, {n: int(value_for(n, config.rank_pattern, config.rank)) for n in layers})
+    return lambda layer_name: Beginning(start, layer_name, given)
 
 
 def _outside(modules: dict[str, nn.Module], saved: list[str]) -> dict[str, nn.Module]:

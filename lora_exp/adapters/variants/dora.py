@@ -24,6 +24,7 @@ class DoraAdapter(LoraAdapter):
     """`magnitude` (out,) starts as the norm of the loaded weight, so that nothing changes at first."""
 
     peft_flags: ClassVar[Mapping[str, object]] = {"use_dora": True}
+    takes_starts: ClassVar[bool] = True
     magnitude: nn.Parameter
 
     def __init__(
@@ -48,7 +49,7 @@ class DoraAdapter(LoraAdapter):
 
     def base_loaded(self, host: Host) -> None:
         # An untrained adapter keeps meaning "no change" when other base weights come in.
-        if not self.lora_A.is_meta and not (self.lora_A.any() and self.lora_B.any()):
+        if not self.lora_A.is_meta and self.is_untrained():
             with torch.no_grad():
                 self.magnitude.copy_(self.constant_norm(host))
 
@@ -87,7 +88,8 @@ class DoraAdapter(LoraAdapter):
         """(out,) the norm without a gradient, kept as long as what it follows from."""
         can_factor = host.matrices(self.lora_A, self.lora_B) is not None and not self.lora_A.is_meta
         if can_factor and fused_allowed():
-            return self._norms.norm(host, self.lora_A, self.lora_B, self.scale)
+            kept = [self.lora_A, self.lora_B, *(start for start in (self.start_A, self.start_B) if start is not None)]
+            return self._norms.norm(host, kept, lambda: self.factors(host), self.scale)
         with torch.no_grad():
             return self.weight_norm(host)
 

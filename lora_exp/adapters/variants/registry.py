@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from lora_exp.adapters.discovery import import_all
+from lora_exp.adapters.discovery import check_options, import_all
 from lora_exp.errors import UserError
 
 _VARIANTS: dict[str, type[Any]] = {}
@@ -42,9 +41,5 @@ def variant_names() -> list[str]:
 def variant_class(name: str, options: Mapping[str, Any]) -> type[Any]:
     """The class, after a look whether it takes these options. Raises UserError for one that it does not know."""
     kind = variant_named(name)
-    parameters = inspect.signature(kind).parameters
-    known = [key for key, value in parameters.items() if value.kind is inspect.Parameter.KEYWORD_ONLY]
-    if unknown := [key for key in options if key not in known]:
-        takes = f"it takes {', '.join(known)}" if known else "it takes none"
-        raise UserError(f"variant_options: {', '.join(unknown)} is no option of {name!r}; {takes}")
+    check_options("variant_options", name, kind, options)
     return kind

@@ -7,7 +7,7 @@ Letters: N output features, K inputs, r rank. For a row w of W (N, K) and d = sc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,9 @@ from lora_exp.adapters.numerics.packed_weights import constants
 _CHUNK = 1 << 20  # elements of W that are float32 at a time
 _CHUNK_OFF_CPU = 1 << 22
 _CANCELLED = 0.01  # below this share of ||w||² + ||d||² a sum of float32 terms has lost too many digits
+
+
+Factors = Callable[[], tuple[Tensor, Tensor]]
 
 
 class NormCache:
@@ -41,32 +44,35 @@ class NormCache:
     def __reduce__(self) -> tuple[type[NormCache], tuple[()]]:
         return NormCache, ()
 
-    def norm(self, host: Host, A: Tensor, B: Tensor, scale: float) -> Tensor:
-        """(N,) in the factors' dtype, to be met in training even if it was found in inference mode."""
-        ask = self._checked if _answers_at_once(A) else self._of_this_pass
-        return ask(host, A, B, scale)
+    def norm(self, host: Host, kept: list[Tensor], factors: Factors, scale: float) -> Tensor:
+        """(N,) in the factors' dtype, to be met in training even if it was found in inference mode.
 
-    def _checked(self, host: Host, A: Tensor, B: Tensor, scale: float) -> Tensor:
-        base, factors = _base_values(host), [A, B]
+        `factors()` is A and B, which follow from the values of `kept`.
+        """
+        ask = self._checked if _answers_at_once(kept[0]) else self._of_this_pass
+        return ask(host, kept, factors, scale)
+
+    def _checked(self, host: Host, kept: list[Tensor], factors: Factors, scale: float) -> Tensor:
+        base = _base_values(host)
         known = self._base if self._base is not None and self._base[0].holds(base) else None
         found = None if known is None else self._norm
-        if found is not None and found[1] == scale and found[0].holds(factors):
+        if found is not None and found[1] == scale and found[0].holds(kept):
             return found[2]
-        with _for_training(A):
-            W, flat_A, flat_B = _matrices(host, A, B)
+        with _for_training(kept[0]):
+            W, flat_A, flat_B = _matrices(host, *factors())
             if known is None:
-                known = self._base = Fingerprint(base), squared_rows(W, A.dtype)
+                known = self._base = Fingerprint(base), squared_rows(W, flat_A.dtype)
             norm = factored_norm(W, flat_A, flat_B, scale, known[1])
-            self._norm = Fingerprint(factors), scale, norm
+            self._norm = Fingerprint(kept), scale, norm
         return norm
 
-    def _of_this_pass(self, host: Host, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    def _of_this_pass(self, host: Host, kept: list[Tensor], factors: Factors, scale: float) -> Tensor:
         running, known = host.route.pass_at_hand(), self._of_pass
-        read = [place(t) for t in (*_base_values(host), A, B)]
+        read = [place(t) for t in (*_base_values(host), *kept)]
         if running is not None and known is not None and known[0] is running and known[1] == (scale, read):
             return known[2]
-        with _for_training(A):
-            norm = dense_norm(*_matrices(host, A, B), scale)
+        with _for_training(kept[0]):
+            norm = dense_norm(*_matrices(host, *factors()), scale)
         self._of_pass = running, (scale, read), norm
         return norm
 
