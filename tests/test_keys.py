@@ -110,6 +110,7 @@ def test_mistakes_in_files_are_named_with_the_file(cli: Cli, mine: Path, argumen
         (["optimizer.betas=3"], "optimizer.betas=3 is not a list: such as optimizer.betas=[0.9,0.999]"),
         (["optimizer.betas=[a,1]"], "optimizer.betas[0]=a is not a number: such as optimizer.betas=[0.9,0.999]"),
         (["plan=3"], "plan=3 is not a choice: use default"),
+        (["rank=8,16", "-m", "--cfg", "job"], "-m and --cfg exclude each other: leave out all but one"),
         (["hydra.sweep.dirr=3"], "hydra.sweep.dirr is not a key"),
     ],
 )
