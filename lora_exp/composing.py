@@ -29,6 +29,17 @@ from lora_exp.plugins import PluginError, import_plugins
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
+def in_order(arguments: Sequence[str]) -> list[str]:
+    """The same command line with its overrides first, as argparse takes none after a flag that follows others."""
+    given, later = get_args_parser().parse_known_args(list(arguments))
+    if given.shell_completion or not later or any(argument.startswith("-") for argument in later):
+        return list(arguments)
+    flags, overrides = list(arguments), [*given.overrides, *later]
+    for override in overrides:
+        flags.remove(override)
+    return [*overrides, *flags]
+
+
 def check_arguments(arguments: Sequence[str]) -> None:
     """Raise ``ConfigError`` for the keys of a command line that are not in the schema."""
     given = get_args_parser().parse_args(list(arguments))

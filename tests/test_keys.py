@@ -162,6 +162,11 @@ def test_the_traceback_comes_when_asked_for(cli: Cli, monkeypatch: pytest.Monkey
         cli("adapter=lra")
 
 
+def test_overrides_may_stand_on_both_sides_of_a_flag(cli: Cli) -> None:
+    assert "rank: 4" in cli("rank=16", "--cfg", "job", "scaling=standard", "rank=4").out
+    assert "did you mean rank?" in cli("seed=1,2", "-m", "rnak=4").err
+
+
 def test_a_sweep_without_m_is_refused_with_the_command_to_type(cli: Cli, workplace: Path) -> None:
     done = cli("+experiment=rank_sweep", "tracking.experiment=my sweep")
     assert done.code == 1
