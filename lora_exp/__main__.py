@@ -66,6 +66,7 @@ def main() -> None:
     adopt_login()
     try:
         with signals.at_once(), composing.plainly():
+            sys.argv[1:] = composing.in_order(sys.argv[1:])
             composing.check_arguments(sys.argv[1:])
             hydra_main()
     except signals.Stopped:

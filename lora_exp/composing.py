@@ -5,6 +5,7 @@ Hydra's own words advise to add an unknown key by a ``+``, by which it is then t
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import re
@@ -28,11 +29,23 @@ from lora_exp.plugins import PluginError, import_plugins
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
+def in_order(arguments: Sequence[str]) -> list[str]:
+    """The same command line with its overrides first, as argparse takes none after a flag that follows others."""
+    given, later = get_args_parser().parse_known_args(list(arguments))
+    if given.shell_completion or not later or any(argument.startswith("-") for argument in later):
+        return list(arguments)
+    flags, overrides = list(arguments), [*given.overrides, *later]
+    for override in overrides:
+        flags.remove(override)
+    return [*overrides, *flags]
+
+
 def check_arguments(arguments: Sequence[str]) -> None:
     """Raise ``ConfigError`` for the keys of a command line that are not in the schema."""
     given = get_args_parser().parse_args(list(arguments))
     if given.shell_completion:  # its one argument is no override
         return
+    _refuse(_modes(given))
     roots = [conf_folder(), *([Path(given.config_dir)] if given.config_dir else [])]
     overrides = _parsed(given.overrides)
     is_elsewhere = any(override.get_key_element() == "hydra.searchpath" for override in overrides)
@@ -126,6 +139,13 @@ def _plugins_imported(overrides: Sequence[Override]) -> bool:
     except PluginError:
         return False
     return True
+
+
+def _modes(given: argparse.Namespace) -> list[str]:
+    """Hydra's own words for two flags of which one counts come with a traceback."""
+    flags = {"--run": given.run, "-m": given.multirun, "--cfg": given.cfg, "--info": given.info}
+    asked = [flag for flag, is_given in flags.items() if is_given]
+    return [f"{' and '.join(asked)} exclude each other: leave out all but one"] if len(asked) > 1 else []
 
 
 def _parsed(arguments: Sequence[str]) -> list[Override]:

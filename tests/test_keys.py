@@ -110,6 +110,7 @@ def test_mistakes_in_files_are_named_with_the_file(cli: Cli, mine: Path, argumen
         (["optimizer.betas=3"], "optimizer.betas=3 is not a list: such as optimizer.betas=[0.9,0.999]"),
         (["optimizer.betas=[a,1]"], "optimizer.betas[0]=a is not a number: such as optimizer.betas=[0.9,0.999]"),
         (["plan=3"], "plan=3 is not a choice: use default"),
+        (["rank=8,16", "-m", "--cfg", "job"], "-m and --cfg exclude each other: leave out all but one"),
         (["hydra.sweep.dirr=3"], "hydra.sweep.dirr is not a key"),
     ],
 )
@@ -159,6 +160,11 @@ def test_the_traceback_comes_when_asked_for(cli: Cli, monkeypatch: pytest.Monkey
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(Exception, match="adapter/lra"):
         cli("adapter=lra")
+
+
+def test_overrides_may_stand_on_both_sides_of_a_flag(cli: Cli) -> None:
+    assert "rank: 4" in cli("rank=16", "--cfg", "job", "scaling=standard", "rank=4").out
+    assert "did you mean rank?" in cli("seed=1,2", "-m", "rnak=4").err
 
 
 def test_a_sweep_without_m_is_refused_with_the_command_to_type(cli: Cli, workplace: Path) -> None:

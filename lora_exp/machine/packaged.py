@@ -45,7 +45,7 @@ def install_line(packaged: PackagedConfig, flags: str = "") -> str:
 
 
 def main() -> None:
-    """Check every packaged file that ``conf/`` names: ``python -m lora_exp.packaged``, part of the set-up.
+    """Check every packaged file that ``conf/`` names: ``python -m lora_exp.machine.packaged``, part of the set-up.
 
     One that belongs to an extra may be missing.
     """

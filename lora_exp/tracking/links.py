@@ -32,5 +32,5 @@ def where_to_look(uri: str, experiment_id: str, run_id: str) -> str:
 def _serving(uri: str) -> str:
     default = Path("outputs/mlflow.db").resolve()
     if uri.startswith("sqlite:///") and Path(uri.removeprefix("sqlite:///")).resolve() == default:
-        return "make ui" if "MAKELEVEL" in os.environ else "python -m lora_exp.ui"
-    return f"python -m lora_exp.ui {uri}"
+        return "make ui" if "MAKELEVEL" in os.environ else "python -m lora_exp.tracking.ui"
+    return f"python -m lora_exp.tracking.ui {uri}"

@@ -1,4 +1,4 @@
-"""``python -m lora_exp.ui [URI]`` (``make ui``): MLflow's pages, and the addresses that open on the runs."""
+"""``python -m lora_exp.tracking.ui [URI]`` (``make ui``): MLflow's pages, and the addresses that open on the runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _HAS_SCREEN = sys.platform in ("darwin", "win32") or "DISPLAY" in os.environ or 
 
 def main() -> None:
     """Print the address of each experiment's runs, open the newest where there is a screen, and serve until stopped."""
-    parser = argparse.ArgumentParser(prog="python -m lora_exp.ui", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m lora_exp.tracking.ui", description=__doc__)
     parser.add_argument("uri", nargs="?", help="MLflow's store (default: MLFLOW_TRACKING_URI, else outputs/mlflow.db)")
     parser.add_argument("--port", type=int, default=5000)
     parser.add_argument("--no-browser", action="store_true", help="print the addresses alone")

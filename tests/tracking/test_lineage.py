@@ -63,7 +63,9 @@ def test_a_run_fills_the_columns_of_the_list(cli: Cli, tiny_overrides: list[str]
     assert "system/process_cpu_percentage" in system
     if pytest.importorskip("psutil"):
         assert "system/cpu_utilization_percentage" in system
-    assert f"/runs/{run.info.run_id}?workflowType=machine_learning (served by: python -m lora_exp.ui)" in done.out
+    assert (
+        f"/runs/{run.info.run_id}?workflowType=machine_learning (served by: python -m lora_exp.tracking.ui)" in done.out
+    )
     assert "fontManager" not in done.out + done.err
 
 
@@ -104,7 +106,7 @@ def test_a_single_run_is_called_as_asked(cli: Cli, tiny_overrides: list[str], wo
     ("uri", "says"),
     [
         ("http://server:5000/", "MLflow http://server:5000/#/experiments/3/runs/abc?workflowType=machine_learning"),
-        ("sqlite:///elsewhere.db", "(served by: python -m lora_exp.ui sqlite:///elsewhere.db)"),
+        ("sqlite:///elsewhere.db", "(served by: python -m lora_exp.tracking.ui sqlite:///elsewhere.db)"),
     ],
 )
 def test_the_line_at_the_end_says_where_to_look(uri: str, says: str, workplace: Path) -> None:
