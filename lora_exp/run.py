@@ -113,9 +113,8 @@ def _prepare(tracked: tracking.Run, config: Config, place: Place) -> tuple[Adapt
     counts = {"trainable": adapted.trainable, "total": adapted.total, "trainable_percent": share}
     figures = {f"params/{name}": value for name, value in counts.items()}
     tracked.log_metrics({**figures, "base_weight_bytes": adapted.base_weight_bytes}, step=0)
-    initial = adapted.total - (adapted.trainable if config.adapter.is_added else 0)
     log.info(
-        f"Initial Parameters : {initial:,} || LoRA Parameters : {adapted.trainable:,} || "
+        f"Initial Parameters : {adapted.base_parameters:,} || LoRA Parameters : {adapted.trainable:,} || "
         f"Trainable Proportion : {share:.3f}%"
     )
     return adapted, data

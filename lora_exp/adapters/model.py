@@ -41,8 +41,8 @@ class LoraModel(nn.Module):
 
     The base model is `wrapped`; attributes that LoraModel does not have are looked up there. Several
     named adapters may live side by side: one is active (`set_adapter`), or slices of the batch go through
-    different ones (`route`). Every adapter's parameters require gradients, active or not; an optimizer
-    takes those of `adapter_parameters(name)`.
+    different ones (`route`). What an adapter trains requires gradients, active or not; an optimizer
+    takes `adapter_parameters(name)`.
     """
 
     made_from: ClassVar[type[LoraModel] | None] = None  # see class_like
@@ -226,10 +226,10 @@ class LoraModel(nn.Module):
         return adapter_state.without_repeats({**factors, **biases, **trained})
 
     def adapter_tensors(self, name: str = DEFAULT) -> dict[str, Tensor]:
-        """`adapter_parameters`, the start that is taken off them, and buffers of modules to save: what a file holds."""
-        starts = adapter_state.factor_buffers(self.wrapped, name)
+        """`adapter_parameters`, what is frozen beside them, buffers of modules to save: what a file holds."""
+        factors = adapter_state.factor_tensors(self.wrapped, name)
         buffers = adapter_state.saved_tensors(self.wrapped, name)
-        return adapter_state.without_repeats({**self.adapter_parameters(name), **starts, **buffers})
+        return adapter_state.without_repeats({**factors, **self.adapter_parameters(name), **buffers})
 
     def dropout_state(self, name: str = DEFAULT) -> dict[str, int]:
         """What an adapter's dropout masks follow from; store it to resume a run exactly."""
@@ -259,7 +259,7 @@ class LoraModel(nn.Module):
         )
 
     def check_gradients(self) -> list[str]:
-        """After a backward pass: names of adapted layers whose B got no gradient; raises if none got one."""
+        """After a backward pass: names of adapted layers that got no gradient; raises if none got one."""
         return unreached_layers(self.wrapped, self.route_state.trained or self.route_state.live.names)
 
     # Merging

@@ -22,10 +22,10 @@ def adapt(base: nn.Module, config: Config, origin: Origin | None = None) -> Adap
     Raises UserError when a target matches nothing, is of another layer type or beyond the backend, or when
     the rank does not fit.
     """
-    from lora_exp.adapters.inspection.parameter_counts import stored_bytes
+    from lora_exp.adapters.inspection.parameter_counts import count_parameters, stored_bytes
 
     origin = origin or Origin()
-    stored = stored_bytes(base)  # before anything is added to it
+    stored, (count, _) = stored_bytes(base), count_parameters(base.parameters(), ())  # before anything is added
     _name(base, origin)
     adapted = trained[config.adapter.trains]().adapt(base, config, origin)
 
@@ -35,7 +35,7 @@ def adapt(base: nn.Module, config: Config, origin: Origin | None = None) -> Adap
             origin.tokenizer().save_pretrained(folder)
         _open_as_umask_says(folder)
 
-    return replace(adapted, base_weight_bytes=stored, save=save)
+    return replace(adapted, base_weight_bytes=stored, base_parameters=count, save=save)
 
 
 def _name(base: Any, origin: Origin) -> None:

@@ -33,6 +33,7 @@ class Peft(Way):
         import peft
 
         wanted = lora_config(config)
+        _check_peft_trains(wanted, config)
         layers = targeted(base, config, wanted)
         _check_peft_can(layers, wanted)
         named = wanted.target_modules if wanted.target_modules not in (None, "all-linear") else sorted(layers)
@@ -73,6 +74,13 @@ def _said_plainly() -> Iterator[None]:
             raise
         reason = re.sub(r"\s+", " ", str(error))[:300]
         raise UserError(f"backend=peft refuses ({reason}): use backend=native, or other targets") from error
+
+
+def _check_peft_trains(wanted: Any, config: Config) -> None:
+    from lora_exp.adapters.variants.registry import variant_named
+
+    if not vars(variant_named(wanted.variant)).get("peft_trains", False):
+        raise UserError(f"backend=peft does not train adapter={config.adapter.name} here: use backend=native")
 
 
 def _check_peft_can(layers: dict[str, nn.Module], wanted: Any) -> None:

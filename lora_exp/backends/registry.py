@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class Adapted:
     """A model with its trainable parameters. ``save(folder)`` writes them as safetensors there.
 
-    ``base_weight_bytes``: what the base's own weights take, quantisation constants included.
+    ``base_weight_bytes``: what the base's own weights take, quantisation constants included; ``base_parameters``:
+    how many values those are.
     """
 
     model: nn.Module
@@ -29,6 +30,7 @@ class Adapted:
     save: Callable[[Path], None]
     check_gradients: Callable[[], object] = lambda: None
     base_weight_bytes: int = 0
+    base_parameters: int = 0
 
 
 @dataclass(frozen=True)

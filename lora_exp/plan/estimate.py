@@ -181,7 +181,7 @@ def _step(model: nn.Module, config: Config, place: Place, weights: Mapping[str, 
 
 
 def _module(name: str, layer: LoRALayerBase) -> Module:
-    trained = dict(layer.adapter.named_parameters())
+    trained = layer.adapter.trained_parameters()
     shapes = {key: list(value.shape) for key, value in trained.items()}
     trainable = sum(parameter.numel() for parameter in trained.values())
     return Module(name, layer.layer_type, list(layer.weight.shape), shapes, trainable)

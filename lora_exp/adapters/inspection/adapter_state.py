@@ -17,24 +17,22 @@ from lora_exp.adapters.inspection.traversal import (
 
 
 def factor_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    """`layer.lora_A`, `layer.lora_B` and, for DoRA, `layer.magnitude`."""
+    """What trains of the adapter's layers: `layer.lora_A`, `layer.lora_B` and, for DoRA, `layer.magnitude`."""
     found: dict[str, nn.Parameter] = {}
     for layer_name, layer in lora_layers(model):
         if name in layer.adapters:
-            own = layer.adapters[name].named_parameters()
-            found.update((joined(layer_name, key), value) for key, value in own)
+            own = layer.adapters[name].trained_parameters()  # type: ignore[operator]
+            found.update((joined(layer_name, key), value) for key, value in own.items())
     return found
 
 
-def factor_buffers(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """What an adapter's factors mean beside what is trained of them: `layer.start_A`, `layer.start_B`."""
+def factor_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """All that the adapter's layers are made of, frozen or not; what several share stands under each name."""
     found: dict[str, Tensor] = {}
     for layer_name, layer in lora_layers(model):
         if name in layer.adapters:
-            adapter = layer.adapters[name]
-            trained = dict(adapter.named_parameters())
-            own = adapter.state_dict(keep_vars=True)
-            found.update((joined(layer_name, key), value) for key, value in own.items() if key not in trained)
+            own = layer.adapters[name].state_dict(keep_vars=True)
+            found.update((joined(layer_name, key), value) for key, value in own.items())
     return found
 
 

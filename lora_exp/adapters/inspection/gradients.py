@@ -12,7 +12,7 @@ from lora_exp.errors import UserError
 
 
 def unreached_layers(model: nn.Module, served: Sequence[str]) -> list[str]:
-    """Layers with an adapter in `served` whose B has no gradient; raises if that is all of them.
+    """Layers with an adapter in `served` of which nothing has a gradient; raises if that is all of them.
 
     Some may rightly wait (a mixture's expert without a token yet). All of them means that training reads
     the weights without calling the layers, or that the loss does not depend on them.
@@ -20,8 +20,9 @@ def unreached_layers(model: nn.Module, served: Sequence[str]) -> list[str]:
     dead: dict[str, bool] = {}
     for layer_name, layer in lora_layers(model):
         for name in set(served) & set(layer.adapters):
-            factor: Any = layer.adapters[name].lora_B
-            dead[layer_name] = dead.get(layer_name, False) or factor.grad is None
+            adapter: Any = layer.adapters[name]
+            is_dead = all(parameter.grad is None for parameter in adapter.trained_parameters().values())
+            dead[layer_name] = dead.get(layer_name, False) or is_dead
     if all(dead.values()):
         raise UserError(
             f"no adapter got a gradient in the last backward pass (of {', '.join(list(dead)[:5])}); target "

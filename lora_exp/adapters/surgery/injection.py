@@ -36,14 +36,15 @@ def inject(model: nn.Module, config: LoraConfig, name: str, route: Route, given:
     modules = dict(base_modules(model))
     targets = find_targets(model, modules, config)
     _check_ranks(targets.layers, config)
-    variant_class(config.variant, config.variant_options)
+    kind = variant_class(config.variant, config.variant_options)
     saved = saved_names(modules, config)
     owners = trained_owners(_outside(modules, saved), set(targets.layers), config)
     keep_trainable(model)
     layers = {layer_name: adopted(module, route) for layer_name, module in targets.layers.items()}
     begin = _beginnings(layers, config, given)
-    for layer_name, layer in layers.items():
-        adapter = make_adapter(config, name, layer_name, layer)
+    placed = [(layer, make_adapter(config, name, layer_name, layer)) for layer_name, layer in layers.items()]
+    kind.share(placed)
+    for (layer, adapter), layer_name in zip(placed, layers, strict=True):
         adapter.beginning = begin(layer_name)
         layer.add_adapter(adapter)
     add_biases(owners, name, route)

@@ -25,6 +25,7 @@ class DoraAdapter(LoraAdapter):
 
     peft_flags: ClassVar[Mapping[str, object]] = {"use_dora": True}
     takes_starts: ClassVar[bool] = True
+    peft_trains: ClassVar[bool] = True
     magnitude: nn.Parameter
 
     def __init__(

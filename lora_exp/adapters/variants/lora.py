@@ -6,7 +6,7 @@ Letters: r rank; A and B have the shapes that the layer's kind states.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -33,7 +33,8 @@ class LoraAdapter(nn.Module):
 
     A variant is a subclass in a file of its own, under `@variant(name)`. It overrides `prepare`, `add_to` and `merged`,
     and `terms` if a kernel can run it: a class that changes the formula without stating terms of its own is run by
-    its plain formulas. Options are keyword-only arguments of its constructor.
+    its plain formulas. One whose A and B are computed overrides `factors` alone. Options are keyword-only arguments
+    of its constructor.
 
     A class says itself, by `takes_starts`, that A and B may begin otherwise than `prepare` alone would have it: its
     formulas then go by `factors`, as a start's product may have to be taken off again.
@@ -41,8 +42,10 @@ class LoraAdapter(nn.Module):
 
     variant: ClassVar[str]
     _states_terms: ClassVar[bool] = True
+    frozen: ClassVar[tuple[str, ...]] = ()  # which of its parameters never train
     peft_flags: ClassVar[Mapping[str, object]] = {}  # what adapter_config.json says of it beside LoRA's fields
     takes_starts: ClassVar[bool] = True
+    peft_trains: ClassVar[bool] = True  # whether PEFT, told these flags, trains the same; a subclass says so itself
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
@@ -82,6 +85,16 @@ class LoraAdapter(nn.Module):
         self.lora_A, self.lora_B = nn.Parameter(lora_A.to(device)), nn.Parameter(lora_B.to(device))
         if beginning.start.is_subtracted:
             self.start_A, self.start_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+        for name in self.frozen:
+            self.get_parameter(name).requires_grad_(False)
+
+    @classmethod
+    def share(cls, placed: Sequence[tuple[Host, LoraAdapter]]) -> None:
+        """Called before `prepare` with all layers of a new adapter: what these have in common is made here."""
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """Its parameters by name, those left out that are frozen."""
+        return {name: value for name, value in self.named_parameters() if name not in self.frozen}
 
     def base_loaded(self, host: Host) -> None:
         """Called when other base weights were loaded into `layer`."""
@@ -137,12 +150,13 @@ class LoraAdapter(nn.Module):
 
     def delta_weight(self, host: Host) -> Tensor:
         """scale * AB in the base weight's shape, in the factors' dtype (float32)."""
-        with without_autocast(self.lora_A.device.type):
+        with without_autocast(host.weight.device.type):
             return host.combine(*self.factors(host)) * self.scale
 
     def merged(self, host: Host) -> Tensor:
         """W + delta_weight, accumulated in the factors' dtype."""
-        return host.dense_weight().to(self.lora_A.dtype) + self.delta_weight(host)
+        delta = self.delta_weight(host)
+        return host.dense_weight().to(delta.dtype) + delta
 
     def peft_tensors(self, host: Host) -> dict[str, Tensor]:
         """What a file holds of this in PEFT's layout, as views, under PEFT's keys; A0 and B0 as `key.start`."""
