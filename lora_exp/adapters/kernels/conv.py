@@ -10,7 +10,8 @@ Without dropout all of it is one convolution with the kernel ratio ∘ V. Gradie
     narrow   dA and dB from z = conv(d, A), retained, and its gradient: two more convolutions of r channels
     dense    dA, dB and dmagnitude from the whole kernel's gradient, found once: nothing retained beside x
 
-Which way, and whether V is formed, follows from shapes, dtype and device alone, never from a clock.
+Which way, and whether V is formed, follows from shapes, dtype and device alone, never from a clock. With a frozen A it
+is the narrow one, which retains no x; groups have only the dense one, in which dB needs x.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ def _output(host: Any, terms: Terms | None, x: Tensor) -> Tensor:
     share = Share(None, terms)
     kind = terms.norm is not None, share.p > 0, is_exact(x, host.weight)
     rank = terms.B.shape[0]
-    way = Way(host.geometry, share, *shortest(host.geometry, rank, *kind, host.weight.shape, x.shape))
+    shapes = host.weight.shape, x.shape
+    way = Way(host.geometry, share, *shortest(host.geometry, rank, *kind, *shapes, terms.A.requires_grad))
     out: Tensor = _Convolved.apply(way, x, host.weight, host.bias, *terms.factors)
     return out
 

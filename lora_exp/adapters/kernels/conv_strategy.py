@@ -27,14 +27,21 @@ def is_exact(x: Tensor, weight: Tensor) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def shortest(
-    geometry: Geometry, r: int, is_dora: bool, drops: bool, exact: bool, weight: torch.Size, x: torch.Size
+    geometry: Geometry,
+    r: int,
+    is_dora: bool,
+    drops: bool,
+    exact: bool,
+    weight: torch.Size,
+    x: torch.Size,
+    trains_A: bool = True,
 ) -> tuple[bool, bool, bool]:
-    """The last three fields of the Way that takes the fewest multiplications."""
+    """The last three fields of the Way that takes the fewest multiplications, x not being retained for a frozen A."""
     C_out, K, P = weight[0], math.prod(weight[1:]), geometry.positions(x)
     narrow = 2 * P * (max(r, _NARROWEST) * K + (r + 2 * _PASS * is_dora) * C_out)
     dense = (P + r) * C_out * K
     may_merge = exact and (is_dora or not drops)
-    if geometry.groups > 1 or (may_merge and dense <= narrow):
+    if geometry.groups > 1 or (may_merge and trains_A and dense <= narrow):
         return True, True, True
     return may_merge and not drops and K <= P, may_merge and C_out <= P, False
 
