@@ -74,7 +74,8 @@ def measure(config: Config, place: Place | None = None) -> Measured:
     with torch.no_grad():  # the first pass of a model tells whether its loss needs all logits
         step.loss()
     retained = step.activations(config.train.gradient_checkpointing)
-    found = Measured(adapted.trainable, adapted.total, weights, _bytes(adapted.parameters), retained)
+    added = _bytes(_stored(adapted.model)) - weights
+    found = Measured(adapted.trainable, adapted.total, weights, added, retained)
     if config.train.gradient_checkpointing:
         models.checkpoint_layers(base)
     optimizer = build_optimizer(adapted.parameters, config.optimizer)
