@@ -103,7 +103,13 @@ def test_a_plan_of_a_quantised_base_is_too(tiny: Make, overrides: list[str]) -> 
 
 @pytest.mark.parametrize(
     "overrides",
-    [["adapter=dora", "dropout=0.1"], ["dropout=0.1"], ["backend=peft", "dropout=0.1"], ["adapter=full"]],
+    [
+        ["adapter=dora", "dropout=0.1"],
+        ["adapter=lora_fa", "dropout=0.1"],
+        ["dropout=0.1"],
+        ["backend=peft", "dropout=0.1"],
+        ["adapter=full"],
+    ],
     ids=" ".join,
 )
 def test_a_plan_of_another_adapter_is_too(tiny: Make, overrides: list[str]) -> None:
