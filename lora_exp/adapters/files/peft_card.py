@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lora_exp.adapters.variants.registry import variant_named
+
 _CARD = """---
 {base_line}library_name: peft
 tags: [lora]
@@ -21,7 +23,7 @@ Trained on {base}. Load it with PEFT (`PeftModel.from_pretrained(base, folder)`)
 def card(stored: Mapping[str, Any], notes: Mapping[str, Any]) -> str:
     """stored: the adapter's config in PEFT's words; notes: ours on its base."""
     name, revision = stored["base_model_name_or_path"], stored["revision"]
-    kind = "DoRA" if stored["use_dora"] else "LoRA"
+    kind = variant_named(notes["variant"]).title
     base = f"`{notes['base']}`" + (f" (revision `{revision}`)" if revision else "")
     base_line = f"base_model: {name}\n" if name else ""
     return _CARD.format(base_line=base_line, kind=kind, rank=stored["r"], base=base, identity=_identity(notes))

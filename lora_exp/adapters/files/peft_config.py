@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -25,32 +24,15 @@ from lora_exp.adapters.files.peft_targets import (
 from lora_exp.adapters.inspection.traversal import base_modules, lora_layers, saved_modules
 from lora_exp.adapters.layers.transformers_conv1d import LoRAConv1D
 from lora_exp.adapters.surgery.targets import find_targets, suffixes
-from lora_exp.adapters.variants.registry import variant_named
+from lora_exp.adapters.variants.peft_format import PeftFormat
+from lora_exp.adapters.variants.registry import peft_formats, variant_named
 from lora_exp.errors import UserError
 
 if TYPE_CHECKING:
     from lora_exp.adapters.model import LoraModel
 
-log = logging.getLogger(__name__)
-
 # Not SEQ_CLS and the like: PEFT would look for a saved head in the file.
 _TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
-_REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that change base weights
-READ = (
-    "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "bias", "use_rslora", "use_dora",
-    "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "modules_to_save", "peft_type",
-    "task_type", "init_lora_weights", "ensure_weight_tying",
-)  # fmt: skip
-REFUSED = (
-    "lora_bias", "use_qalora", "velora_config", "kasa_config", "arrow_config", "alora_invocation_tokens",
-    "trainable_token_indices", "target_parameters", "layer_replication", "megatron_config", "use_bdlora",
-    "monteclora_config",
-)  # fmt: skip
-WITHOUT_MEANING = (  # once an adapter is trained
-    "base_model_name_or_path", "revision", "inference_mode", "fan_in_fan_out", "auto_mapping", "peft_version",
-    "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
-    "runtime_config",
-)  # fmt: skip
 
 
 def to_peft(model: LoraModel, name: str) -> dict[str, Any]:
@@ -58,27 +40,17 @@ def to_peft(model: LoraModel, name: str) -> dict[str, Any]:
     config = model.configs[name]
     adapted = {n: layer for n, layer in lora_layers(model.wrapped) if name in layer.adapters}
     saved = [n for n, switch in saved_modules(model.wrapped) if name in switch.copies]
-    kind = type(model.wrapped).__name__
-    alpha = config.lora_alpha
+    kind, method = type(model.wrapped).__name__, variant_named(config.variant).peft_format
     return {
-        "peft_type": "LORA",
+        "peft_type": method.peft_type,
         "task_type": next((task for ending, task in _TASKS.items() if kind.endswith(ending)), None),
         **base_name(model.wrapped),
-        "r": config.rank,
-        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
-        "lora_dropout": config.lora_dropout,
-        "bias": config.bias,
-        "use_rslora": config.use_rslora,
-        "use_dora": False,
-        **variant_named(config.variant).peft_flags,
-        "rank_pattern": config.rank_pattern or {},
-        "alpha_pattern": config.alpha_pattern or {},
+        **method.fields(config),
         "modules_to_save": saved or None,
         "fan_in_fan_out": any(isinstance(layer, LoRAConv1D) for layer in adapted.values()),
-        "init_lora_weights": True,
         "inference_mode": True,
         **doubled(config),
-        **_targets(config, set(adapted), [n for n, _ in base_modules(model.wrapped)]),
+        **_targets(config, method.takes_exclusions, set(adapted), [n for n, _ in base_modules(model.wrapped)]),
     }
 
 
@@ -98,7 +70,8 @@ def from_peft(
 
     trained: the names of the layers that the folder has factors for. notes: what we noted beside them.
     """
-    _check_known(stored, source)
+    method = method_of(stored, source)
+    method.check(stored, source)
     modules = dict(base_modules(model))
     check_types(stored, source)
     stored, start = halved(stored, notes)
@@ -115,46 +88,25 @@ def from_peft(
         )
     _check_ties(stored, model, layers | saved, source)
     config = LoraConfig(
-        rank=stored.get("r", 8),
         target_modules=_present(wish["target_modules"], modules),
         exclude_modules=_present(stored.get("exclude_modules"), modules),
-        lora_alpha=stored.get("lora_alpha", 8),
-        lora_dropout=stored.get("lora_dropout", 0.0),
-        bias=stored.get("bias", "none"),
-        use_rslora=stored.get("use_rslora", False),
-        use_dora=stored.get("use_dora", False),
         layers_to_transform=stored.get("layers_to_transform") or None,
         rank_pattern=matched(stored.get("rank_pattern"), layers),
         alpha_pattern=matched(stored.get("alpha_pattern"), layers),
         modules_to_save=sorted(saved) or None,
-        dora_detach_norm=notes.get("dora_detach_norm", True),
-        **_noted_variant(stored, notes),
+        **method.arguments(stored, notes),
         **start,
     )
     return _meaning(config, layers, model, modules)
 
 
-def _noted_variant(stored: Mapping[str, Any], notes: Mapping[str, Any]) -> dict[str, Any]:
-    """The variant that was saved, unless the config was changed since to another one that PEFT knows."""
-    name = notes.get("variant", "lora")
-    if variant_named(name).peft_flags != {key: True for key in ("use_dora",) if stored.get(key)}:
-        return {}
-    return {"variant": name, "variant_options": notes.get("variant_options", {})}
-
-
-def _check_known(stored: dict[str, Any], source: str) -> None:
-    if stored.get("peft_type") != "LORA":
-        raise UserError(f"{source} holds a {stored.get('peft_type')!r} adapter; only LORA can be read here")
-    if used := [key for key in REFUSED if stored.get(key)]:
-        raise UserError(f"{source} uses {', '.join(used)}, which this library does not have; load it with PEFT")
-    start = str(stored.get("init_lora_weights"))
-    if start.lower().startswith(_REWRITES_BASE):
-        raise UserError(
-            f"{source} was initialised with {start!r}, which changes the base weights; convert it to plain "
-            "LoRA with PEFT's path_initial_model_for_weight_conversion first"
-        )
-    if new := [key for key in stored if key not in (*READ, *REFUSED, *WITHOUT_MEANING) and stored[key]]:
-        log.warning("%s has fields that are not known here and are passed over: %s", source, ", ".join(sorted(new)))
+def method_of(stored: Mapping[str, Any], source: str) -> PeftFormat:
+    """The format of the PEFT method that a config is of."""
+    known: dict[str, PeftFormat] = peft_formats()
+    if (method := known.get(str(stored.get("peft_type")))) is None:
+        only = " or ".join(sorted(known))
+        raise UserError(f"{source} holds a {stored.get('peft_type')!r} adapter; only {only} can be read here")
+    return method
 
 
 def _check_ties(stored: dict[str, Any], model: nn.Module, used: Collection[str], source: str) -> None:
@@ -182,14 +134,13 @@ def _meaning(config: LoraConfig, layers: set[str], model: nn.Module, modules: di
     return dataclasses.replace(config, target_modules=target, exclude_modules=None, layers_to_transform=None)
 
 
-def _targets(config: LoraConfig, adapted: set[str], names: list[str]) -> dict[str, Any]:
+def _targets(config: LoraConfig, takes_exclusions: bool, adapted: set[str], names: list[str]) -> dict[str, Any]:
     """The user's own wish where PEFT reads it alike, else last names, else full names."""
-    own = {
-        "target_modules": config.target_modules,
-        "exclude_modules": config.exclude_modules,
-        "layers_to_transform": config.layers_to_transform,
-    }
-    if _peft_adapts(own, config, names) == adapted:
+    own = {"target_modules": config.target_modules, "layers_to_transform": config.layers_to_transform}
+    if takes_exclusions:
+        own["exclude_modules"] = config.exclude_modules
+    says_all = takes_exclusions or config.exclude_modules is None
+    if says_all and _peft_adapts(own, config, names) == adapted:
         return own
     endings = {"target_modules": sorted({name.rpartition(".")[2] for name in adapted})}
     if _peft_adapts(endings, config, names) == adapted:

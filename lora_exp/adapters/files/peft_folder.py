@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_exp.adapters.files.peft_card import card
-from lora_exp.adapters.files.peft_config import base_name, from_peft, to_peft
+from lora_exp.adapters.files.peft_config import base_name, from_peft, method_of, to_peft
 from lora_exp.adapters.files.peft_starts import joined_starts, notes_of, split_starts, stored_rank
 from lora_exp.adapters.files.safetensors import copy_strictly, read_json, read_tensors, write_tensors
 from lora_exp.adapters.files.whole import write_text
@@ -24,6 +24,8 @@ from lora_exp.adapters.inspection.adapter_state import bias_parameters, saved_te
 from lora_exp.adapters.inspection.traversal import base_modules, joined, lora_layers
 from lora_exp.adapters.layers.adapted import LoRALayerBase
 from lora_exp.adapters.surgery.targets import value_for
+from lora_exp.adapters.variants.peft_format import PeftFormat
+from lora_exp.adapters.variants.registry import variant_named
 from lora_exp.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,9 +55,10 @@ def save(model: LoraModel, directory: str | Path, name: str, base_files_sha256: 
     config, folder = model.configs[name], Path(directory)
     if folder.is_file():
         raise UserError(f"{folder} is a file; give the folder to write the adapter to")
-    if reasons := [reason for _, layer in _adapted(model, name) if (reason := layer.peft_refusal())]:
+    hosts, method = [layer for _, layer in _adapted(model, name)], variant_named(config.variant).peft_format
+    if reason := method.refusal(config, hosts):
         raise UserError(
-            f"PEFT's format cannot hold this adapter: {reasons[0]}; use save_model, which writes one safetensors file"
+            f"PEFT's format cannot hold this adapter: {reason}; use save_model, which writes one safetensors file"
         )
     stored, notes = to_peft(model, name), _notes(model, config, base_files_sha256)
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,7 +79,7 @@ def read(directory: str | Path, model: nn.Module) -> Stored:
     if not any(key.endswith(".bias") for key in tensors):
         stored["bias"] = "none"  # PEFT lets a wish for biases pass where the model has none
     notes = read_json(metadata.get(_OURS, "{}"), f"the notes in {weights}")
-    ranks = _stored_ranks(tensors)
+    ranks = _stored_ranks(method_of(stored, str(path)), tensors)
     config = from_peft(stored, model, list(ranks), str(path), notes)
     _check_ranks(weights, ranks, config)
     return Stored(config, weights, tensors, notes)
@@ -91,12 +94,14 @@ def fill(model: LoraModel, name: str, stored: Stored, strict_base: bool) -> None
 
 
 def peft_views(model: LoraModel, name: str) -> dict[str, Tensor]:
-    """Everything adapter `name` trains, under PEFT's keys, as views in PEFT's layout of our own tensors."""
+    """All that a file holds of adapter `name`, under PEFT's keys, as views in PEFT's layout of our own tensors."""
     views: dict[str, Tensor] = {}
     for layer_name, layer in _adapted(model, name):
         adapter: Any = layer.adapters[name]
         for key, view in adapter.peft_tensors(layer).items():
             views[_PREFIX + joined(layer_name, key)] = view
+    method = variant_named(model.configs[name].variant).peft_format
+    views.update(method.shared_tensors([layer.adapters[name] for _, layer in _adapted(model, name)]))
     adapted = {layer_name for layer_name, _ in _adapted(model, name)}
     for key, bias in bias_parameters(model.wrapped, name).items():
         owner = key.rpartition(".")[0]
@@ -140,16 +145,10 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     return found
 
 
-def _stored_ranks(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """The rank of each layer that the file has an A for, by the layer's name."""
-    found = {}
-    for key, tensor in tensors.items():
-        layer, is_A, _ = key.removeprefix(_PREFIX).partition(".lora_A.weight")
-        if not is_A:
-            layer, is_A, _ = key.removeprefix(_PREFIX).partition(".lora_embedding_A")
-        if is_A and tensor.dim() > 0:
-            found[layer] = tensor.shape[0]
-    return found
+def _stored_ranks(method: PeftFormat, tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """The rank of each layer that the file has factors for, by the layer's name."""
+    found = (method.stored_rank(key.removeprefix(_PREFIX), tensor) for key, tensor in tensors.items())
+    return dict(each for each in found if each is not None)
 
 
 def _check_ranks(path: Path, ranks: Mapping[str, int], config: LoraConfig) -> None:

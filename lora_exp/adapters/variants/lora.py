@@ -20,6 +20,7 @@ from lora_exp.adapters.numerics.autocast import without_autocast
 from lora_exp.adapters.numerics.dropout import dropout_noise
 from lora_exp.adapters.starts.default import DefaultStart
 from lora_exp.adapters.starts.start import Beginning
+from lora_exp.adapters.variants.peft_format import PeftFormat
 from lora_exp.adapters.variants.registry import variant
 
 _DEFAULT = Beginning(DefaultStart())
@@ -43,6 +44,8 @@ class LoraAdapter(nn.Module):
     variant: ClassVar[str]
     _states_terms: ClassVar[bool] = True
     frozen: ClassVar[tuple[str, ...]] = ()  # which of its parameters never train
+    title: ClassVar[str] = "LoRA"
+    peft_format: ClassVar[PeftFormat] = PeftFormat()
     peft_flags: ClassVar[Mapping[str, object]] = {}  # what adapter_config.json says of it beside LoRA's fields
     takes_starts: ClassVar[bool] = True
     peft_trains: ClassVar[bool] = True  # whether PEFT, told these flags, trains the same; a subclass says so itself

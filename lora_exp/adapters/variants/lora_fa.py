@@ -18,7 +18,9 @@ from lora_exp.adapters.variants.registry import variant
 class LoraFaAdapter(LoraAdapter):
     """LoRA's formulas and kernels. To PEFT its files are plain LoRA; that A is frozen stands in our notes."""
 
+    title: ClassVar[str] = "LoRA-FA"
     frozen: ClassVar[tuple[str, ...]] = ("lora_A",)
+    takes_starts: ClassVar[bool] = True
 
     def prepare(self, host: Host) -> None:
         super().prepare(host)

@@ -38,6 +38,12 @@ def variant_names() -> list[str]:
     return sorted(_VARIANTS)
 
 
+def peft_formats() -> dict[str, Any]:
+    """How the variants are written in PEFT's folders, by PEFT's `peft_type`."""
+    import_all("lora_exp.adapters.variants")
+    return {kind.peft_format.peft_type: kind.peft_format for kind in _VARIANTS.values()}
+
+
 def variant_class(name: str, options: Mapping[str, Any]) -> type[Any]:
     """The class, after a look whether it takes these options. Raises UserError for one that it does not know."""
     kind = variant_named(name)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_exp.adapters import LoraConfig, LoraModel
-from lora_exp.adapters.files.peft_config import READ, REFUSED, WITHOUT_MEANING
+from lora_exp.adapters.variants.registry import peft_formats
 
 IGNORED = ("Target modules", "You have passed exclude_modules", "The following", "Setting `save_emb", "Could not")
 SMALL = {
@@ -244,10 +244,12 @@ def test_an_older_file(make_transformer, inputs_for, tmp_path):
     assert_read_alike(base, tmp_path, inputs_for("llama"))
 
 
-def test_every_field_of_pefts_config_is_decided_upon():
-    fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
-    assert fields - {*READ, *REFUSED, *WITHOUT_MEANING} == set()
-    assert not set(READ) & set(REFUSED) | set(READ) & set(WITHOUT_MEANING) | set(REFUSED) & set(WITHOUT_MEANING)
+@pytest.mark.parametrize("method", peft_formats().values(), ids=peft_formats())
+def test_every_field_of_pefts_config_is_decided_upon(method):
+    config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[method.peft_type]
+    lists = [set(method.read), set(method.refused), set(method.without_meaning)]
+    assert {field.name for field in dataclasses.fields(config)} - set().union(*lists) == set()
+    assert sum(map(len, lists)) == len(set().union(*lists))
 
 
 def test_fields_of_a_later_peft_are_said(tiny, make_tiny, tmp_path, caplog):
