@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-VARIANTS = ("lora_fa",)
+VARIANTS = ("lora_fa", "vera")
 
 
 @pytest.mark.parametrize("adapter", VARIANTS)

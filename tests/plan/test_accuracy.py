@@ -106,6 +106,7 @@ def test_a_plan_of_a_quantised_base_is_too(tiny: Make, overrides: list[str]) -> 
     [
         ["adapter=dora", "dropout=0.1"],
         ["adapter=lora_fa", "dropout=0.1"],
+        ["adapter=vera", "dropout=0.1"],
         ["dropout=0.1"],
         ["backend=peft", "dropout=0.1"],
         ["adapter=full"],

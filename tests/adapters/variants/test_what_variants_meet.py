@@ -9,7 +9,7 @@ from torch import nn
 
 from lora_exp.adapters import LoraConfig, LoraModel, use_reference
 
-VARIANTS = ("lora_fa",)
+VARIANTS = ("lora_fa", "vera")
 
 
 @pytest.fixture(params=VARIANTS)
