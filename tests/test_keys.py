@@ -95,7 +95,7 @@ def test_mistakes_in_files_are_named_with_the_file(cli: Cli, mine: Path, argumen
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["adapter=lra"], "adapter=lra is not a choice: did you mean lora? (adapter: dora, full, head, lora)"),
+        (["adapter=lra"], "adapter=lra is not a choice: did you mean lora? (adapter: dora, full, head, lora"),
         (["adapter=lora,lra", "-m"], "adapter=lra is not a choice: did you mean lora?"),
         (["model=smolm2"], "model=smolm2 is not a choice: did you mean smollm2_135m?"),
         (["tracking=mlfow"], "tracking=mlfow is not a choice: did you mean mlflow?"),
