@@ -78,7 +78,7 @@ def measure(config: Config, place: Place | None = None) -> Measured:
     found = Measured(adapted.trainable, adapted.total, weights, added, retained)
     if config.train.gradient_checkpointing:
         models.checkpoint_layers(base)
-    optimizer = build_optimizer(adapted.parameters, config.optimizer)
+    optimizer = build_optimizer(adapted.parameters, config.optimizer, adapted.fast)
     step.loss().backward()
     optimizer.step()
     found.gradients = _bytes([parameter.grad for parameter in adapted.parameters if parameter.grad is not None])

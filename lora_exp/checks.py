@@ -135,6 +135,7 @@ def _number_problems(config: Config) -> list[str]:
         problems.append(f"data.val_fraction={data.val_fraction} is outside (0, 1)")
     if not (optimizer.lr > 0 and math.isfinite(optimizer.lr)):
         problems.append(f"optimizer.lr={optimizer.lr} must be a finite number above 0")
+    problems += _lora_plus_problems(config)
     if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
         problems.append(f"optimizer.betas={optimizer.betas} must be two numbers in [0, 1)")
     if optimizer.weight_decay < 0:
@@ -149,6 +150,17 @@ def _number_problems(config: Config) -> list[str]:
         problems.append(f"plan.reserve_gib={config.plan.reserve_gib} is below 0")
     problems += [problem for name in train.metrics if (problem := metrics.problem(name))]
     return problems + _not_among("train.schedule", train.schedule, SCHEDULES)
+
+
+def _lora_plus_problems(config: Config) -> list[str]:
+    ratio = config.optimizer.lora_plus_ratio
+    if ratio is None:
+        return []
+    if not config.adapter.is_added:
+        return [f"optimizer.lora_plus_ratio={ratio} is for a factor B, which adapter={config.adapter.name} has not"]
+    if not (ratio > 0 and math.isfinite(ratio)):
+        return [f"optimizer.lora_plus_ratio={ratio} must be a finite number above 0, such as 16; null: as A's"]
+    return []
 
 
 def _not_among(key: str, value: str, choices: tuple[str, ...]) -> list[str]:

@@ -181,10 +181,14 @@ class PlanConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW (arXiv:1711.05101); its states in 8 bits with ``adamw_8bit`` and ``paged_adamw_8bit``."""
+    """AdamW (arXiv:1711.05101); its states in 8 bits with ``adamw_8bit`` and ``paged_adamw_8bit``.
+
+    ``lora_plus_ratio``: how many times ``lr`` B's learning rate is (LoRA+, arXiv:2402.12354); null: as A's.
+    """
 
     name: str = MISSING
     lr: float = 1e-3
+    lora_plus_ratio: float | None = None
     weight_decay: float = 0.0
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = 1e-8

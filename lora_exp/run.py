@@ -149,7 +149,7 @@ def _resume_collection() -> None:
 def _lane(adapted: Adapted, data: Data, config: Config, place: Place) -> Lane:
     section, pin = config.train, place.device.type == "cuda"
     size, collate = section.micro_batch_size, kind_of(config.data).collate
-    optimizer = build_optimizer(adapted.parameters, config.optimizer)
+    optimizer = build_optimizer(adapted.parameters, config.optimizer, adapted.fast)
     return Lane(
         name=LANE,
         parameters=adapted.parameters,

@@ -225,6 +225,11 @@ class LoraModel(nn.Module):
         trained = {key: value for key, value in saved.items() if isinstance(value, nn.Parameter)}
         return adapter_state.without_repeats({**factors, **biases, **trained})
 
+    def fast_parameters(self, name: str = DEFAULT) -> dict[str, nn.Parameter]:
+        """Those of `adapter_parameters` that LoRA+ (arXiv 2402.12354) trains at a higher rate: B and vectors."""
+        self._check_name(name)
+        return adapter_state.fast_parameters(self.wrapped, name)
+
     def adapter_tensors(self, name: str = DEFAULT) -> dict[str, Tensor]:
         """`adapter_parameters`, what is frozen beside them, buffers of modules to save: what a file holds."""
         factors = adapter_state.factor_tensors(self.wrapped, name)

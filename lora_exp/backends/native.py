@@ -37,7 +37,7 @@ class Native(Way):
         def save(folder: Path) -> None:
             model.save_pretrained(folder, base_files_sha256=origin.files_sha256)
 
-        return Adapted(model, parameters, trainable, total, save, check_gradients)
+        return Adapted(model, parameters, trainable, total, save, check_gradients, fast=model.fast_parameters())
 
 
 def _given(base: nn.Module, layers: dict[str, nn.Module], wanted: Any, origin: Origin) -> Any:

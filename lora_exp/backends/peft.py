@@ -55,13 +55,14 @@ class Peft(Way):
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             model = peft.get_peft_model(base, asked)
         trainable, total = model.get_nb_trainable_parameters()
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        fast = {name: value for name, value in trained.items() if "lora_B" in name or value.dim() == 1}  # PEFT's rule
 
         def save(folder: Path) -> None:
             # "auto" would add the whole frozen embedding to the file of an adapted one.
             model.save_pretrained(str(folder), save_embedding_layers=False)
 
-        return Adapted(model, parameters, trainable, total, save)
+        return Adapted(model, list(trained.values()), trainable, total, save, fast=fast)
 
 
 @contextlib.contextmanager

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lora_exp.config import Config
@@ -20,7 +20,7 @@ class Adapted:
     """A model with its trainable parameters. ``save(folder)`` writes them as safetensors there.
 
     ``base_weight_bytes``: what the base's own weights take, quantisation constants included; ``base_parameters``:
-    how many values those are.
+    how many values those are. ``fast``: the parameters, by name, that LoRA+ trains at a higher rate.
     """
 
     model: nn.Module
@@ -31,6 +31,7 @@ class Adapted:
     check_gradients: Callable[[], object] = lambda: None
     base_weight_bytes: int = 0
     base_parameters: int = 0
+    fast: Mapping[str, nn.Parameter] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,13 +17,40 @@ from lora_exp.errors import UserError
 log = logging.getLogger(__name__)
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], section: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW over one lane's parameters; by bitsandbytes with states in 8 bits (tensors below 4096 values: in 32)."""
+def build_optimizer(
+    parameters: Iterable[nn.Parameter], section: OptimizerConfig, fast: Mapping[str, nn.Parameter] | None = None
+) -> torch.optim.Optimizer:
+    """AdamW over one lane's parameters; by bitsandbytes with states in 8 bits (tensors below 4096 values: in 32).
+
+    ``fast``: those of them, by name, whose learning rate is ``lora_plus_ratio`` times as high.
+    """
     parameters, build = list(parameters), torch.optim.AdamW
     if section.name != "adamw":
         build = _eight_bit(section.name, parameters[0].device)
     betas = (section.betas[0], section.betas[1])
-    return build(parameters, lr=section.lr, betas=betas, eps=section.eps, weight_decay=section.weight_decay)
+    groups = _groups(parameters, section, fast or {})
+    return build(groups, lr=section.lr, betas=betas, eps=section.eps, weight_decay=section.weight_decay)
+
+
+def _groups(
+    parameters: list[nn.Parameter], section: OptimizerConfig, fast: Mapping[str, nn.Parameter]
+) -> list[dict[str, Any]]:
+    """One group, or LoRA+'s (arXiv:2402.12354): A, then B and vectors, then biases, which PEFT decays no more."""
+    if section.lora_plus_ratio is None:
+        return [{"params": parameters}]
+    if not fast:
+        raise UserError(
+            f"optimizer.lora_plus_ratio={section.lora_plus_ratio} is for a factor B of linear layers or convolutions, "
+            "and this adapter has none: leave it out"
+        )
+    known, rate = {id(parameter) for parameter in fast.values()}, section.lr * section.lora_plus_ratio
+    biases = [parameter for name, parameter in fast.items() if "bias" in name]
+    groups: list[dict[str, Any]] = [
+        {"params": [parameter for parameter in parameters if id(parameter) not in known]},
+        {"params": [parameter for name, parameter in fast.items() if "bias" not in name], "lr": rate},
+        {"params": biases, "lr": rate, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def _eight_bit(name: str, device: torch.device) -> Any:

@@ -26,6 +26,24 @@ def factor_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     return found
 
 
+def fast_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """What LoRA+ trains at a higher rate, as PEFT chooses it: B, magnitudes, biases and vectors of modules to save.
+
+    Nothing of an embedding, in which A is the factor that starts at zero; nothing at all of an adapter without B.
+    """
+    found: dict[str, nn.Parameter] = {}
+    for layer_name, layer in lora_layers(model):
+        if name in layer.adapters and layer.takes_dropout:  # no embedding
+            adapter: Any = layer.adapters[name]
+            own = adapter.trained_parameters()
+            found.update((joined(layer_name, key), value) for key, value in own.items() if key in adapter.fast)
+    if not found:
+        return {}
+    saved = {key: value for key, value in saved_tensors(model, name).items() if isinstance(value, nn.Parameter)}
+    vectors = {key: value for key, value in saved.items() if value.dim() == 1}
+    return without_repeats({**found, **bias_parameters(model, name), **vectors})
+
+
 def factor_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     """All that the adapter's layers are made of, frozen or not; what several share stands under each name."""
     found: dict[str, Tensor] = {}

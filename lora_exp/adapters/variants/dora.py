@@ -23,6 +23,7 @@ from lora_exp.adapters.variants.weight_norm import NormCache
 class DoraAdapter(LoraAdapter):
     """`magnitude` (out,) starts as the norm of the loaded weight, so that nothing changes at first."""
 
+    fast: ClassVar[tuple[str, ...]] = ("lora_B", "magnitude")
     title: ClassVar[str] = "DoRA"
     peft_flags: ClassVar[Mapping[str, object]] = {"use_dora": True}
     takes_starts: ClassVar[bool] = True

@@ -44,6 +44,7 @@ class LoraAdapter(nn.Module):
     variant: ClassVar[str]
     _states_terms: ClassVar[bool] = True
     frozen: ClassVar[tuple[str, ...]] = ()  # which of its parameters never train
+    fast: ClassVar[tuple[str, ...]] = ("lora_B",)  # what LoRA+ (arXiv 2402.12354) trains at a higher rate
     title: ClassVar[str] = "LoRA"
     peft_format: ClassVar[PeftFormat] = PeftFormat()
     peft_flags: ClassVar[Mapping[str, object]] = {}  # what adapter_config.json says of it beside LoRA's fields
