@@ -52,7 +52,7 @@ class AdapterConfig:
 class StartConfig:
     """How an adapter's factors begin, with what that start alone can be told."""
 
-    name: str = MISSING
+    name: str = "default"
     options: dict[str, Any] = field(default_factory=dict)
 
 
