@@ -100,6 +100,11 @@ class LoRALayerBase(Host):
             return "its weight is computed (a parametrisation) or not there yet, so nothing could be merged"
         if (owner := forward_override(module)) is not None:
             return f"{owner.__name__} has a forward of its own, which an adapter could not follow"
+        return cls.rank_refusal(module, rank)
+
+    @classmethod
+    def rank_refusal(cls, module: nn.Module, rank: int) -> str | None:
+        """Why no adapter of this rank fits, whatever the weight holds; None if one does."""
         return None
 
     def adopt(self, route: Route) -> None:
@@ -113,7 +118,7 @@ class LoRALayerBase(Host):
     def begin(self, rank: int, alpha: float, dropout: float, use_rslora: bool) -> None:
         """The end of every constructor: a layer on its own, outside any model, holds one adapter. Raises UserError."""
         self.adopt(Route(Plan((DEFAULT,))))
-        if reason := self.refusal(self, rank):
+        if reason := self.rank_refusal(self, rank):
             raise UserError(reason)
         self.add_adapter(self.first_variant(DEFAULT, rank, alpha, dropout, use_rslora))
 

@@ -67,13 +67,13 @@ class _LoRAConv(LoRALayerBase):
         self.begin(rank, lora_alpha, lora_dropout, use_rslora)
 
     @classmethod
-    def refusal(cls, module: Any, rank: int) -> str | None:
+    def rank_refusal(cls, module: Any, rank: int) -> str | None:
         if isinstance(rank, int) and rank % module.groups:
             return (
                 f"rank={rank} cannot be shared out among groups={module.groups}; "
                 f"use a multiple of {module.groups} (rank_pattern sets it for single layers)"
             )
-        return super().refusal(module, rank)
+        return None
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (rank, self.in_channels // self.groups, *self.kernel_size), (
