@@ -13,10 +13,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from lora_exp.machine.cache import cache_root
 
+from .rows import Row
 from .timing import ratio
 
 DTYPES = {"float32": "float32", "bf16": "bfloat16"}
@@ -24,7 +24,7 @@ TURNS = 5
 _BUSY = "while True: pass"
 
 
-def run(quick: bool) -> dict[str, Any]:
+def run(quick: bool) -> Row:
     """Both sides take turns, one process each; `quick` has two steps and two turns."""
     steps, turns = (2, 2) if quick else (24, TURNS)
     with tempfile.TemporaryDirectory() as name:
@@ -44,7 +44,7 @@ def own_cache(cache: Path) -> Path:
     return cache
 
 
-def _against_peft(folder: Path, cache: Path, label: str, steps: int, turns: int) -> dict[str, Any]:
+def _against_peft(folder: Path, cache: Path, label: str, steps: int, turns: int) -> Row:
     folder.mkdir()
     store = f"sqlite:///{folder}/mlflow.db"
     times: dict[str, list[float]] = {"ours": [], "peft": []}
@@ -53,12 +53,12 @@ def _against_peft(folder: Path, cache: Path, label: str, steps: int, turns: int)
         for side in ("ours", "peft") if turn % 2 else ("peft", "ours"):
             command = (ours if side == "ours" else peft_trainer)(folder / f"{side}{turn}", store, cache, label, steps)
             times[side].append(finished(command))
-    row: dict[str, Any] = {"case": f"default job, {label}, {steps} steps", "turns": turns}
+    row: Row = {"case": f"default job, {label}, {steps} steps", "turns": turns}
     row |= {f"{side}_s": round(statistics.median(values), 1) for side, values in times.items()}
     return {**row, **ratio(times, "peft", "ours"), **phases(folder / "mlflow.db")}
 
 
-def _beside_busy(folder: Path, cache: Path, steps: int, turns: int) -> list[dict[str, Any]]:
+def _beside_busy(folder: Path, cache: Path, steps: int, turns: int) -> list[Row]:
     """The job in what the machine is fast in, alone and beside a process that keeps one core busy."""
     folder.mkdir()
     store = f"sqlite:///{folder}/mlflow.db"
@@ -67,7 +67,7 @@ def _beside_busy(folder: Path, cache: Path, steps: int, turns: int) -> list[dict
         times["alone"].append(finished(ours(folder / f"alone{turn}", store, cache, "auto", steps)))
         with busy_process():
             times["busy"].append(finished(ours(folder / f"busy{turn}", store, cache, "auto", steps)))
-    row = {"case": "default job (auto) beside a busy process / alone"}
+    row: Row = {"case": "default job (auto) beside a busy process / alone"}
     row |= {f"{side}_s": round(statistics.median(values), 1) for side, values in times.items()}
     return [{**row, "ratio": round(statistics.median(times["busy"]) / statistics.median(times["alone"]), 3)}]
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,23 +14,24 @@ from lora_exp.adapters.numerics.precision import BLAS, FLOAT32, NATIVE, ONEDNN, 
 
 from . import convolutions
 from .pairs import DTYPES, Setup, has_nf4, linear, three, touch
-from .timing import geometric_mean, median_ms, race, ratio
+from .rows import Row
+from .timing import Side, geometric_mean, median_ms, race, ratio
 
 TOKENS = 512
 
 
-def run(quick: bool) -> dict[str, Any]:
+def run(quick: bool) -> Row:
     rounds = 5 if quick else 15
     rows = []
     for setup, shape in cells(quick):
-        base = linear(*shape, setup)
+        holder = linear(*shape, setup)
         x = torch.randn(1, TOKENS, shape[0], dtype=DTYPES[setup.dtype], requires_grad=True)
-        rows.append(measure(base, setup, x, rounds, f"{shape[0]}→{shape[1]}"))
+        rows.append(measure(holder, setup, x, rounds, f"{shape[0]}→{shape[1]}"))
     for told, setup, shape in forced_cells(quick):
-        base = linear(*shape, setup)
+        holder = linear(*shape, setup)
         x = torch.randn(1, TOKENS, shape[0], dtype=DTYPES[setup.dtype], requires_grad=True)
         with answered(**dataclasses.asdict(told)):
-            row = measure(base, setup, x, rounds, f"{shape[0]}→{shape[1]}")
+            row = measure(holder, setup, x, rounds, f"{shape[0]}→{shape[1]}")
         rows.append({**row, "group": f"{row['group']}, forced bf16={told.bf16} float32={told.float32}"})
     for group, size, setup, base, x in convolutions.cells(quick):
         rows.append({**measure(base, setup, x, rounds, size), "group": group})
@@ -56,7 +57,7 @@ def forced_cells(quick: bool) -> Iterator[tuple[Answers, Setup, tuple[int, int]]
             yield (bf16 if setup.dtype == "bf16" else float32), setup, shape
 
 
-def measure(base: nn.Module, setup: Setup, x: Tensor, rounds: int, size: str) -> dict[str, Any]:
+def measure(base: nn.Module, setup: Setup, x: Tensor, rounds: int, size: str) -> Row:
     models = three(base, setup, ["layer"])
     grad = torch.randn_like(models["floor"](x))
     if not setup.dropout:
@@ -64,19 +65,19 @@ def measure(base: nn.Module, setup: Setup, x: Tensor, rounds: int, size: str) ->
     sides = {name: _step(model, x, grad) for name, model in models.items()}
     if not (x.requires_grad or any(p.requires_grad for p in models["floor"].parameters())):
         sides.pop("floor")  # nothing to differentiate
-    times = race(sides, rounds, {name: lambda m=models[name]: touch(m) for name in sides})
-    row = {"case": setup.label, "size": size, **median_ms(times), **ratio(times, "peft", "ours")}
+    times = race(sides, rounds, {name: functools.partial(touch, models[name]) for name in sides})
+    row: Row = {"case": setup.label, "size": size, **median_ms(times), **ratio(times, "peft", "ours")}
     row["group"] = row["case"].rpartition(" r=")[0]
     return {**row, "tuned_ratio": ratio(times, "tuned", "ours")["ratio"]}
 
 
-def means(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+def means(rows: list[Row]) -> dict[str, dict[str, float]]:
     groups = dict.fromkeys(row["group"] for row in rows)
     found = {group: [row["ratio"] for row in rows if row["group"] == group] for group in groups}
     return {group: {"mean": geometric_mean(values), "lowest": min(values)} for group, values in found.items()}
 
 
-def _step(model: nn.Module, x: Tensor, grad: Tensor) -> Any:
+def _step(model: nn.Module, x: Tensor, grad: Tensor) -> Side:
     def step() -> None:
         x.grad = None
         model(x).backward(grad)

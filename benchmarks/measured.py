@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import gc
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_exp import models
@@ -46,7 +46,7 @@ class _Saved:
     outside: set[int]
     places: dict[str, dict[int, int]] = field(default_factory=lambda: {"trunk": {}, "head": {}, "inputs": {}})
     current: str = "trunk"
-    kept: list[Any] = field(default_factory=list)  # or another tensor gets the same address
+    kept: list[torch.UntypedStorage] = field(default_factory=list)  # or another tensor gets the same address
 
     def note(self, tensor: Tensor, place: str | None = None) -> Tensor:
         storage = tensor.untyped_storage()
@@ -65,7 +65,7 @@ def measure(config: Config, place: Place | None = None) -> Measured:
     quantised = config.quantization.name != "none"
     place = place or resolve_place("cpu", config.model.dtype, not config.adapter.is_added, quantised)
     shape = {} if kind_of(config.data).needs_tokenizer else load_data(config.data, lambda: None).shape
-    base: Any = models.load_base(models.find_source(config.model), config.model, place, shape, config.quantization)
+    base = models.load_base(models.find_source(config.model), config.model, place, shape, config.quantization)
     weights = _bytes(_stored(base))
     set_seed(config.seed)
     adapted = adapt(base, config)
@@ -113,7 +113,9 @@ class _Step:
         gc.collect()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             self.loss().backward()
-        found: Any = profile.profiler
+        found = profile.profiler
+        assert found is not None
+        assert found.kineto_results is not None
         level = peak = 0
         events = [event for event in found.kineto_results.events() if event.name() == "[memory]"]
         for event in sorted(events, key=lambda one: one.start_ns()):
@@ -123,14 +125,15 @@ class _Step:
 
 
 @contextlib.contextmanager
-def _watched(model: Any, saved: _Saved) -> Iterator[None]:
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+def _watched(model: nn.Module, saved: _Saved) -> Iterator[None]:
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if callable(find) else None
 
-    def enter_head(module: nn.Module, inputs: Any) -> None:  # no hook on the head itself: it would change the loss
+    def enter_head(module: nn.Module, inputs: object) -> None:  # no hook on the head itself: it would change the loss
         if head is not None and not isinstance(module, nn.Embedding) and _own_weight(module) is head.weight:
             saved.current = "head"
 
-    def enter_layer(module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    def enter_layer(module: nn.Module, inputs: tuple[object, ...], keywords: dict[str, object]) -> None:
         for value in (*inputs, *keywords.values()):
             for tensor in value if isinstance(value, tuple) else (value,):
                 if isinstance(tensor, Tensor):
@@ -138,7 +141,7 @@ def _watched(model: Any, saved: _Saved) -> Iterator[None]:
         saved.current = f"layer{len(saved.places)}"
         saved.places[saved.current] = {}
 
-    def leave_layer(*_: Any) -> None:
+    def leave_layer(*_: object) -> None:
         saved.current = "trunk"
 
     hooks = [register_module_forward_pre_hook(enter_head)]
@@ -153,7 +156,7 @@ def _watched(model: Any, saved: _Saved) -> Iterator[None]:
             hook.remove()
 
 
-def _own_weight(module: nn.Module) -> Any:
+def _own_weight(module: nn.Module) -> nn.Parameter | None:
     return module._parameters.get("weight")
 
 
@@ -161,20 +164,20 @@ def _stored(model: nn.Module) -> list[Tensor]:
     """Parameters and buffers, and the constants of quantised ones, each storage once."""
     found: list[Tensor] = [*model.parameters(), *model.buffers()]
     for parameter in list(found):
-        state: Any = getattr(parameter, "quant_state", None)
+        state = getattr(parameter, "quant_state", None)
         for one in (state, getattr(state, "state2", None)):
             found += [value for value in vars(one or object).values() if isinstance(value, Tensor)]
         found += [value for value in (getattr(parameter, "SCB", None),) if value is not None]
     return list({tensor.untyped_storage().data_ptr(): tensor for tensor in found}.values())
 
 
-def _batch(base: Any, config: Config) -> Batch:
+def _batch(base: nn.Module, config: Config) -> Batch:
     """Rows as a plan has them, with values that differ: of tokens, any of the model's."""
     kind = kind_of(config.data)
     row = kind.row()
     if "input_ids" in row:
-        tokens = base.get_input_embeddings().num_embeddings
-        row["input_ids"] = torch.randint(0, tokens, row["input_ids"].shape)
+        assert isinstance(base, PreTrainedModel)
+        row["input_ids"] = torch.randint(0, base.config.vocab_size, row["input_ids"].shape)
     if "pixels" in row:
         row["pixels"] = torch.randint(0, 256, row["pixels"].shape, dtype=torch.uint8)
     return kind.collate([row] * config.train.micro_batch_size)
@@ -186,5 +189,5 @@ def _file_bytes(adapted: Adapted) -> int:
         return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
 
 
-def _bytes(tensors: list[Any]) -> int:
+def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

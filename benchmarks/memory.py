@@ -7,22 +7,22 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
 
 from . import convolutions
-from .models import SHAPES, llama
+from .models import SHAPES, language_model, llama
 from .pairs import DTYPES, PROJECTIONS, Setup, has_nf4, linear, three
+from .rows import Row
 
 WIDTH, TOKENS = 1024, 512
 
 
-def run(quick: bool) -> dict[str, Any]:
+def run(quick: bool) -> Row:
     rows = [_retained(Setup(8, dropout, dora, dtype, nf4)) for nf4, dora, dtype, dropout in _cases()]
     by_model = [_retained_by_model(Setup(8, 0.0, dora, dtype)) for dora in (False, True) for dtype in DTYPES]
-    result: dict[str, Any] = {"rows": rows, "other_layers": list(_retained_elsewhere(quick)), "by_model": by_model}
+    result: Row = {"rows": rows, "other_layers": list(_retained_elsewhere(quick)), "by_model": by_model}
     if not quick:
         result["peaks"] = [_peaks(what, dtype) for what in ("LoRA", "DoRA", "loss") for dtype in DTYPES]
     return result
@@ -45,11 +45,11 @@ def retained_bytes(model: nn.Module, x: torch.Tensor) -> int:
     return sum(size for size, _ in held.values())
 
 
-def _cases() -> itertools.product[Any]:
+def _cases() -> itertools.product[tuple[bool, bool, str, float]]:
     return itertools.product((False, True)[: 1 + has_nf4()], (False, True), DTYPES, (0.0, 0.05))
 
 
-def _retained(setup: Setup) -> dict[str, Any]:
+def _retained(setup: Setup) -> Row:
     x = torch.randn(TOKENS, WIDTH, dtype=DTYPES[setup.dtype], requires_grad=True)
     models = three(linear(WIDTH, WIDTH, setup), setup, ["layer"])
     found = {name: retained_bytes(models[name], x) for name in ("ours", "peft", "tuned")}
@@ -57,12 +57,13 @@ def _retained(setup: Setup) -> dict[str, Any]:
     return {"case": setup.label, **found, **shares, "share": round(found["ours"] / found["peft"], 3)}
 
 
-def _retained_by_model(setup: Setup) -> dict[str, Any]:
+def _retained_by_model(setup: Setup) -> Row:
     """The backbone of the small Llama, where neighbours share what they keep: q, k and v, or gate and up, one input."""
     tokens = torch.randint(0, SHAPES["small"]["vocab_size"], (1, TOKENS))
     models = three(llama("small", setup.dtype), setup, PROJECTIONS)
     for model in models.values():
-        model.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_())
+        table = language_model(model).get_input_embeddings()
+        table.register_forward_hook(lambda module, args, out: out.requires_grad_())
     found = {name: retained_bytes(model, tokens) for name, model in models.items()}
     return {
         "case": f"small Llama, {setup.label}, 1×{TOKENS} tokens",
@@ -71,7 +72,7 @@ def _retained_by_model(setup: Setup) -> dict[str, Any]:
     }
 
 
-def _peaks(what: str, dtype: str) -> dict[str, Any]:
+def _peaks(what: str, dtype: str) -> Row:
     """MiB above what is loaded, each side in a process of its own."""
     other, found = "full" if what == "loss" else "peft", {}
     for side in ("ours", other):
@@ -84,7 +85,7 @@ def _peaks(what: str, dtype: str) -> dict[str, Any]:
     return {"case": f"{case}, {dtype}", "ours_mib": found["ours"], "other_mib": found[other], "share": share}
 
 
-def _retained_elsewhere(quick: bool) -> Iterator[dict[str, Any]]:
+def _retained_elsewhere(quick: bool) -> Iterator[Row]:
     """Convolutions and embeddings."""
     for _, size, setup, base, x in convolutions.cells(quick):
         models = three(base, setup, ["layer"])

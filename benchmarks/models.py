@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +15,13 @@ from lora_exp.training.loss_head import chunked_cross_entropy
 from lora_exp.training.objectives import IGNORED, causal_lm_losses
 
 from .pairs import DTYPES, PROJECTIONS, Setup, three
+from .rows import Row
 from .timing import median_ms, race, ratio
 
-SHAPES: dict[str, dict[str, Any]] = {
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SHAPES: dict[str, dict[str, int]] = {
     "small": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "vocab_size": 8192}
     | {"num_attention_heads": 4, "num_key_value_heads": 2},
     "SmolLM2-135M": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
@@ -24,7 +29,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def run(quick: bool) -> dict[str, Any]:
+def run(quick: bool) -> Row:
     rounds, name = (5, "small") if quick else (7, "SmolLM2-135M")
     rows = [_step_row(name, Setup(dtype=dtype, dora=dora), rounds) for dtype in DTYPES for dora in (False, True)]
     if not quick:
@@ -37,17 +42,25 @@ def llama(name: str, dtype: str) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(**SHAPES[name], tie_word_embeddings=True, use_cache=False, attn_implementation="sdpa")
-    return LlamaForCausalLM(config).to(DTYPES[dtype])
+    settings: Row = {**SHAPES[name], "tie_word_embeddings": True, "use_cache": False, "attn_implementation": "sdpa"}
+    model: nn.Module = LlamaForCausalLM(LlamaConfig(**settings))
+    return model.to(DTYPES[dtype])
 
 
-def training_step(model: Any, batch: int, length: int, our_loss: bool) -> Callable[[], None]:
+def language_model(model: nn.Module) -> PreTrainedModel:
+    """transformers' model, in an adapted one or itself."""
+    from transformers import PreTrainedModel
+
+    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+
+
+def training_step(model: nn.Module, batch: int, length: int, our_loss: bool) -> Callable[[], None]:
     """`our_loss`: through the chunked head; else through all logits, as in Trainer."""
-    tokens = torch.randint(0, model.config.vocab_size, (batch, length))
+    tokens = torch.randint(0, language_model(model).config.vocab_size, (batch, length))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-6) if trained else None
     if not trained:  # the frozen floor: the whole backward pass, and nothing to train
-        model.get_input_embeddings().register_forward_hook(lambda m, args, out: out.requires_grad_())
+        language_model(model).get_input_embeddings().register_forward_hook(lambda m, args, out: out.requires_grad_())
 
     def step() -> None:
         if our_loss:
@@ -65,7 +78,7 @@ def training_step(model: Any, batch: int, length: int, our_loss: bool) -> Callab
     return step
 
 
-def _step_row(name: str, setup: Setup, rounds: int) -> dict[str, Any]:
+def _step_row(name: str, setup: Setup, rounds: int) -> Row:
     """ours_logits is our adapters with the same loss as PEFT's side: the adapters' own part of the gain."""
     batch, length = 1, 256
     models = three(llama(name, setup.dtype), setup, PROJECTIONS)
@@ -74,7 +87,7 @@ def _step_row(name: str, setup: Setup, rounds: int) -> dict[str, Any]:
     }
     sides["ours_logits"] = training_step(models["ours"], batch, length, False)
     times = race(sides, rounds)
-    row = {"case": f"{name} {setup.label}", **median_ms(times), **ratio(times, "peft", "ours")}
+    row: Row = {"case": f"{name} {setup.label}", **median_ms(times), **ratio(times, "peft", "ours")}
     row["tuned_ratio"] = ratio(times, "tuned", "ours")["ratio"]
     gap = row["peft_ms"] - row["floor_ms"]
     row["captured"] = round((row["peft_ms"] - row["ours_logits_ms"]) / gap, 2)
@@ -109,11 +122,15 @@ def loss_head_sides(dtype: str, length: int, vocabulary: int) -> dict[str, Calla
     }
 
 
-def _loss_head(dtype: str, quick: bool) -> dict[str, Any]:
+def _backward(make: Callable[[], torch.Tensor]) -> None:
+    make().backward()
+
+
+def _loss_head(dtype: str, quick: bool) -> Row:
     length, vocabulary = (256, 8192) if quick else (1024, 49152)
     sides = loss_head_sides(dtype, length, vocabulary)
-    times = race({name: lambda make=make: make().backward() for name, make in sides.items()}, 5 if quick else 7)
+    times = race({name: functools.partial(_backward, make) for name, make in sides.items()}, 5 if quick else 7)
     ours, full = (sides[name]().item() for name in ("ours", "full"))
     case = f"loss head {dtype} T={length} V={vocabulary}, half ignored"
-    row = {"case": case, **median_ms(times), **ratio(times, "full", "ours")}
+    row: Row = {"case": case, **median_ms(times), **ratio(times, "full", "ours")}
     return {**row, "relative_difference": f"{abs(ours - full) / full:.1e}"}

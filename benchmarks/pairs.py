@@ -6,7 +6,6 @@ import copy
 import importlib.util
 import warnings
 from dataclasses import dataclass
-from typing import Any
 
 import peft
 import torch
@@ -42,7 +41,8 @@ class Holder(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
+        out: Tensor = self.layer(x)
+        return out
 
 
 def linear(inputs: int, outputs: int, setup: Setup) -> Holder:
@@ -50,9 +50,9 @@ def linear(inputs: int, outputs: int, setup: Setup) -> Holder:
     plain = nn.Linear(inputs, outputs, bias=False).to(DTYPES[setup.dtype])
     if not setup.nf4:
         return Holder(plain)
-    import bitsandbytes
+    from bitsandbytes.nn.modules import Linear4bit
 
-    layer = bitsandbytes.nn.Linear4bit(inputs, outputs, bias=False, compute_dtype=DTYPES[setup.dtype], quant_type="nf4")
+    layer = Linear4bit(inputs, outputs, bias=False, compute_dtype=DTYPES[setup.dtype], quant_type="nf4")
     layer.load_state_dict(plain.state_dict())
     made = Holder(layer.to(DTYPES[setup.dtype]).to("cpu"))
     made.is_loaded_in_4bit = True  # type: ignore[assignment]  # what PEFT asks for
@@ -98,8 +98,14 @@ def shake(model: nn.Module) -> None:
 
 
 def _peft(base: nn.Module, setup: Setup, targets: list[str], cast: bool) -> nn.Module:
-    options: Any = {"r": setup.rank, "lora_alpha": 16, "lora_dropout": setup.dropout, "use_dora": setup.dora}
-    config = peft.LoraConfig(target_modules=targets, use_rslora=True, **options)
+    config = peft.LoraConfig(
+        target_modules=targets,
+        use_rslora=True,
+        r=setup.rank,
+        lora_alpha=16,
+        lora_dropout=setup.dropout,
+        use_dora=setup.dora,
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return peft.get_peft_model(base, config, autocast_adapter_dtype=cast)
@@ -114,17 +120,16 @@ def _copy_factors(source: nn.Module, target: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _take_factors(source: Any, ours: LoraModel) -> None:
+def _take_factors(source: nn.Module, ours: LoraModel) -> None:
     """PEFT's factors in our layout."""
-    modules = dict(source.base_model.model.named_modules())
+    theirs = {key.removeprefix("base_model.model."): value for key, value in source.named_parameters()}
     for key, parameter in ours.adapter_parameters().items():
-        name, _, what = key.rpartition(".")
-        layer = modules[name]
+        layer, _, what = key.rpartition(".")
         if what == "magnitude":
-            parameter.copy_(layer.lora_magnitude_vector["default"].weight.reshape(parameter.shape))
-        elif len(layer.lora_embedding_A):
-            parameter.copy_(getattr(layer, what.replace("lora_", "lora_embedding_"))["default"].T)
+            parameter.copy_(theirs[f"{layer}.lora_magnitude_vector.default.weight"].reshape(parameter.shape))
+        elif (factor := theirs.get(f"{layer}.{what.replace('lora_', 'lora_embedding_')}.default")) is not None:
+            parameter.copy_(factor.T)
         else:
-            value = getattr(layer, what)["default"].weight
+            value = theirs[f"{layer}.{what}.default.weight"]
             is_kernel = what == "lora_A" and value.dim() > 2
             parameter.copy_(value if is_kernel else value.reshape(value.shape[:2]).T)

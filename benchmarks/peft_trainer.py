@@ -25,7 +25,7 @@ class Mark(TrainerCallback):
     def __init__(self, file: Path) -> None:
         self.file = file
 
-    def on_log(self, *args: Any, **kwargs: Any) -> None:
+    def on_log(self, *args: object, **kwargs: object) -> None:
         self.file.touch()
 
 
@@ -61,7 +61,7 @@ def _options(folder: str, steps: int, evaluates: bool) -> TrainingArguments:
     return TrainingArguments(folder, disable_tqdm=True, **wanted)
 
 
-def _collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+def _collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     tokens = torch.tensor([row["input_ids"] for row in rows])
     return {"input_ids": tokens, "labels": tokens}
 

@@ -31,8 +31,10 @@ SMALL_LLAMA = {
 }
 BATCHES = (1, 4, 8)
 IMAGES = (8, 32, 64)
-HEADER = ("model", "base", "batch", "checkpointing", "trainable", "total", "weights MB", "adapter MB")
-HEADER += ("gradients MB", "optimizer MB", "file MB", "activations MB", "peak of the step MB")
+HEADER = (
+    *("model", "base", "batch", "checkpointing", "trainable", "total", "weights MB", "adapter MB"),
+    *("gradients MB", "optimizer MB", "file MB", "activations MB", "peak of the step MB"),
+)
 
 
 def main() -> None:
@@ -61,8 +63,8 @@ def _cases(small: list[str]) -> Iterator[list[str]]:
             for checkpointing in ("false", "true"):
                 for batch in BATCHES:
                     yield [*model, f"quantization={stored}", *_step(batch, checkpointing)]
-    for stored in (["nf4", "quantization.double_quant=true"], ["int8"], ["nf4", "model.dtype=bfloat16"]):
-        yield [*small, f"quantization={stored[0]}", *stored[1:], *_step(4, "false")]
+    for choices in (["nf4", "quantization.double_quant=true"], ["int8"], ["nf4", "model.dtype=bfloat16"]):
+        yield [*small, f"quantization={choices[0]}", *choices[1:], *_step(4, "false")]
     yield ["model=smollm2_135m", "quantization=nf4", "quantization.double_quant=true", *_step(4, "false")]
     yield [*small, "adapter=dora", "dropout=0.1", *_step(4, "false")]
     yield [*small, "backend=peft", *_step(4, "false")]

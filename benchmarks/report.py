@@ -7,14 +7,14 @@ import os
 import platform
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from lora_exp.machine.precision import Precision
 from lora_exp.machine.waiting import WAITS
 
-Row = dict[str, Any]
+from .rows import Row
+
 _HEADINGS = {
     "job": "The whole default job",
     "layers": "Layers: forward and backward, 512 tokens",
@@ -76,7 +76,7 @@ def table(rows: list[Row]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def write(results: dict[str, Any], folder: Path) -> None:
+def write(results: dict[str, Row], folder: Path) -> None:
     """RESULTS.md, with what NOTES.md says of it at its head if there is one, and a plot beside it."""
     parts = ["# Benchmark results", "Made by `python -m benchmarks`; JSON with the same numbers lies beside it."]
     notes = folder / "NOTES.md"
@@ -93,7 +93,7 @@ def write(results: dict[str, Any], folder: Path) -> None:
 _TABLES = ("rows", "other_layers", "by_model", "loss_head", "peaks", "beside")
 
 
-def _tables(found: dict[str, Any]) -> list[str]:
+def _tables(found: Row) -> list[str]:
     tables = []
     if "means" in found:
         tables.append(
@@ -118,7 +118,7 @@ def _about(about: Row) -> str:
     return "; ".join(f"{key.replace('_', ' ')} {value}" for key, value in about.items())
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:g}" if isinstance(value, float) else str(value)
 
 

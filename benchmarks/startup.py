@@ -7,10 +7,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from .job import own_cache
+from .rows import Row
 
 IMPORTS = {
     "import lora_exp": "lora_exp",
@@ -20,16 +21,16 @@ IMPORTS = {
 }
 
 
-def run(quick: bool) -> dict[str, Any]:
+def run(quick: bool) -> Row:
     times = 2 if quick else 5
-    rows: list[dict[str, Any]] = [
+    rows: list[Row] = [
         {"case": case, "seconds": _median([_seconds(["-c", f"import {name}"]) for _ in range(times)])}
         for case, name in IMPORTS.items()
     ]
     return {"rows": [*rows, _first_step(times)]}
 
 
-def _first_step(times: int) -> dict[str, Any]:
+def _first_step(times: int) -> Row:
     """The default job against PEFT + Trainer: same model, data and MLflow store, all warm; sides take turns."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -61,11 +62,11 @@ def _trainer(folder: Path, store: str, cache: Path) -> float:
     return _until(["-m", "benchmarks.peft_trainer", str(folder), store, str(model), str(blocks)], mark.exists)
 
 
-def _until(arguments: list[str], is_there: Any) -> float:
+def _until(arguments: list[str], is_there: Callable[[], bool]) -> float:
     """Seconds until something is there; the process is then left to end."""
     started = time.perf_counter()
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    process: Any = subprocess.Popen([sys.executable, *arguments], **quiet)  # type: ignore[call-overload]
+    command = [sys.executable, *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     seconds = None
     while seconds is None and process.poll() is None:
         time.sleep(0.01)

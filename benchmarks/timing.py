@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 Side = Callable[[], object]
 
 
-def race(sides: dict[str, Side], rounds: int, between: dict[str, Side] | None = None) -> dict[str, list[float]]:
+def race(sides: Mapping[str, Side], rounds: int, between: Mapping[str, Side] | None = None) -> dict[str, list[float]]:
     """Seconds of each side, a list by round; `between` runs before a side and is not timed. One round warms up."""
-    names, times = list(sides), {name: [] for name in sides}
+    names = list(sides)
+    times: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(rounds + 1):
         for i in range(len(names)):
             name = names[(i + turn) % len(names)]
@@ -30,7 +30,7 @@ def median_ms(times: dict[str, list[float]]) -> dict[str, float]:
     return {f"{name}_ms": round(float(np.median(values)) * 1e3, 3) for name, values in times.items()}
 
 
-def ratio(times: dict[str, list[float]], over: str, under: str, level: float = 0.95) -> dict[str, Any]:
+def ratio(times: dict[str, list[float]], over: str, under: str, level: float = 0.95) -> dict[str, float]:
     """Ratio of medians with its bootstrap interval; rounds are drawn in pairs, as both sides shared their load."""
     a, b = np.array(times[over]), np.array(times[under])
     drawn = np.random.default_rng(0).integers(0, len(a), (2000, len(a)))

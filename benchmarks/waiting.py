@@ -8,22 +8,22 @@ import os
 import statistics
 import subprocess
 import sys
-from typing import Any
 
 from lora_exp.machine.waiting import WAITS, wait_briefly
 
 from .job import busy_process
+from .rows import Row
 
 POLICIES: dict[str, dict[str, str]] = {"ours": {}, "default": {}, "passive": {"OMP_WAIT_POLICY": "PASSIVE"}}
 MODELS = ("small", "SmolLM2-135M")
 
 
-def run(quick: bool) -> dict[str, Any]:
+def run(quick: bool) -> Row:
     turns, cases = (1, MODELS[:1]) if quick else (4, MODELS)
     return {"rows": [_row(name, is_busy, turns) for name in cases for is_busy in (False, True)]}
 
 
-def _row(name: str, is_busy: bool, turns: int) -> dict[str, Any]:
+def _row(name: str, is_busy: bool, turns: int) -> Row:
     steps: dict[str, list[float]] = {policy: [] for policy in POLICIES}
     for _ in range(turns):
         for policy in POLICIES:

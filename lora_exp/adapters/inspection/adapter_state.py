@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeVar
 
 from torch import Tensor, nn
 
@@ -14,6 +14,8 @@ from lora_exp.adapters.inspection.traversal import (
     own_parameter,
     saved_modules,
 )
+
+_Tensor = TypeVar("_Tensor", bound=Tensor)
 
 
 def factor_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
@@ -82,7 +84,7 @@ def base_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [p for _, module in base_modules(model) for p in module._parameters.values() if p is not None]
 
 
-def without_repeats(parameters: dict[str, Any]) -> dict[str, Any]:
+def without_repeats(parameters: dict[str, _Tensor]) -> dict[str, _Tensor]:
     """The first name of each tensor only."""
     first = {id(value): key for key, value in reversed(parameters.items())}
     return {key: value for key, value in parameters.items() if first[id(value)] == key}

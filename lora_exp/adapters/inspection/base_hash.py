@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +56,7 @@ def _base(model: nn.Module) -> Iterator[tuple[str, list[Tensor]]]:
                 yield f"{module_name}.{key}", [parameter, *constants(module, parameter)]
 
 
-def _bytes(parameter: Tensor) -> Any:
+def _bytes(parameter: Tensor) -> memoryview:
     """The raw bytes of integers (packed values), those in bfloat16 of floats."""
     flat = parameter.detach().to("cpu").contiguous().reshape(-1)
     flat = flat.to(torch.bfloat16) if flat.is_floating_point() else flat

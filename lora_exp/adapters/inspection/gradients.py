@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import nn
 
@@ -20,7 +19,7 @@ def unreached_layers(model: nn.Module, served: Sequence[str]) -> list[str]:
     dead: dict[str, bool] = {}
     for layer_name, layer in lora_layers(model):
         for name in set(served) & set(layer.adapters):
-            adapter: Any = layer.adapters[name]
+            adapter = layer.adapter_named(name)
             is_dead = all(parameter.grad is None for parameter in adapter.trained_parameters().values())
             dead[layer_name] = dead.get(layer_name, False) or is_dead
     if all(dead.values()):

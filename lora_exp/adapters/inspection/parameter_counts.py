@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from torch import Tensor, nn
 
-from lora_exp.adapters.numerics.packed_weights import constants
+from lora_exp.adapters.numerics.packed_weights import constants, quant_state
 
 
 def count_parameters(trained: Iterable[nn.Parameter], everything: Iterable[nn.Parameter]) -> tuple[int, int]:
@@ -15,9 +14,9 @@ def count_parameters(trained: Iterable[nn.Parameter], everything: Iterable[nn.Pa
     return _total(trained), _total(everything)
 
 
-def logical_numel(parameter: Any) -> int:
+def logical_numel(parameter: Tensor) -> int:
     """A 4-bit weight packs two values into a byte; count the values (peft#1020)."""
-    if (state := getattr(parameter, "quant_state", None)) is not None:
+    if (state := quant_state(parameter)) is not None:
         return int(state.shape.numel())
     if type(parameter).__name__ != "Params4bit":
         return int(parameter.numel())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,15 @@ from torch import Tensor, nn
 from lora_exp.adapters.inspection.traversal import base_modules, joined, own_parameter
 
 _FLAG = "tie_word_embeddings"
+
+
+class _Config(Protocol):
+    """transformers' PreTrainedConfig."""
+
+    def to_dict(self) -> dict[str, object]: ...
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, object]) -> _Config: ...
 
 
 def weight_ties(model: nn.Module) -> list[set[str]]:
@@ -62,16 +71,16 @@ def separate(model: nn.Module, names: Iterable[str]) -> None:
         setattr(module, key, nn.Parameter(old.detach().clone(), old.requires_grad))
 
 
-def _tying_configs(model: Any) -> Iterator[Any]:
+def _tying_configs(model: nn.Module) -> Iterator[_Config]:
     """The transformers configs of `model` that say its embeddings are tied."""
-    config: Any = getattr(model, "config", None)
+    config = getattr(model, "config", None)
     inner = config.get_text_config() if hasattr(config, "get_text_config") else config
     for one in {id(one): one for one in (config, inner)}.values():
         if getattr(one, _FLAG, False):
             yield one
 
 
-def _flag_only_ties(config: Any) -> bool:
+def _flag_only_ties(config: _Config) -> bool:
     """Whether a config without the flag is otherwise the same: T5's would stop to scale its outputs."""
     if not hasattr(config, "from_dict"):
         return True

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lora_exp.adapters.numerics.typed_torch import not_compiled
+
 _LEVELS = 1 << 16
 
 
@@ -29,7 +31,7 @@ def dropout_mask(x: Tensor, p: float, seed: int) -> Tensor:
     return torch.ge(drawn, _LEVELS // 2 - round(keep_share(p) * _LEVELS), out=mask)
 
 
-@torch.compiler.disable
+@not_compiled
 def dropout_noise(x: Tensor, p: float, seed: int) -> Tensor:
     """`dropout_mask` over its expectation: what x is multiplied with."""
     return dropout_mask(x, p, seed).div_(keep_share(p))

@@ -7,7 +7,6 @@ torch counts a tensor's in-place changes, but not those of fused optimizers, of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +41,7 @@ class Fingerprint:
         )
 
 
-def place(tensor: Tensor) -> tuple[Any, ...]:
+def place(tensor: Tensor) -> tuple[object, ...]:
     """Where a tensor's values lie, and how often torch itself changed them: differs if they do, but not always."""
     version = -1 if tensor.is_inference() else tensor._version
     return tensor.data_ptr(), version, tensor.dtype, tensor.device, tensor.shape, tensor.stride()

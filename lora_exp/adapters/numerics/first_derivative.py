@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import NoReturn
 
 import torch
+from torch import Tensor
 
-Backward = Callable[..., tuple[Any, ...]]
+from lora_exp.adapters.numerics.typed_torch import Context
+
+Backward = Callable[..., tuple[Tensor | None, ...]]
 
 
 def first_derivative_only(instead: str) -> Callable[[Backward], Backward]:
@@ -19,7 +22,7 @@ def first_derivative_only(instead: str) -> Callable[[Backward], Backward]:
 
     def decorate(backward: Backward) -> Backward:
         @functools.wraps(backward)
-        def run(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        def run(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
             if not torch.is_grad_enabled():  # no create_graph
                 try:
                     return backward(ctx, *grads)
@@ -34,18 +37,19 @@ def first_derivative_only(instead: str) -> Callable[[Backward], Backward]:
             values = [None if value is None else value.detach().requires_grad_() for value in found]
             # What it depends on goes in as well, so that whoever differentiates along there comes past the refusal.
             needed = [x for x in (*once.saved_tensors, *grads) if isinstance(x, torch.Tensor) and x.requires_grad]
-            refuse: Any = torch._C._functions.DelayedError(message.encode(), len(values) + len(needed))
-            return refuse(*values, *needed)[: len(values)]
+            refuse = torch._C._functions.DelayedError(message.encode(), len(values) + len(needed))
+            refused: tuple[Tensor | None, ...] = refuse(*values, *needed)  # type: ignore[operator]
+            return refused[: len(values)]
 
         return run
 
     return decorate
 
 
-def no_forward_mode(instead: str) -> Callable[..., Any]:
+def no_forward_mode(instead: str) -> Callable[..., NoReturn]:
     """A Function's jvp that names what to do `instead`."""
 
-    def jvp(ctx: Any, *tangents: Any) -> Any:
+    def jvp(ctx: object, *tangents: object) -> NoReturn:
         raise RuntimeError(f"this layer's gradients are written by hand, for backward alone; {instead}")
 
     return jvp
@@ -54,15 +58,16 @@ def no_forward_mode(instead: str) -> Callable[..., Any]:
 class _ReadOnce:
     """A Function's context whose saved tensors can be asked for twice: a checkpoint hands each out once."""
 
-    def __init__(self, ctx: Any) -> None:
+    def __init__(self, ctx: Context) -> None:
         self._ctx = ctx
         self.saved_tensors = ctx.saved_tensors
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._ctx, name)
+    def __getattr__(self, name: str) -> object:
+        value: object = getattr(self._ctx, name)
+        return value
 
 
-def _is_batched(grads: tuple[Any, ...]) -> bool:
+def _is_batched(grads: tuple[object, ...]) -> bool:
     """Whether gradients come several at a time (is_grads_batched, vmap)."""
     kinds = torch._C._functorch
     return any(

@@ -3,55 +3,85 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from types import ModuleType
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 
-def is_quantised(weight: Any) -> bool:
+class QuantState(Protocol):
+    """How a 4-bit weight was packed: `state2` and `offset` where its constants are quantised in their turn."""
+
+    absmax: Tensor
+    shape: torch.Size
+    dtype: torch.dtype
+    nested: bool
+    offset: Tensor
+    state2: QuantState
+
+    def to(self, device: torch.device) -> None: ...
+
+
+class EightBit(Protocol):
+    """What an 8-bit parameter has beside its values: their other name, and the rows' constants."""
+
+    data: Tensor
+    CB: Tensor | None
+    SCB: Tensor | None
+
+
+def quant_state(weight: object) -> QuantState | None:
+    """A 4-bit weight's; None for any other."""
+    return getattr(weight, "quant_state", None)
+
+
+def is_quantised(weight: object) -> bool:
     """Whether a parameter holds packed 4-bit or 8-bit values of bitsandbytes.
 
     Asked of its attributes: pickle gives back a plain nn.Parameter that has them.
     """
-    return getattr(weight, "quant_state", None) is not None or (hasattr(weight, "SCB") and weight.dtype == torch.int8)
+    is_eight_bit = isinstance(weight, Tensor) and hasattr(weight, "SCB") and weight.dtype == torch.int8
+    return is_eight_bit or quant_state(weight) is not None
 
 
-def recover_class(weight: Any) -> None:
+def recover_class(weight: object) -> None:
     """Give a quantised parameter the class again that pickle loses: moving, counting and requantising need it."""
     if type(weight) is nn.Parameter and is_quantised(weight):
         modules = importlib.import_module("bitsandbytes.nn.modules")
-        found: Any = weight
-        found.__class__ = modules.Params4bit if hasattr(weight, "quant_state") else modules.Int8Params
-        if getattr(found, "CB", None) is not None:
-            found.CB = found.data  # one memory again, not two
+        weight.__class__ = modules.Params4bit if hasattr(weight, "quant_state") else modules.Int8Params
+        if getattr(weight, "CB", None) is not None:
+            packed = cast(EightBit, weight)
+            packed.CB = packed.data  # one memory again, not two
 
 
-def constants(module: Any, weight: Any) -> list[Tensor]:
+def constants(module: nn.Module, weight: Tensor) -> list[Tensor]:
     """What it takes to dequantise a weight of `module` beside its packed values; [] for a plain parameter."""
-    state = getattr(weight, "quant_state", None)
-    if state is not None:
+    if (state := quant_state(weight)) is not None:
         nested = [state.state2.absmax, state.offset] if state.nested else []
         return [state.absmax, *nested]
     if not is_quantised(weight):
         return []
-    return [weight.SCB if weight.SCB is not None else module.state.SCB]
+    own = cast(EightBit, weight).SCB
+    return [cast(EightBit, module.state).SCB if own is None else own]
 
 
-def bring_constants(weight: Any) -> None:
+def bring_constants(weight: nn.Parameter) -> None:
     """Bring a quantised weight's constants to the device that its packed values were moved to."""
-    if (state := getattr(weight, "quant_state", None)) is not None:
+    if (state := quant_state(weight)) is not None:
         state.to(weight.device)
-    elif is_quantised(weight) and weight.SCB is not None and weight.SCB.device != weight.device:
-        weight.CB, weight.SCB = weight.data, weight.SCB.to(weight.device)
+    elif is_quantised(weight):
+        packed = cast(EightBit, weight)
+        if packed.SCB is not None and packed.SCB.device != weight.device:
+            packed.CB, packed.SCB = packed.data, packed.SCB.to(weight.device)
 
 
-def moved_to(parameter: Any, device: torch.device) -> Any:
+def moved_to(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
     """The parameter itself where it is there already, else a copy, a quantised one with its constants."""
     if parameter.device == device:
         return parameter
     if is_quantised(parameter):
-        return parameter.to(device)
+        return cast(nn.Parameter, parameter.to(device))
     return nn.Parameter(parameter.detach().to(device), parameter.requires_grad)
 
 
@@ -67,6 +97,6 @@ def keep_trainable(model: nn.Module) -> None:
                 module._save_to_state_dict({}, "", True)  # unpacks
 
 
-def functional() -> Any:
+def functional() -> ModuleType:
     """bitsandbytes' own, imported when it is needed."""
     return importlib.import_module("bitsandbytes.functional")

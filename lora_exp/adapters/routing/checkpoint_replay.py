@@ -14,11 +14,10 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
-Hook = Callable[..., Any]
+Hook = Callable[..., object]
 
 _get_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _pop = torch._C._autograd._pop_saved_tensors_default_hooks
@@ -43,22 +42,22 @@ def top_hook() -> Hook | None:
 def node_number() -> int | None:
     """The moment at which the node that backward is at was made, in the thread that made it; None if it is not a
     Function written in Python: only those run a model's code again."""
-    node: Any = torch._C._current_autograd_node()
+    node = torch._C._current_autograd_node()
     return node._sequence_nr() if isinstance(node, torch.autograd.function.BackwardCFunction) else None
 
 
 def is_at_checkpoint() -> bool:
     """Whether backward is at the node of a reentrant checkpoint."""
-    node: Any = torch._C._current_autograd_node()
+    node = torch._C._current_autograd_node()
     return type(node).__name__ == "CheckpointFunctionBackward"
 
 
-def checkpoint_frames() -> tuple[list[Any], Any, Hook | None]:
+def checkpoint_frames() -> tuple[list[object], object, Hook | None]:
     """Frames of the blocks that run for the first time here, innermost first, up to a block that is replayed;
     its frame; and the hook of that replay (both None if there is none)."""
-    fresh: list[Any] = []
-    below: list[Any] = []
-    found: tuple[Any, Hook | None] = None, None
+    fresh: list[object] = []
+    below: list[tuple[Hook, Hook]] = []
+    found: tuple[object, Hook | None] = None, None
     try:
         while (hooks := _get_hooks(True)) is not None:
             _pop()
@@ -79,7 +78,7 @@ def is_checkpoints(hook: Hook) -> bool:
     return getattr(hook, "__module__", None) == "torch.utils.checkpoint"
 
 
-def _frame_of(hook: Hook) -> tuple[Any, bool]:
+def _frame_of(hook: Hook) -> tuple[object, bool]:
     """(the checkpoint frame that a packing hook serves, is it a replay), or (None, False)."""
     for cell in getattr(inspect.unwrap(hook), "__closure__", None) or ():
         value = cell.cell_contents

@@ -10,11 +10,11 @@ import dataclasses
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
 from lora_exp.adapters.numerics.dropout import distinct_seed, draw_seed, rank, seed_from
+from lora_exp.adapters.numerics.typed_torch import not_compiled
 from lora_exp.adapters.routing.checkpoint_replay import graph_task, saves_plainly, top_hook
 from lora_exp.adapters.routing.passes import Calls, Replay
 from lora_exp.adapters.routing.plan import Plan
@@ -78,7 +78,7 @@ class Route:
         finally:
             self.leave(scope)
 
-    @torch.compiler.disable
+    @not_compiled
     def enter_pass(self, inputs: Sequence[object], trains: bool) -> Scope:
         """Begin a forward pass, or its replay as a whole; in training mode its dropout calls are counted."""
         plan, calls = self._where()
@@ -100,7 +100,7 @@ class Route:
         calls = self._where()[1]
         return None if calls is None else calls.numbers  # which replays share
 
-    @torch.compiler.disable
+    @not_compiled
     def mask_seed(self, name: str, layer_key: int) -> int:
         """The seed of one adapter's dropout mask for a call of a layer, the same when the call is replayed."""
         scope = self._local.thread.scopes[-1]
@@ -174,11 +174,11 @@ class Route:
         self._local = Local(self._traces.threads)
         self._lock = threading.Lock()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         base = self._local.thread.scopes[0].plan
         kept = {key: getattr(self, key) for key in ("clocks", "trained", "merged", "evaluates")}
         return {"chosen": base or self.chosen, **kept}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self._forget_threads()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_exp.adapters.routing.checkpoint_replay import (
     Hook,
@@ -28,7 +28,7 @@ _UNSEEN = (
 class Traces:
     def __init__(self) -> None:
         self.threads: list[Thread] = []
-        self._regions: weakref.WeakKeyDictionary[Any, Place] = weakref.WeakKeyDictionary()  # by checkpoint frame
+        self._regions: weakref.WeakKeyDictionary[object, Place] = weakref.WeakKeyDictionary()  # by checkpoint frame
 
     def note(self, thread: Thread, top: Hook, plan: Plan, calls: Calls | None, merged: str | None) -> None:
         """A call inside of checkpointed parts: where it is the first in them, they began here."""
@@ -45,7 +45,7 @@ class Traces:
             if (place := self._regions.get(frame)) is not None:
                 place.inner.append(calls)
 
-    def replay(self, thread: Thread, top: Hook | None, task: int, *now: Any) -> Replay | None:
+    def replay(self, thread: Thread, top: Hook | None, task: int, *now: object) -> Replay | None:
         """The replay that a call in the backward pass `task` is inside of; None in a call that is none.
 
         `now`: what `Place.replay` compares with.
@@ -76,7 +76,7 @@ class Traces:
         for thread in list(self.threads):
             thread.forget(name, instead)
 
-    def _place_of(self, frame: Any) -> Place:
+    def _place_of(self, frame: object) -> Place:
         place = self._regions.get(frame)
         if place is None:
             raise RuntimeError(_UNSEEN)
