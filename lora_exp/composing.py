@@ -13,7 +13,6 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -178,7 +177,7 @@ def _wrong_choice(error: MissingConfigException, place: str) -> str:
     return f"{group}={choice}{place} is not a choice: {meant}"
 
 
-def _not_there(cause: Any) -> str:
+def _not_there(cause: OmegaConfBaseException) -> str:
     """A key of Hydra's own sections, or of an open mapping, that is not there."""
     known = [str(key) for key in cause.parent_node] if isinstance(cause.parent_node, DictConfig) else []
     above = str(cause.full_key).rpartition(".")[0]

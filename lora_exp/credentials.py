@@ -11,7 +11,6 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from omegaconf import Container, OmegaConf
@@ -52,7 +51,7 @@ def refuse_in_config(composed: Container) -> None:
         raise CredentialError(problems[0])
 
 
-def login_problems(values: Any) -> list[str]:
+def login_problems(values: object) -> list[str]:
     """One message that names every place of nested ``values`` with a login in it, or none."""
     found = sorted({path for path, text in _texts(values) if holds_login(text) or _names_secret(f"{path}={text}")})
     return [_problem(found)] if found else []
@@ -119,7 +118,7 @@ def _key(argument: str) -> str:
     return key if equals and re.fullmatch(r"[\w.+~@/-]+", key) and "://" not in key else "An argument"
 
 
-def _texts(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+def _texts(value: object, path: str = "") -> Iterator[tuple[str, str]]:
     if isinstance(value, dict):
         for key, below in value.items():
             yield from _texts(below, f"{path}.{key}".lstrip("."))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from lora_exp.config import ModelConfig
 
@@ -59,7 +58,7 @@ def text_files(path: Path) -> tuple[list[Path], list[Path]]:
     return found, [file for file in others if not file.name.startswith(".")]
 
 
-def architecture_facts(section: ModelConfig) -> dict[str, Any]:
+def architecture_facts(section: ModelConfig) -> dict[str, object]:
     """The config.json of ``model.path``, else the YAML's architecture; {} where neither is at hand."""
     if not section.path:
         return dict(section.architecture)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from lora_exp.adapters.files.whole import write_text
 from lora_exp.credentials import redacted
@@ -97,7 +96,7 @@ class Outcome:
     number: int
     status: str
     overrides: list[str]
-    values: dict[str, Any]
+    values: dict[str, object]
     result: Result | PlanResult | None = None
     error: str | None = None
 
@@ -142,7 +141,7 @@ def read_swept(sweep_folder: Path) -> tuple[str, ...]:
     return tuple(json.loads(file.read_text())) if file.is_file() else ()
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
+def read_metrics(folder: Path) -> list[dict[str, float]]:
     """The records of ``metrics.jsonl``; a line cut off by a crash is left out."""
     file = folder / METRICS_FILE
     lines = file.read_text().splitlines() if file.is_file() else []

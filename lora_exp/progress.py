@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -37,7 +36,7 @@ class TrainingProgress:
         if self._bar:
             self._bar.stop()
 
-    def show(self, record: Mapping[str, Any]) -> None:
+    def show(self, record: Mapping[str, float]) -> None:
         """Take one record of the training loop."""
         self._seen.update({key: value for key, value in record.items() if isinstance(value, float)})
         step = int(record["step"])
@@ -69,7 +68,7 @@ class TrainingProgress:
             log.info(text)
 
 
-def _other_figures(record: Mapping[str, Any]) -> list[str]:
+def _other_figures(record: Mapping[str, float]) -> list[str]:
     """What an evaluation found beside the loss: a perplexity, an accuracy."""
     names = [name for name in record if name.startswith("eval/") and name != "eval/loss"]
     return [f"{name.removeprefix('eval/')} {shown(record[name])}" for name in names]

@@ -10,7 +10,6 @@ import logging
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -99,7 +98,7 @@ def _read(file: Path) -> Rates | None:
     return rates if rates.blas > 0 else None
 
 
-def _keep(file: Path, content: dict[str, Any]) -> None:
+def _keep(file: Path, content: dict[str, object]) -> None:
     """Whole or not at all; of two processes that measured, the first one's answer holds for both."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:

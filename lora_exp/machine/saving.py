@@ -13,7 +13,6 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -59,10 +58,11 @@ def _exchanged(one: Path, other: Path) -> bool:
 
 
 @functools.cache
-def _renameat2() -> Any:
+def _renameat2() -> Callable[..., int] | None:
     if sys.platform != "linux":
         return None
     call = getattr(ctypes.CDLL(None), "renameat2", None)  # glibc 2.28
     if call is not None:
         call.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
-    return call
+    renamed: Callable[..., int] | None = call
+    return renamed

@@ -13,10 +13,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
 
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 _SAME_REQUEST_S = 0.3  # a terminal, its shell and a `timeout` may each send on one and the same wish
@@ -33,6 +32,9 @@ class Stopped(SystemExit):
         return signal.Signals(self.number).name
 
 
+_Handler = signal.Handlers | int | Callable[[int, FrameType | None], object] | None
+
+
 @dataclass
 class _State:
     """``first``: the signal that counts, ``requests``: how often the process was asked, ``borne``: how many requests
@@ -43,8 +45,8 @@ class _State:
     last: float = 0.0
     borne: int = 1
     is_over: bool = False
-    hook: Any = sys.__unraisablehook__
-    previous: dict[int, Any] = field(default_factory=dict)
+    hook: Callable[[sys.UnraisableHookArgs], object] = sys.__unraisablehook__
+    previous: dict[int, _Handler] = field(default_factory=dict)
 
 
 _state = _State()

@@ -6,10 +6,10 @@ Letters: n positions of a micro batch, T a row's, V vocabulary.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from lora_exp.config import Config
 from lora_exp.data import kind_of
@@ -22,8 +22,10 @@ _WEIGHTS = 2  # the base and autocast's copies of it
 _TRAINED = 8  # a trained parameter, its gradient, AdamW's two states; of some starts it too, and both joined
 
 
-def upper_bound(model: Any, config: Config) -> float:
+def upper_bound(model: nn.Module, config: Config) -> float:
     """Bytes that a step of training ``model``, a language model on any device, stays below; infinity if unknown."""
+    if not isinstance(model, PreTrainedModel):
+        return math.inf
     widths, facts, length = _widths(model), model.config.get_text_config(), kind_of(config.data).positions
     heads, depth = (getattr(facts, key, None) for key in ("num_attention_heads", "num_hidden_layers"))
     if widths is None or length is None or not isinstance(heads, int) or not isinstance(depth, int):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -30,17 +32,18 @@ class Kernels(TorchFunctionMode):
         self._four_bit = four_bit
         self._device_type = device_type
         self._wanted = autocast
-        self._entered: list[Any] = []
+        self._entered: list[contextlib.AbstractContextManager[None]] = []
         self._copies: dict[int, Tensor] = {}
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> Kernels:
         self._entered.append(autocast_on_meta(self._wanted))
         self._entered[-1].__enter__()
-        return super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
 
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._entered.pop().__exit__(*error)
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        super().__exit__(kind, error, at)  # type: ignore[no-untyped-call]
+        self._entered.pop().__exit__(kind, error, at)
         if not self._entered:
             self._copies.clear()
 

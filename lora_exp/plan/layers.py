@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import GradientCheckpointingLayer as _Layer
 
+from lora_exp.adapters.numerics.typed_torch import Context, TensorFunction
 from lora_exp.plan.kernels import Kernels
 from lora_exp.plan.ledger import Ledger
 
@@ -34,7 +34,7 @@ class _Kind:
     stood_in: int = 0
     forward_flops: int = 0
     backward_flops: int = 0
-    rest: tuple[Any, ...] | None = None  # what it returns after its hidden states; None: those alone
+    rest: tuple[object, ...] | None = None  # what it returns after its hidden states; None: those alone
 
 
 class Layers:
@@ -42,7 +42,7 @@ class Layers:
 
     def __init__(self, model: nn.Module, ledger: Ledger, kernels: Kernels) -> None:
         self._ledger, self._kernels = ledger, kernels
-        self._alike = {m: _signature(m) for m in model.modules() if isinstance(m, GradientCheckpointingLayer)}
+        self._alike = {m: _signature(m) for m in model.modules() if isinstance(m, _Layer)}
         self._left = Counter(self._alike.values())
         self._kinds: dict[tuple[int, bool], _Kind] = {}
         self._spans: list[tuple[int, int, int]] = []  # of a layer that was run: serial numbers and its output's bytes
@@ -53,7 +53,7 @@ class Layers:
             layer.forward = lambda *args, _layer=layer, **kwargs: self._call(_layer, args, kwargs)
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         for layer in self._alike:
             del layer.forward  # the class's own is behind it
 
@@ -65,7 +65,7 @@ class Layers:
         """Those of the layers that were not run, after the backward pass."""
         return sum(kind.stood_in * (kind.forward_flops + kind.backward_flops) for kind in self._kinds.values())
 
-    def _call(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _call(self, layer: _Layer, args: tuple[Tensor, ...], kwargs: dict[str, object]) -> object:
         self._close()
         alike, carries = self._alike[layer], bool(args) and args[0].requires_grad
         self._left[alike] -= 1
@@ -77,7 +77,7 @@ class Layers:
             return hidden if kind.rest is None else (hidden, *kind.rest)
         return self._run(kind, layer, args, kwargs)
 
-    def _run(self, kind: _Kind, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run(self, kind: _Kind, layer: _Layer, args: tuple[Tensor, ...], kwargs: dict[str, object]) -> object:
         ledger, is_first = self._ledger, not self._spans
         live, serial, flops, copied = ledger.live, ledger.serial, ledger.flops, self._kernels.copied_bytes()
         out = type(layer).forward(layer, *args, **kwargs)
@@ -111,20 +111,20 @@ class Layers:
             hidden.register_hook(stop)
 
 
-class _StandIn(torch.autograd.Function):
+class _StandIn(TensorFunction):
     """Hidden states as they are; what a layer would retain is retained until its backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, retained: int) -> Tensor:
+    def forward(ctx: Context, hidden: Tensor, retained: int) -> Tensor:
         ctx.save_for_backward(torch.empty(retained, dtype=torch.uint8, device=hidden.device))
         return hidden.view_as(hidden)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0], None
 
 
-def _is_regular(args: tuple[Any, ...], hidden: Tensor, rest: list[Any]) -> bool:
+def _is_regular(args: tuple[Tensor, ...], hidden: Tensor, rest: list[object]) -> bool:
     """Whether all that a layer passes on are hidden states like those it got."""
     passed = any(isinstance(value, Tensor) for value in rest)
     return bool(args) and (args[0].shape, args[0].dtype) == (hidden.shape, hidden.dtype) and not passed
@@ -132,7 +132,7 @@ def _is_regular(args: tuple[Any, ...], hidden: Tensor, rest: list[Any]) -> bool:
 
 def _signature(layer: nn.Module) -> int:
     """Equal for layers that do the same to tensors of the same shape."""
-    facts: list[Any] = []
+    facts: list[object] = []
     for name, module in layer.named_modules():
         facts.append((name, type(module)))
         plain = [(key, value) for key, value in vars(module).items() if isinstance(value, _PLAIN)]

@@ -22,7 +22,7 @@ class Ledger(TorchDispatchMode):
     """Books every storage made while it is active: ``live`` bytes now, ``peak`` since it was last reset."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         tensors = [*model.parameters(), *model.buffers()]
         tensors += [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         self._outside = {tensor.untyped_storage()._cdata for tensor in tensors}

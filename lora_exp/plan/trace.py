@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -114,13 +114,13 @@ class _Pass:
     @contextlib.contextmanager
     def _marked_head(self) -> Iterator[None]:
         """The head is the last to be called with its weight. It has no hook of its own, which would change the loss."""
-        model: Any = self._work.model
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        find = getattr(self._work.model, "get_output_embeddings", None)
+        head = find() if callable(find) else None
         if head is None:
             yield
             return
 
-        def enter(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        def enter(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             if inputs and getattr(module, "weight", None) is head.weight:
                 self._enter_head(inputs[0])
 

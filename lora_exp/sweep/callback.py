@@ -7,7 +7,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
@@ -27,10 +26,10 @@ begun: list[Path] = []
 class SweepCallback(Callback):
     """Looks before Hydra writes anything, and notes the sweep for ``lora_exp.__main__`` to close."""
 
-    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+    def on_run_start(self, config: DictConfig, **_: object) -> None:
         _prepare(config, Path(config.hydra.run.dir), "hydra.run.dir", check_mode)
 
-    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+    def on_multirun_start(self, config: DictConfig, **_: object) -> None:
         folder = Path(config.hydra.sweep.dir)
         _prepare(config, folder, "hydra.sweep.dir")
         begun.append(folder.resolve())

@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -130,8 +129,8 @@ def draw(folder: Path, jobs: list[JobReport], varying: list[str]) -> list[Path]:
     for job, result in finished:
         group = _title(job, [name for name in varying if name not in ("rank", "seed", "alpha")])
         by_size[group].append((result.trainable, result.eval_loss))
-        if "rank" in job.outcome.values:
-            by_rank[group].append((job.outcome.values["rank"], result.eval_loss))
+        if isinstance(rank := job.outcome.values.get("rank"), int):
+            by_rank[group].append((rank, result.eval_loss))
     final_loss(by_size, "trainable parameters", folder / "loss_against_parameters.png")
     if by_rank:
         final_loss(by_rank, "rank", folder / "loss_against_rank.png")
@@ -207,7 +206,7 @@ def _title(job: JobReport, names: list[str]) -> str:
     return " ".join(f"{name}={_text(job.outcome.values.get(name))}" for name in names)
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return "" if value is None else str(value)

@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_exp.config import DataConfig
 from lora_exp.machine.cache import file_sha256
@@ -58,7 +58,7 @@ def log_dataset(client: MlflowClient, run_id: str, facts: Mapping[str, str]) -> 
     client.log_inputs(run_id, [DatasetInput(Dataset(**known), [tag])])
 
 
-def log_model(client: MlflowClient, run_id: str, name: str, params: Mapping[str, Any], step: int) -> None:
+def log_model(client: MlflowClient, run_id: str, name: str, params: Mapping[str, object], step: int) -> None:
     """Fill the run's Model column. Its files are the run's own artifacts, which are not stored a second time."""
     from mlflow.entities import LoggedModelOutput
 

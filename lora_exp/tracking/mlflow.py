@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol, TypedDict
 from urllib.parse import urlsplit
 
 from filelock import FileLock
@@ -28,7 +28,9 @@ from lora_exp.tracking import artifacts, database, lineage, system_metrics
 from lora_exp.tracking.links import where_to_look
 
 if TYPE_CHECKING:
+    from mlflow.entities import Run as StoredRun
     from mlflow.tracking import MlflowClient
+    from mlflow.utils.async_logging.run_operations import RunOperations
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +58,7 @@ class TrackingError(UserError):
     ``result``: what the job found before that, if it came so far.
     """
 
-    result: Any = None
+    result: object = None
 
 
 class Run(Protocol):
@@ -65,7 +67,7 @@ class Run(Protocol):
     @property
     def run_id(self) -> str | None: ...
 
-    def log_params(self, params: Mapping[str, Any]) -> None: ...
+    def log_params(self, params: Mapping[str, object]) -> None: ...
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None: ...
 
@@ -75,7 +77,7 @@ class Run(Protocol):
 
     def log_dataset(self, facts: Mapping[str, str]) -> None: ...
 
-    def log_model(self, name: str, params: Mapping[str, Any], step: int) -> None: ...
+    def log_model(self, name: str, params: Mapping[str, object], step: int) -> None: ...
 
 
 @dataclass
@@ -84,7 +86,7 @@ class NoRun:
 
     run_id: str | None = None
 
-    def log_params(self, params: Mapping[str, Any]) -> None:
+    def log_params(self, params: Mapping[str, object]) -> None:
         del params
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
@@ -99,7 +101,7 @@ class NoRun:
     def log_dataset(self, facts: Mapping[str, str]) -> None:
         del facts
 
-    def log_model(self, name: str, params: Mapping[str, Any], step: int) -> None:
+    def log_model(self, name: str, params: Mapping[str, object], step: int) -> None:
         del name, params, step
 
 
@@ -110,9 +112,9 @@ class MlflowRun:
     client: MlflowClient
     run_id: str
     section: TrackingConfig
-    _pending: list[Any] = field(default_factory=list)
+    _pending: list[RunOperations] = field(default_factory=list)
 
-    def log_params(self, params: Mapping[str, Any]) -> None:
+    def log_params(self, params: Mapping[str, object]) -> None:
         from mlflow.entities import Param
 
         listed = [Param(key, redacted(str(value))[:500]) for key, value in params.items()]
@@ -124,7 +126,8 @@ class MlflowRun:
 
         now = int(time.time() * 1000)
         batch = [Metric(key, float(value), now, step) for key, value in metrics.items()]
-        self._pending.append(self.client.log_batch(self.run_id, metrics=batch, synchronous=False))
+        if (sent := self.client.log_batch(self.run_id, metrics=batch, synchronous=False)) is not None:
+            self._pending.append(sent)
 
     def log_tags(self, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
@@ -145,7 +148,7 @@ class MlflowRun:
         with _if_taken("data"):
             lineage.log_dataset(self.client, self.run_id, facts)
 
-    def log_model(self, name: str, params: Mapping[str, Any], step: int) -> None:
+    def log_model(self, name: str, params: Mapping[str, object], step: int) -> None:
         with _if_taken("models"):
             lineage.log_model(self.client, self.run_id, name, params, step)
 
@@ -165,6 +168,15 @@ class MlflowRun:
         is_gone = refusal(tracking_uri(self.section)) is not None
         with _said_clearly(self.section), _environment(_WITHOUT_PATIENCE if is_gone else {}):
             self.client.set_terminated(self.run_id, status)
+
+
+class _Sweep(TypedDict, total=False):
+    """What SWEEP_FILE holds."""
+
+    sweep_id: str
+    parent_run_id: str
+    uri: str | None
+    experiment: str
 
 
 @contextlib.contextmanager
@@ -224,7 +236,7 @@ def describe_sweep(folder: Path, table: str, files: list[Path]) -> None:
         run.log_artifact(file)
 
 
-def sum_up_sweep(folder: Path, best_run_id: str | None, params: Mapping[str, Any]) -> None:
+def sum_up_sweep(folder: Path, best_run_id: str | None, params: Mapping[str, object]) -> None:
     """Give the sweep's parent run ``params`` and what its best child has, and say where to look at it."""
     if (run := _parent(folder)) is None:
         return
@@ -237,7 +249,7 @@ def sum_up_sweep(folder: Path, best_run_id: str | None, params: Mapping[str, Any
     log.info(where_to_look(tracking_uri(run.section), experiment, run.run_id))
 
 
-def _take_over(run: MlflowRun, best: Any) -> None:
+def _take_over(run: MlflowRun, best: StoredRun) -> None:
     """The last values of ``best``'s metrics, each at its own step, its data and its adapter."""
     for name in best.data.metrics:
         if not name.startswith("system/"):
@@ -370,9 +382,10 @@ def _parent_tags(
     return {"mlflow.parentRunId": known["parent_run_id"], "sweep_id": known["sweep_id"]}
 
 
-def _read_sweep(folder: Path) -> dict[str, Any]:
+def _read_sweep(folder: Path) -> _Sweep:
     file = folder / SWEEP_FILE
-    return json.loads(file.read_text()) if file.is_file() else {}
+    known: _Sweep = json.loads(file.read_text()) if file.is_file() else {}
+    return known
 
 
 def _parent(folder: Path) -> MlflowRun | None:

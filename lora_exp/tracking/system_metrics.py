@@ -12,7 +12,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
 
 log = logging.getLogger(__name__)
 Send = Callable[[Mapping[str, float], int], None]
@@ -42,7 +45,7 @@ class _Sampler:
         self._send, self._interval_s = send, interval_s
         self._over = threading.Event()
         self._process = _Process()
-        self._machine: list[Any] = []
+        self._machine: list[BaseMetricsMonitor] = []
         self._step = 0
         self._thread = threading.Thread(target=self._sample_on, name="system metrics", daemon=True)
 
@@ -88,7 +91,7 @@ class _Process:
         return figures
 
 
-def _machine_monitors() -> list[Any]:
+def _machine_monitors() -> list[BaseMetricsMonitor]:
     """MLflow's, of what its optional libraries (psutil, nvidia-ml-py) can see here. To be called by who will use them:
     psutil's shares are of the time since the same thread's last look."""
     monitors = []

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset
 
 from lora_exp.errors import UserError
 from lora_exp.training.objectives import Batch
 
-Collate = Callable[[list[Any]], Batch]
+Rows = Dataset[dict[str, Tensor]]
+Collate = Callable[[list[dict[str, Tensor]]], Batch]
 
 
-def check_rows(rows: Dataset, size: int) -> None:
+def check_rows(rows: Rows, size: int) -> None:
     """Raise UserError if ``rows`` do not fill one micro batch. Asked before a base is loaded for them."""
     have = len(rows)  # type: ignore[arg-type]
     if size > have:
@@ -24,13 +25,13 @@ def check_rows(rows: Dataset, size: int) -> None:
         )
 
 
-def check_evaluation(rows: Dataset) -> None:
+def check_evaluation(rows: Rows) -> None:
     """Raise UserError if there is nothing to evaluate on: a mean of nothing compares with nothing."""
     if not len(rows):  # type: ignore[arg-type]
         raise UserError("No row is held out for validation: raise data.val_fraction, or give more data")
 
 
-def training_batches(rows: Dataset, size: int, seed: int, pin: bool, collate: Collate) -> Iterator[Batch]:
+def training_batches(rows: Rows, size: int, seed: int, pin: bool, collate: Collate) -> Iterator[Batch]:
     """Micro batches of ``size`` rows for ever, each epoch in a new order drawn from ``seed``."""
     check_rows(rows, size)
     order = RandomSampler(rows, generator=torch.Generator().manual_seed(seed))  # type: ignore[arg-type]
@@ -39,7 +40,7 @@ def training_batches(rows: Dataset, size: int, seed: int, pin: bool, collate: Co
         yield from loader
 
 
-def evaluation_batches(rows: Dataset, size: int, most: int, pin: bool, collate: Collate) -> list[Batch]:
+def evaluation_batches(rows: Rows, size: int, most: int, pin: bool, collate: Collate) -> list[Batch]:
     """Up to ``most`` rows, evenly spread over ``rows`` and always the same ones, as micro batches."""
     check_evaluation(rows)
     have = len(rows)  # type: ignore[arg-type]

@@ -9,7 +9,6 @@ import logging
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from lora_exp.adapters.numerics.autocast import autocast_dtype, without_autocast
 from lora_exp.adapters.numerics.first_derivative import first_derivative_only
 from lora_exp.adapters.numerics.matmul import runs_wide, times_transposed, wide_product
+from lora_exp.adapters.numerics.typed_torch import Context, TensorFunction
 
 log = logging.getLogger(__name__)
 _CHUNK = 1 << 23  # logits at a time: 32 MiB in float32
@@ -51,9 +51,9 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, l
     return _ChunkedCrossEntropy.apply(hidden, weight, bias, labels)
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
+class _ChunkedCrossEntropy(TensorFunction):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+    def forward(ctx: Context, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         losses = torch.empty(len(hidden), dtype=wide, device=hidden.device)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -65,7 +65,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @first_derivative_only("take the loss from the model's own logits")
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
         return None if grad is None else grad * grads[0].unsqueeze(1).to(grad.dtype), None, None, None
 
@@ -95,14 +95,13 @@ def _chunk(logits: Tensor, labels: Tensor, losses: Tensor, weight: Tensor, grad:
         grad.copy_(wide_product(logits, weight))
 
 
-def _row_sums(hidden: Tensor, head: Any, labels: Tensor, ignored: int) -> Tensor:
+def _row_sums(hidden: Tensor, head: nn.Linear, labels: Tensor, ignored: int) -> Tensor:
     """(B,) from hidden (B, T-1, D) and labels (B, T-1)."""
     device = hidden.device.type
-    weight, bias = head.weight, head.bias
     dtype = autocast_dtype(device)
     if hidden.dtype != torch.float64 and dtype is not None:
         hidden = hidden.to(dtype)
-    weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+    weight, bias = head.weight.to(hidden.dtype), None if head.bias is None else head.bias.to(hidden.dtype)
     sums = _sums_of_used if device in ("cpu", "meta") else _sums_of_all
     with without_autocast(device):
         return sums(hidden, weight, bias, labels, labels != ignored)
@@ -122,7 +121,7 @@ def _sums_of_all(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Te
     return losses.view(labels.shape).masked_fill(~used, 0).sum(1)
 
 
-def _plain_head(model: Any) -> tuple[nn.Module | None, str]:
+def _plain_head(model: nn.Module) -> tuple[nn.Linear | None, str]:
     """The frozen nn.Linear that makes the logits, or why there is none to work with."""
     find = getattr(model, "get_output_embeddings", None)
     head = find() if callable(find) else None
@@ -140,7 +139,7 @@ def _plain_head(model: Any) -> tuple[nn.Module | None, str]:
 class _Caught(nn.Module):
     """Stands for the head during one forward pass and lets the hidden states through."""
 
-    def __init__(self, head: nn.Module) -> None:
+    def __init__(self, head: nn.Linear) -> None:
         super().__init__()
         self.weight, self.bias = head.weight, head.bias  # for models that ask for its dtype or device
         self.seen: list[tuple[Tensor, int]] = []
@@ -150,7 +149,7 @@ class _Caught(nn.Module):
         return hidden
 
 
-def _hidden(model: nn.Module, inputs: Mapping[str, Tensor], head: nn.Module) -> tuple[Tensor | None, str]:
+def _hidden(model: nn.Module, inputs: Mapping[str, Tensor], head: nn.Linear) -> tuple[Tensor | None, str]:
     """(B, T, D) what the model hands to its head. Refused unless it returns the head's output as it is:
     a scaled or capped logit would be another tensor."""
     caught = _Caught(head)

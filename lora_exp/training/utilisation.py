@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lora_exp.adapters.inspection.parameter_counts import logical_numel
 
@@ -28,7 +27,7 @@ class Utilisation:
         """
         return cls((6 if trains_base else 4) * multiplied_weights(model, trains_base), rate)
 
-    def figures(self, record: Mapping[str, Any]) -> dict[str, float]:
+    def figures(self, record: Mapping[str, float]) -> dict[str, float]:
         """``train/mfu`` of a record with a speed in tokens; nothing otherwise."""
         if _TOKENS not in record or not self.rate or not self.flops_per_token:
             return {}
@@ -38,11 +37,12 @@ class Utilisation:
 def multiplied_weights(model: nn.Module, trains_base: bool = False) -> int:
     """The base's weights that every token is multiplied with: those of linear layers and the head, tied or not."""
     layers = [module for module in model.modules() if _is_linear(module)]
-    base = [layer.weight for layer in layers if trains_base or not layer.weight.requires_grad]  # others are factors
+    weights = [layer.weight for layer in layers if isinstance(layer.weight, Tensor)]
+    base = [weight for weight in weights if trains_base or not weight.requires_grad]  # others are factors
     return sum({id(weight): logical_numel(weight) for weight in base}.values())
 
 
-def _is_linear(module: Any) -> bool:
+def _is_linear(module: nn.Module) -> bool:
     """Also transformers' Conv1D, and adapted and quantised layers, which are subclasses; PEFT's hold such a layer."""
     kinds = (kind.__name__ for kind in type(module).__mro__)
     return isinstance(module, nn.Linear) or "Conv1D" in kinds

@@ -73,10 +73,11 @@ def separate(model: nn.Module, names: Iterable[str]) -> None:
 
 def _tying_configs(model: nn.Module) -> Iterator[_Config]:
     """The transformers configs of `model` that say its embeddings are tied."""
-    config = getattr(model, "config", None)
-    inner = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config: _Config | None = getattr(model, "config", None)
+    find = getattr(config, "get_text_config", None)
+    inner: _Config | None = config if find is None else find()
     for one in {id(one): one for one in (config, inner)}.values():
-        if getattr(one, _FLAG, False):
+        if one is not None and getattr(one, _FLAG, False):
             yield one
 
 

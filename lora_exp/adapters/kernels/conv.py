@@ -17,56 +17,84 @@ is the narrow one, which retains no x; groups have only the dense one, in which 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from lora_exp.adapters.kernels.conv_ops import Geometry
 from lora_exp.adapters.kernels.conv_strategy import Way, by_group, is_exact, shortest
-from lora_exp.adapters.kernels.terms import Share, Terms, as_dtype
+from lora_exp.adapters.kernels.terms import Factors, Share, Terms, as_dtype
 from lora_exp.adapters.numerics.autocast import autocast_dtype, autocast_input, without_autocast
 from lora_exp.adapters.numerics.first_derivative import first_derivative_only, no_forward_mode
+from lora_exp.adapters.numerics.typed_torch import Context, TensorFunction
 
 _INSTEAD = "run forward inside lora_exp.adapters.use_reference()"
 Served = Sequence[tuple[Terms | None, slice | None]]  # each with its slice of the batch; None is all of it
 
 
-def fused_convolution(host: Any, x: Tensor, served: Served) -> Tensor | None:
+class ConvolutionHost(Protocol):
+    """A frozen convolution."""
+
+    weight: Tensor
+    bias: Tensor | None
+    groups: int
+
+    @property
+    def geometry(self) -> Geometry | None: ...
+
+    def base_forward(self, x: Tensor) -> Tensor: ...
+
+
+def fused_convolution(host: ConvolutionHost, x: Tensor, served: Served) -> Tensor | None:
     """The adapted layer's output for x (N, C_in, s...), or None where only the plain path will do: padding with other
     values than zeros, no batch dimension, groups in 16 bit or off the CPU."""
-    if host.geometry is None:
+    if (geometry := host.geometry) is None:
         return None
     x = autocast_input(x)
     if x.dim() != host.weight.dim() or not x.numel() or not _fits(host, x):
         return None
-    outs = [_output(host, terms, x if rows is None else x[rows]) for terms, rows in served]
+    outs = [_output(host, geometry, terms, x if rows is None else x[rows]) for terms, rows in served]
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
-def _fits(host: Any, x: Tensor) -> bool:
+def _fits(host: ConvolutionHost, x: Tensor) -> bool:
     """Whether the dtypes agree (else the plain path raises torch's own error) and groups can be merged."""
     agrees = x.dtype in (host.weight.dtype, autocast_dtype(x.device.type))
     return agrees and (host.groups == 1 or is_exact(x, host.weight))
 
 
-def _output(host: Any, terms: Terms | None, x: Tensor) -> Tensor:
+def _output(host: ConvolutionHost, geometry: Geometry, terms: Terms | None, x: Tensor) -> Tensor:
     if terms is None:
-        base: Tensor = host.base_forward(x)
-        return base
+        return host.base_forward(x)
     share = Share(None, terms)
     kind = terms.norm is not None, share.p > 0, is_exact(x, host.weight)
     rank = terms.B.shape[0]
     shapes = host.weight.shape, x.shape
-    way = Way(host.geometry, share, *shortest(host.geometry, rank, *kind, *shapes, terms.A.requires_grad))
-    out: Tensor = _Convolved.apply(way, x, host.weight, host.bias, *terms.factors)
-    return out
+    way = Way(geometry, share, *shortest(geometry, rank, *kind, *shapes, terms.A.requires_grad))
+    return _Convolved.apply(way, x, host.weight, host.bias, *terms.factors)
 
 
-class _Convolved(torch.autograd.Function):
+class _Context(Context, Protocol):
+    way: Way
+    like: tuple[torch.Size, torch.dtype]
+
+
+class _Convolved(TensorFunction):
     """(way, x (N, C_in, s...), W, bias (C_out,) or None, A, B, magnitude (C_out,) or None) -> (N, C_out, t...)"""
 
     @staticmethod
-    def forward(ctx: Any, way: Way, x: Tensor, weight: Tensor, bias: Any, *factors: Any) -> Tensor:
+    def forward(
+        ctx: _Context,
+        way: Way,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        magnitude: Tensor | None,
+    ) -> Tensor:
+        factors = A, B, magnitude
         with without_autocast(x.device.type):
             bias = None if bias is None else as_dtype(bias, x.dtype)
             out, z, product = (_dense if way.dense else _narrow)(way, x, as_dtype(weight, x.dtype), bias, *factors)
@@ -81,7 +109,7 @@ class _Convolved(torch.autograd.Function):
 
     @staticmethod
     @first_derivative_only(_INSTEAD)
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weight, A, B, magnitude, x, *kept = ctx.saved_tensors
         shape, dtype = ctx.like
         grad = as_dtype(grads[0], dtype)
@@ -93,8 +121,10 @@ class _Convolved(torch.autograd.Function):
         return None, dx, None, None, *found
 
 
-def _dense(way: Way, x: Tensor, weight: Tensor, bias: Any, *factors: Any) -> tuple[Tensor, None, None]:
-    own, change = way.kernels(weight, *factors)
+def _dense(
+    way: Way, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, magnitude: Tensor | None
+) -> tuple[Tensor, None, None]:
+    own, change = way.kernels(weight, A, B, magnitude)
     out = way.geometry.output(x, own, bias)
     if change is not None:
         out += way.geometry.output(_dropped(x, way.share.mask(x)), change)
@@ -102,7 +132,7 @@ def _dense(way: Way, x: Tensor, weight: Tensor, bias: Any, *factors: Any) -> tup
 
 
 def _dense_gradients(
-    way: Way, needs: Sequence[bool], grad: Tensor, x: Tensor, weight: Tensor, factors: tuple[Any, ...], kept: Any
+    way: Way, needs: Sequence[bool], grad: Tensor, x: Tensor, weight: Tensor, factors: Factors, kept: Sequence[Tensor]
 ) -> tuple[Tensor | None, ...]:
     own, change = way.kernels(weight, *factors)
     mask, trains = way.share.mask(x), any(needs[1:])
@@ -119,7 +149,7 @@ def _dense_gradients(
 
 
 def _factor_gradients(
-    way: Way, needs: Sequence[bool], change: Tensor, weight: Tensor, A: Tensor, B: Tensor, magnitude: Any
+    way: Way, needs: Sequence[bool], change: Tensor, weight: Tensor, A: Tensor, B: Tensor, magnitude: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """dA, dB, dmagnitude for ∂loss/∂(ratio ∘ V) = change (C_out, K)"""
     groups, dm = way.geometry.groups, None
@@ -134,7 +164,7 @@ def _factor_gradients(
 
 
 def _narrow(
-    way: Way, x: Tensor, weight: Tensor, bias: Any, A: Tensor, B: Tensor, magnitude: Tensor | None
+    way: Way, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, magnitude: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The output, z (N, r, t...) and, for DoRA, what ratio multiplies (N, C_out, t...)."""
     share, convolve = way.share, way.geometry.output
@@ -159,7 +189,7 @@ def _narrow(
 
 
 def _narrow_gradients(
-    way: Way, needs: Sequence[bool], grad: Tensor, x: Tensor, weight: Tensor, factors: tuple[Any, ...], kept: Any
+    way: Way, needs: Sequence[bool], grad: Tensor, x: Tensor, weight: Tensor, factors: Factors, kept: Sequence[Tensor]
 ) -> tuple[Tensor | None, ...]:
     (A, B, magnitude), (z, product), share, flat = factors, kept, way.share, grad.flatten(2)
     weights = share.factor if magnitude is None else (magnitude / share.norm).mul_(share.factor)
@@ -167,7 +197,7 @@ def _narrow_gradients(
     if needs[2]:
         found = torch.addbmm(flat.new_empty(B.shape), z.flatten(2), flat.mT, beta=0)
         dB = as_dtype(found, B.dtype).mul_(weights)
-    if needs[3]:
+    if needs[3] and magnitude is not None:
         dm = (grad * product).flatten(2).sum((0, 2), dtype=magnitude.dtype).mul_(share.boost / share.norm)
     if needs[0] or needs[1]:
         into = as_dtype(B * weights, grad.dtype).expand(len(grad), -1, -1)

@@ -7,10 +7,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
+
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+
+
+class Convolution(Protocol):
+    """torch's _ConvNd."""
+
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: PaddingMode
+    _reversed_padding_repeated_twice: list[int]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -24,7 +37,7 @@ class Geometry:
     groups: int
 
     @classmethod
-    def of(cls, layer: Any) -> Geometry | None:
+    def of(cls, layer: Convolution) -> Geometry | None:
         """None for a padding that a convolution alone cannot do."""
         around = layer._reversed_padding_repeated_twice  # (last before, last after, ..., first before, first after)
         if layer.padding_mode != "zeros" or around[::2] != around[1::2]:

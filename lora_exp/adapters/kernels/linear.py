@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,10 +24,13 @@ from lora_exp.adapters.kernels.terms import Share, Terms, as_dtype
 from lora_exp.adapters.numerics.autocast import autocast_dtype, autocast_input, without_autocast
 from lora_exp.adapters.numerics.first_derivative import first_derivative_only, no_forward_mode
 from lora_exp.adapters.numerics.matmul import runs_wide, times, times_transposed, uses_onednn
+from lora_exp.adapters.numerics.typed_torch import Context, TensorFunction
 
 _AS_IT_IS = nullcontext()
 _INSTEAD = "run forward inside lora_exp.adapters.use_reference()"
 Served = Sequence[tuple[Terms | None, slice | None]]  # each with its slice of the leading dimension; None is all of it
+
+_Flat = Sequence[Any]  # A, B and magnitude, a tensor or None, of part after part
 
 
 def fused_linear(host: Host, x: Tensor, served: Served) -> Tensor:
@@ -37,8 +40,7 @@ def fused_linear(host: Host, x: Tensor, served: Served) -> Tensor:
     x = autocast_input(x)
     wide = _is_wide(host, x)
     call = _Call(host, [share for share, _ in parts], wide, wide or _is_by_onednn(host, x))
-    out: Tensor = _Adapted.apply(call, x, *(factor for _, terms in parts for factor in terms.factors))
-    return out
+    return _Adapted.apply(call, x, *(factor for _, terms in parts for factor in terms.factors))
 
 
 def _flat_rows(rows: slice | None, each: int) -> slice | None:
@@ -77,11 +79,16 @@ class _Call:
         return weight if self.host.out_axis == 0 else weight.T
 
 
-class _Adapted(torch.autograd.Function):
+class _Context(Context, Protocol):
+    call: _Call
+    like: tuple[torch.Size, torch.dtype]
+
+
+class _Adapted(TensorFunction):
     """(call, x (..., K), A (K, r), B (r, N), magnitude (N,) or None, A, B, ...) -> (..., N)"""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, x: Tensor, *factors: Any) -> Tensor:
+    def forward(ctx: _Context, call: _Call, x: Tensor, *factors: Tensor | None) -> Tensor:
         with without_autocast(x.device.type) if call.wide else _AS_IT_IS:
             out, kept = _output(call, call.inside(x), factors)
         needs, weight = ctx.needs_input_grad[2:], call.host.weight
@@ -102,13 +109,13 @@ class _Adapted(torch.autograd.Function):
 
     @staticmethod
     @first_derivative_only(_INSTEAD)
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad = grads[0]
         with without_autocast(grad.device.type):
             return _gradients(ctx, grad)
 
 
-def _output(call: _Call, x: Tensor, factors: Sequence[Any]) -> tuple[Tensor, list[Tensor | None]]:
+def _output(call: _Call, x: Tensor, factors: _Flat) -> tuple[Tensor, list[Tensor | None]]:
     """The output (M, N) for x (M, K), and z and the product of each part."""
     parts = call.parts
     kept: list[Tensor | None] = []
@@ -129,7 +136,7 @@ def _with_bias(host: Host, base: Tensor, parts: Sequence[Share]) -> Tensor:
     return out
 
 
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _gradients(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, *rest = ctx.saved_tensors
     call, (shape, dtype) = ctx.call, ctx.like
     parts, G, needs = call.parts, call.inside(grad), ctx.needs_input_grad[1:]
@@ -150,13 +157,14 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return None, None if dx is None else as_dtype(dx, dtype).view(shape), *found
 
 
-def _joined(grad: Tensor, parts: Sequence[Share], weighted: Sequence[Any]) -> Tensor:
+def _joined(grad: Tensor, parts: Sequence[Share], weighted: Sequence[Tensor | None]) -> Tensor:
     """What W takes back to dx: G, or g∘G in the rows of DoRA without dropout."""
     if parts[0].rows is None:
-        return weighted[0] if parts[0].scales_base else grad
+        return grad if weighted[0] is None or not parts[0].scales_base else weighted[0]
     changed = [(part.rows, rows) for part, rows in zip(parts, weighted, strict=True) if part.scales_base]
     out = grad.clone() if changed else grad
     for rows, seen in changed:
+        assert seen is not None
         out[rows] = seen
     return out
 

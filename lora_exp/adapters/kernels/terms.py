@@ -14,6 +14,8 @@ from torch import Tensor
 
 from lora_exp.adapters.numerics.dropout import dropout_mask, keep_share
 
+Factors = tuple[Tensor, Tensor, Tensor | None]  # A, B, magnitude
+
 
 @dataclasses.dataclass(slots=True)
 class Terms:
@@ -33,7 +35,7 @@ class Terms:
     norm: Tensor | None = None
 
     @property
-    def factors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+    def factors(self) -> Factors:
         return self.A, self.B, self.magnitude
 
 

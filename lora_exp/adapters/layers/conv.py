@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_exp.adapters.kernels.conv import Served, fused_convolution
-from lora_exp.adapters.kernels.conv_ops import Geometry
+from lora_exp.adapters.kernels.conv_ops import Geometry, PaddingMode
 from lora_exp.adapters.layers.adapted import LoRALayerBase
 from lora_exp.adapters.layers.registry import adapts
 
@@ -33,6 +33,10 @@ class _LoRAConv(LoRALayerBase):
     in_channels: int
     out_channels: int
     kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding_mode: PaddingMode
+    _reversed_padding_repeated_twice: list[int]
 
     def __init__(
         self,
@@ -106,13 +110,12 @@ class _LoRAConv(LoRALayerBase):
         return values.view(-1, *[1] * self._extents)
 
     def peft_refusal(self) -> str | None:
-        convolution: Any = self
         if self.groups > 1:
             return f"a convolution with groups={self.groups}, whose A PEFT does not group"
-        if any(step != 1 for step in convolution.dilation):
-            return f"a convolution with dilation={tuple(convolution.dilation)}, which PEFT's A drops"
-        if convolution.padding_mode != "zeros":
-            return f"a convolution with padding_mode={convolution.padding_mode!r}, which PEFT's A drops"
+        if any(step != 1 for step in self.dilation):
+            return f"a convolution with dilation={tuple(self.dilation)}, which PEFT's A drops"
+        if self.padding_mode != "zeros":
+            return f"a convolution with padding_mode={self.padding_mode!r}, which PEFT's A drops"
         return None
 
     def peft_factors(self, lora_A: Tensor, lora_B: Tensor) -> dict[str, Tensor]:

@@ -38,7 +38,7 @@ def first_derivative_only(instead: str) -> Callable[[Backward], Backward]:
             # What it depends on goes in as well, so that whoever differentiates along there comes past the refusal.
             needed = [x for x in (*once.saved_tensors, *grads) if isinstance(x, torch.Tensor) and x.requires_grad]
             refuse = torch._C._functions.DelayedError(message.encode(), len(values) + len(needed))
-            refused: tuple[Tensor | None, ...] = refuse(*values, *needed)  # type: ignore[operator]
+            refused: tuple[Tensor | None, ...] = refuse(*values, *needed)  # type: ignore[arg-type]
             return refused[: len(values)]
 
         return run

@@ -63,7 +63,9 @@ def constants(module: nn.Module, weight: Tensor) -> list[Tensor]:
     if not is_quantised(weight):
         return []
     own = cast(EightBit, weight).SCB
-    return [cast(EightBit, module.state).SCB if own is None else own]
+    found = cast(EightBit, module.state).SCB if own is None else own
+    assert found is not None
+    return [found]
 
 
 def bring_constants(weight: nn.Parameter) -> None:

@@ -56,7 +56,7 @@ def checkpoint_frames() -> tuple[list[object], object, Hook | None]:
     """Frames of the blocks that run for the first time here, innermost first, up to a block that is replayed;
     its frame; and the hook of that replay (both None if there is none)."""
     fresh: list[object] = []
-    below: list[tuple[Hook, Hook]] = []
+    below = []
     found: tuple[object, Hook | None] = None, None
     try:
         while (hooks := _get_hooks(True)) is not None:

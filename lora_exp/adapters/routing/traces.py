@@ -45,10 +45,10 @@ class Traces:
             if (place := self._regions.get(frame)) is not None:
                 place.inner.append(calls)
 
-    def replay(self, thread: Thread, top: Hook | None, task: int, *now: object) -> Replay | None:
+    def replay(self, thread: Thread, top: Hook | None, task: int, merged: str | None, evaluates: bool) -> Replay | None:
         """The replay that a call in the backward pass `task` is inside of; None in a call that is none.
 
-        `now`: what `Place.replay` compares with.
+        `merged` and `evaluates` are what `Place.replay` compares with.
         """
         if top is not None:
             if (known := thread.replays.get(top)) is not None:
@@ -56,7 +56,7 @@ class Traces:
             _, frame, hook = checkpoint_frames()
             if hook is not None:
                 if hook not in thread.replays:
-                    thread.replays[hook] = self._place_of(frame).replay(*now)
+                    thread.replays[hook] = self._place_of(frame).replay(merged, evaluates)
                 return thread.replays[hook]
         number = node_number()
         if number is None:
@@ -65,7 +65,7 @@ class Traces:
             place = thread.spans.place_after(number) or self._others_place(thread, number)
             if place is None and is_at_checkpoint():
                 raise RuntimeError(_UNSEEN)
-            thread.reentrant = (task, number), None if place is None else place.replay(*now)
+            thread.reentrant = (task, number), None if place is None else place.replay(merged, evaluates)
         return thread.reentrant[1]
 
     def forget(self, name: str, instead: Plan) -> None:
