@@ -7,7 +7,7 @@ The library's names are imported from ``lora_exp.adapters`` when first used, so 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lora_exp.adapters import (
@@ -34,9 +34,10 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in __all__:
-        return getattr(importlib.import_module("lora_exp.adapters"), name)
+        found: object = getattr(importlib.import_module("lora_exp.adapters"), name)
+        return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

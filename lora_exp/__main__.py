@@ -9,7 +9,6 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -83,7 +82,7 @@ def main() -> None:
 
 def _finished(job: Job, composed: DictConfig) -> float:
     """The job's objective, once its end is written down, whatever that is."""
-    values: dict[str, Any] = {}
+    values: dict[str, object] = {}
     (job.folder / RESULT_FILE).unlink(missing_ok=True)  # an earlier job's, which this one replaces
     try:
         composing.check_composed(composed)
@@ -147,7 +146,11 @@ def _yaml(composed: DictConfig) -> str:
 
 
 def _finish(
-    job: Job, values: dict[str, Any], status: str, result: Result | PlanResult | None = None, error: str | None = None
+    job: Job,
+    values: dict[str, object],
+    status: str,
+    result: Result | PlanResult | None = None,
+    error: str | None = None,
 ) -> None:
     try:
         write_outcome(job.folder, Outcome(job.number, status, job.overrides, values, result, error))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import math
 from dataclasses import asdict
-from typing import Any
 
 from lora_exp.backends import backends, trained
 from lora_exp.config import (
@@ -167,7 +166,7 @@ def _not_among(key: str, value: str, choices: tuple[str, ...]) -> list[str]:
     return [] if value in choices else [f"{key}={value} is not known: choose one of {', '.join(choices)}"]
 
 
-def _is_names(targets: Any) -> bool:
+def _is_names(targets: object) -> bool:
     if isinstance(targets, str):
         return bool(targets)
     return isinstance(targets, list) and bool(targets) and all(isinstance(name, str) and name for name in targets)

@@ -290,11 +290,11 @@ def data_section(composed: DictConfig) -> DataConfig:
     return section
 
 
-def resolve_alpha(alpha: Any, rank: int) -> float:
+def resolve_alpha(alpha: object, rank: int) -> float:
     """Alpha as a number: 16 → 16.0, ``"2r"`` → 2 · rank. Raises UserError for anything else."""
     multiple = re.fullmatch(r"\s*(\d+(?:\.\d+)?)?\s*r\s*", str(alpha))
     try:
-        value = float(multiple[1] or 1) * rank if multiple else float(alpha)
+        value = float(multiple[1] or 1) * rank if multiple else float(str(alpha))
     except (TypeError, ValueError):
         value = math.nan
     if isinstance(alpha, bool) or not math.isfinite(value) or value <= 0:
@@ -320,7 +320,7 @@ def uses_rslora(config: Config) -> bool:
     return config.scaling.name == "rslora"
 
 
-def flat_values(config: Config) -> dict[str, Any]:
+def flat_values(config: Config) -> dict[str, object]:
     """The config as short names and plain values: what a run is listed and compared by.
 
     A group stands under its own name (``model``, ``adapter``, …), its other fields as ``group.field``.
@@ -340,7 +340,7 @@ def flat_values(config: Config) -> dict[str, Any]:
     return values
 
 
-def _flat_section(group: str, section: dict[str, Any]) -> dict[str, Any]:
+def _flat_section(group: str, section: dict[str, object]) -> dict[str, object]:
     if group == "tracking":
         return {}
     if group == "machine":

@@ -30,7 +30,7 @@ def unknown_key(path: str, place: str = "", data_kind: str | None = None) -> str
 
     ``place`` is the file that it stands in. Below ``data`` are the fields of ``data_kind``; None: those of any kind.
     """
-    kind: Any = Config
+    kind: object = Config
     parts = re.sub(r"\[(.*?)\]", r".\1", path).split(".")
     for depth, part in enumerate(parts):
         section = _section(kind)
@@ -51,14 +51,15 @@ def unknown_keys(composed: DictConfig) -> list[str]:
     kind = str(composed.data.kind)
     if problem := data_kinds.problem(kind):
         return [problem]
-    given: Any = OmegaConf.to_container(composed.data)
-    data = [f"data.{name}{below}" for name, value in given.items() for below in _below_mapping(value)]
+    given = OmegaConf.to_container(composed.data)
+    assert isinstance(given, dict)
+    data = [f"data.{name!s}{below}" for name, value in given.items() for below in _below_mapping(value)]
     paths = [path for path in _paths(composed) if path.partition(".")[0] not in ("hydra", "data")]
     found = (unknown_key(path, data_kind=kind) for path in [*paths, *data])
     return [problem for problem in found if problem]
 
 
-def _below_mapping(value: Any) -> list[str]:
+def _below_mapping(value: object) -> list[str]:
     return [f".{name}" for name in value] if isinstance(value, dict) and value else [""]
 
 
@@ -71,7 +72,7 @@ def wrong_data(composed: DictConfig) -> list[str]:
     return []
 
 
-def wrong_value(path: str, value: Any, place: str = "") -> str:
+def wrong_value(path: str, value: object, place: str = "") -> str:
     """What the known key ``path`` wants instead of ``value``."""
     name, index = re.fullmatch(r"(.*?)((?:\[\w+\])*)", path).groups()  # type: ignore[union-attr]
     kind, default = _looked_up(name)
@@ -88,7 +89,7 @@ def nearest(name: str, among: list[str]) -> list[str]:
     return [other for other in near if _likeness(name, other) > best - 0.15]
 
 
-def _meant(parts: list[str], depth: int, known: dict[str, Any], data_kind: str | None) -> str:
+def _meant(parts: list[str], depth: int, known: dict[str, object], data_kind: str | None) -> str:
     siblings = list(known)
     above = ".".join([*parts[:depth], ""])[:]
     near = [above + name for name in nearest(parts[depth], siblings)] if depth == len(parts) - 1 else []
@@ -113,7 +114,7 @@ def _below(section: type, prefix: str, data_kind: str | None) -> Iterator[str]:
             yield from _below(deeper, f"{prefix}{name}.", data_kind)
 
 
-def _fields(section: type, data_kind: str | None = None) -> dict[str, Any]:
+def _fields(section: type, data_kind: str | None = None) -> dict[str, object]:
     """The annotations of a section's fields; of ``data``, those of its kind, or of every kind."""
     kinds = [section]
     if section is DataConfig:
@@ -122,14 +123,14 @@ def _fields(section: type, data_kind: str | None = None) -> dict[str, Any]:
     return {field.name: hints[field.name] for kind in kinds for field in fields(kind)}
 
 
-def _section(kind: Any) -> type | None:
+def _section(kind: object) -> type | None:
     """The dataclass behind an annotation such as ``PackagedConfig | None``."""
     return next(
         (option for option in (kind, *get_args(kind)) if isinstance(option, type) and is_dataclass(option)), None
     )
 
 
-def _is_open(kind: Any) -> bool:
+def _is_open(kind: object) -> bool:
     """Whether what is below is anybody's: a mapping, a list, or anything at all."""
     return any(option is Any or get_origin(option) in (dict, list) for option in (kind, *get_args(kind)))
 
@@ -154,9 +155,10 @@ def _has_schema(node: DictConfig) -> bool:
     return kind is not None and is_dataclass(kind)
 
 
-def _looked_up(path: str) -> tuple[Any, Any]:
+def _looked_up(path: str) -> tuple[object, object]:
     """The annotation of a known key, and its default."""
-    kind, field = Config, None
+    kind: object = Config
+    field: Field[object] | None = None
     for part in path.split("."):
         section = _section(kind)
         if section is None or part not in (hints := _fields(section)):
@@ -166,14 +168,14 @@ def _looked_up(path: str) -> tuple[Any, Any]:
     return kind, _default(field) if field else None
 
 
-def _default(field: Field[Any]) -> Any:
+def _default(field: Field[object]) -> object:
     if field.default_factory is not NO_DEFAULT:
         made = field.default_factory()
         return None if is_dataclass(made) or not made else made
     return None if field.default in (NO_DEFAULT, omegaconf.MISSING) else field.default
 
 
-def _named(kind: Any) -> str:
+def _named(kind: object) -> str:
     for option in (kind, *get_args(kind)):
         if (name := _TYPES.get(get_origin(option) or option)) is not None:
             return name
@@ -181,7 +183,7 @@ def _named(kind: Any) -> str:
     return f"a section with {', '.join(_fields(section))}" if section else "what it may be"
 
 
-def _as_typed(value: Any) -> str:
+def _as_typed(value: object) -> str:
     """As one would write it on the command line."""
     if value is None:
         return "null"

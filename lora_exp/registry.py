@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 from lora_exp.errors import UserError
 
@@ -19,7 +19,7 @@ class Registry(Generic[_Entry]):
     def __init__(self, key: str, home: str) -> None:
         self.key = key
         self._home = home
-        self._entries: dict[str, Any] = {}
+        self._entries: dict[str, object] = {}
 
     def add(self, name: str) -> Callable[[_Given], _Given]:
         """Decorator of a class or function: this is what ``key=name`` means."""
@@ -39,8 +39,7 @@ class Registry(Generic[_Entry]):
         """Raises UserError for a name that is not known."""
         if problem := self.problem(name):
             raise UserError(problem)
-        found: _Entry = self._entries[name]
-        return found
+        return cast(_Entry, self._entries[name])
 
     def names(self) -> list[str]:
         home = importlib.import_module(self._home)
@@ -55,9 +54,9 @@ class Registry(Generic[_Entry]):
         return f"{self.key}={name} is not known: choose one of {', '.join(self.names())}"
 
 
-def _module(entry: Any) -> str:
+def _module(entry: object) -> str:
     return str(entry.__module__)
 
 
-def _place(entry: Any) -> str:
-    return f"{_module(entry)}.{entry.__qualname__}"
+def _place(entry: object) -> str:
+    return f"{_module(entry)}.{getattr(entry, '__qualname__', '')}"

@@ -12,14 +12,14 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from torch import nn
 
 from lora_exp import models
 from lora_exp.backends import Adapted, Origin, adapt
 from lora_exp.config import Config, flat_values
-from lora_exp.data import Data, kind_of, load_data
+from lora_exp.data import Data, Tokenizer, kind_of, load_data
 from lora_exp.job import METRICS_FILE, Job, Result, shown
 from lora_exp.machine import signals
 from lora_exp.machine.cache import file_sha256
@@ -132,7 +132,7 @@ def _show(data: Data, config: Config, place: Place, model: nn.Module, rows: int)
     model.train(was_training)
 
 
-def _origin(config: Config, digest: str, tokenizer: Callable[[], Any]) -> Origin:
+def _origin(config: Config, digest: str, tokenizer: Tokenizer) -> Origin:
     """A path of the user's own keeps its name; the cache's copy of a packaged model has the hub's."""
     name = None if config.model.path else config.model.name
     needed = tokenizer if kind_of(config.data).needs_tokenizer else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 from lora_exp.adapters.patterns import full_match, suffix_match
 from lora_exp.errors import UserError
@@ -54,9 +53,9 @@ class LoraConfig:
     layer_types: tuple[str, ...] = ("linear",)
     dora_detach_norm: bool = True
     variant: str = "lora"
-    variant_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    variant_options: Mapping[str, object] = dataclasses.field(default_factory=dict)
     start: str = "default"
-    start_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    start_options: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._settle_dora()
@@ -88,7 +87,7 @@ class LoraConfig:
     def scale(self) -> float:
         return scaling_factor(self.rank, self.lora_alpha, self.use_rslora)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return dataclasses.asdict(self)
 
 
@@ -96,7 +95,7 @@ def scaling_factor(rank: int, alpha: float, use_rslora: bool) -> float:
     return alpha / math.sqrt(rank) if use_rslora else alpha / rank
 
 
-def check_factors(rank: Any, alpha: Any, dropout: Any) -> None:
+def check_factors(rank: object, alpha: object, dropout: object) -> None:
     """Raise one ValueError that names everything wrong with a layer's rank, alpha and dropout."""
     found = [
         *_rank_problems("rank", rank),
@@ -107,9 +106,9 @@ def check_factors(rank: Any, alpha: Any, dropout: Any) -> None:
         raise UserError("; ".join(found))
 
 
-def _plain_list(value: Any) -> Any:
+def _plain_list(value: object) -> object:
     """A list out of whatever sequence a config file or a set gave; strings, ints and None stay."""
-    if value is None or isinstance(value, (str, int)):
+    if value is None or isinstance(value, (str, int)) or not isinstance(value, Iterable):
         return value
     return sorted(value) if isinstance(value, (set, frozenset)) else list(value)
 
@@ -131,14 +130,14 @@ def _problems(config: LoraConfig) -> Iterable[str]:
     yield from _pattern_problems(config)
 
 
-def _rank_problems(name: str, rank: Any) -> Iterable[str]:
+def _rank_problems(name: str, rank: object) -> Iterable[str]:
     if isinstance(rank, bool) or not isinstance(rank, int):
         yield f"{name}={rank!r} is not a whole number; use an integer of at least 1"
     elif rank < 1:
         yield f"{name}={rank} leaves nothing to train; use an integer of at least 1"
 
 
-def _alpha_problems(name: str, alpha: Any) -> Iterable[str]:
+def _alpha_problems(name: str, alpha: object) -> Iterable[str]:
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
         yield f"{name}={alpha!r} is not a number; use a positive number such as 16"
     elif not (math.isfinite(alpha) and alpha > 0):
@@ -147,7 +146,7 @@ def _alpha_problems(name: str, alpha: Any) -> Iterable[str]:
         yield f"{name}={alpha} would drown the base in the adapter; use at most {LARGEST_ALPHA:,}"
 
 
-def _dropout_problems(dropout: Any) -> Iterable[str]:
+def _dropout_problems(dropout: object) -> Iterable[str]:
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)):
         yield f"lora_dropout={dropout!r} is not a number; use a probability in [0, 1)"
     elif not 0.0 <= dropout < 1.0:

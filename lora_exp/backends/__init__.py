@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from lora_exp.backends.registry import Adapted, Origin, Way, backend, backends, trained, trains
 from lora_exp.config import Config
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import nn
+    from transformers import PreTrainedModel
 
 __all__ = ["Adapted", "Origin", "Way", "adapt", "backend", "backends", "trained", "trains"]
 
@@ -31,17 +32,18 @@ def adapt(base: nn.Module, config: Config, origin: Origin | None = None) -> Adap
 
     def save(folder: Path) -> None:
         adapted.save(folder)
-        if origin.tokenizer is not None:
-            origin.tokenizer().save_pretrained(folder)
+        if origin.tokenizer is not None and (tokenizer := origin.tokenizer()) is not None:
+            tokenizer.save_pretrained(folder)
         _open_as_umask_says(folder)
 
     return replace(adapted, base_weight_bytes=stored, base_parameters=count, save=save)
 
 
-def _name(base: Any, origin: Origin) -> None:
+def _name(base: nn.Module, origin: Origin) -> None:
     """Adapters of both backends say which base they are for by the name that the model has for itself."""
     if origin.name and hasattr(base, "name_or_path"):
-        base.config._name_or_path = base.name_or_path = origin.name
+        own = cast("PreTrainedModel", base)
+        own.config._name_or_path = own.name_or_path = origin.name
 
 
 def _open_as_umask_says(folder: Path) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import re
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_exp.backends.registry import Adapted, Origin, Way, backend
 from lora_exp.backends.targets import lora_config, targeted
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import nn
+
+    from lora_exp.adapters import LoraConfig
 
 
 @backend("peft")
@@ -40,9 +42,9 @@ class Peft(Way):
         asked = peft.LoraConfig(
             r=wanted.rank,
             target_modules=named,
-            lora_alpha=wanted.lora_alpha,
+            lora_alpha=wanted.lora_alpha,  # type: ignore[arg-type]  # as PEFT takes it
             lora_dropout=wanted.lora_dropout,
-            bias=wanted.bias,
+            bias=wanted.bias,  # type: ignore[arg-type]
             use_rslora=wanted.use_rslora,
             use_dora=wanted.use_dora,
             modules_to_save=wanted.modules_to_save,
@@ -77,17 +79,17 @@ def _said_plainly() -> Iterator[None]:
         raise UserError(f"backend=peft refuses ({reason}): use backend=native, or other targets") from error
 
 
-def _check_peft_trains(wanted: Any, config: Config) -> None:
+def _check_peft_trains(wanted: LoraConfig, config: Config) -> None:
     from lora_exp.adapters.variants.registry import variant_named
 
     if not vars(variant_named(wanted.variant)).get("peft_trains", False):
         raise UserError(f"backend=peft does not train adapter={config.adapter.name} here: use backend=native")
 
 
-def _check_peft_can(layers: dict[str, nn.Module], wanted: Any) -> None:
+def _check_peft_can(layers: dict[str, nn.Module], wanted: LoraConfig) -> None:
     """PEFT 0.21 trains these convolutions on another geometry than the base's, or cannot merge them."""
     for name, module in layers.items():
-        weight: Any = module.weight
+        weight = module.get_parameter("weight")
         if wanted.use_dora and weight.device.type == "cpu" and type(weight).__name__ == "Int8Params":
             raise UserError(
                 f"backend=peft cannot train {name}: PEFT's DoRA loses int8 constants on a CPU after the first pass: "

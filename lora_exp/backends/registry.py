@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_exp.config import Config
 from lora_exp.registry import Registry
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor, nn
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Origin:
 
     name: str | None = None
     files_sha256: str | None = None
-    tokenizer: Callable[[], Any] | None = None
+    tokenizer: Callable[[], PreTrainedTokenizerBase | None] | None = None
     dense_weights: Callable[[str], Tensor] | None = None
     show: Callable[[nn.Module, int], None] | None = None
 

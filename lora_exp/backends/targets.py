@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_exp.backends.registry import Adapted, Origin, Way, backends, trains
 from lora_exp.config import Config, conf_folder, default_targets, resolve_alpha, uses_rslora
@@ -10,6 +10,8 @@ from lora_exp.errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from lora_exp.adapters import LoraConfig
 
 
 @trains("adapter")
@@ -36,11 +38,12 @@ class Adapter(Way):
 def target_modules(config: Config) -> list[str] | str | None:
     """``targets`` if set, else the model's own for the layer type, else None: all of that type but the head."""
     if config.targets is not None:
-        return config.targets
+        targets: list[str] | str = config.targets
+        return targets
     return default_targets(config) or None
 
 
-def lora_config(config: Config) -> Any:
+def lora_config(config: Config) -> LoraConfig:
     from lora_exp.adapters import LoraConfig
 
     return LoraConfig(
@@ -59,7 +62,7 @@ def lora_config(config: Config) -> Any:
     )
 
 
-def targeted(base: nn.Module, config: Config, wanted: Any) -> dict[str, nn.Module]:
+def targeted(base: nn.Module, config: Config, wanted: LoraConfig) -> dict[str, nn.Module]:
     """The layers that will be adapted, all of the type that ``layer`` says: else the run would be mislabelled."""
     from lora_exp.adapters.inspection.traversal import base_modules
     from lora_exp.adapters.layers.registry import layer_class_for

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_exp.backends.registry import Adapted, Origin, Way, trains
 from lora_exp.config import Config
@@ -90,12 +90,13 @@ def say_ties(base: nn.Module, chosen: dict[str, nn.Parameter]) -> None:
             log.info(f"{name} is also {other}: training one trains both")
 
 
-def save_weights(base: Any, chosen: dict[str, nn.Parameter], folder: Path) -> None:
+def save_weights(base: nn.Module, chosen: dict[str, nn.Parameter], folder: Path) -> None:
     from lora_exp.adapters.files.safetensors import write_tensors
 
     whole = len(chosen) == len(list(base.parameters()))
-    if whole and hasattr(base, "save_pretrained"):
-        base.save_pretrained(folder)  # unties shared weights as safetensors needs it
+    save = getattr(base, "save_pretrained", None)
+    if whole and callable(save):
+        save(folder)  # unties shared weights as safetensors needs it
         return
     write_tensors(folder / "weights.safetensors", base.state_dict() if whole else chosen, {})
 

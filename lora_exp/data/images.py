@@ -35,7 +35,7 @@ _FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Table(Dataset):
+class Table(Dataset[dict[str, Tensor]]):
     """``pixels`` uint8 (N, 1, S, S) and ``labels`` int64 (N,); a row has both of one image."""
 
     pixels: Tensor

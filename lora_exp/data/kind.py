@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from lora_exp.config import DataConfig, data_kinds
 from lora_exp.errors import UserError
@@ -18,11 +18,13 @@ from lora_exp.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.utils.data import Dataset
+    from transformers import PreTrainedTokenizerBase
 
     from lora_exp.training.metrics import RowLosses
 
 Batch = Mapping[str, "Tensor"]
 Row = dict[str, "Tensor"]
+Tokenizer = Callable[[], "PreTrainedTokenizerBase | None"]  # loads it; None for kinds of data that ask for none
 _Kind = TypeVar("_Kind", bound="type[DataKind]")
 
 
@@ -33,8 +35,8 @@ class Data:
     ``shape``: what the model must be made to fit, such as its number of classes.
     """
 
-    train: Dataset[Any]
-    validation: Dataset[Any]
+    train: Dataset[Row]
+    validation: Dataset[Row]
     rows: str
     shape: Mapping[str, int] = field(default_factory=dict)
 
@@ -88,7 +90,7 @@ class DataKind(DataConfig):
 
     # The data
 
-    def load(self, tokenizer: Callable[[], Any]) -> Data:
+    def load(self, tokenizer: Tokenizer) -> Data:
         """The rows; ``tokenizer()`` loads the model's. Raises UserError for data that cannot be had or used."""
         raise NotImplementedError
 

@@ -8,13 +8,14 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_exp.errors import UserError
 
 if TYPE_CHECKING:
     from lora_exp.data.kinds.text import Text
 
+Record = dict[str, object]
 _MOST_SHOWN = 60
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -42,15 +43,15 @@ def read_text(file: Path) -> str:
 def _documents(file: Path, section: Text) -> Iterator[str]:
     records = _records(file, section)
     if not section.group_by:
-        yield from (record[section.text_field] for record in records)
+        yield from (str(record[section.text_field]) for record in records)
         return
     for shared, group in itertools.groupby(records, key=lambda record: tuple(record[n] for n in section.group_by)):
-        texts = [record[section.text_field] for record in group if record[section.text_field].strip()]
+        texts = [text for record in group if (text := str(record[section.text_field])).strip()]
         if texts:
             yield "\n".join([" ".join(map(str, shared)), *texts])
 
 
-def _records(file: Path, section: Text) -> Iterable[dict[str, Any]]:
+def _records(file: Path, section: Text) -> Iterable[Record]:
     for number, line in enumerate(read_text(file).split("\n"), start=1):
         if not line.strip():
             continue
@@ -67,7 +68,7 @@ def _records(file: Path, section: Text) -> Iterable[dict[str, Any]]:
         yield record
 
 
-def _check_text(record: dict[str, Any], section: Text, where: str) -> None:
+def _check_text(record: Record, section: Text, where: str) -> None:
     name, texts = section.text_field, [key for key, value in record.items() if isinstance(value, str)]
     if name not in record:
         raise UserError(_lacks(record, name, where, "data.text_field=", texts))
@@ -79,7 +80,7 @@ def _check_text(record: dict[str, Any], section: Text, where: str) -> None:
         raise UserError(f"{where}: {name} holds half of a surrogate pair, which is no character: mend the line")
 
 
-def _check_group(record: dict[str, Any], name: str, where: str) -> None:
+def _check_group(record: Record, name: str, where: str) -> None:
     if name not in record:
         raise UserError(_lacks(record, name, where, "data.group_by=", list(record)))
     if record[name] is None or isinstance(record[name], (list, dict)):
@@ -89,7 +90,7 @@ def _check_group(record: dict[str, Any], name: str, where: str) -> None:
         )
 
 
-def _lacks(record: dict[str, Any], name: str, where: str, key: str, fitting: list[str]) -> str:
+def _lacks(record: Record, name: str, where: str, key: str, fitting: list[str]) -> str:
     near = difflib.get_close_matches(name, fitting, n=1) or (fitting if len(fitting) == 1 else [])
     value = f"[{near[0]}]" if near and "group_by" in key else near[0] if near else "FIELD"
     has = f"it has {', '.join(map(str, list(record)[:20]))}" if record else "it is empty"
@@ -104,7 +105,7 @@ def _is_encodable(text: str) -> bool:
     return True
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     """A JSON value in words, such as "null", "the number 3", "the list [1, 2]"."""
     shown = json.dumps(value, ensure_ascii=False)
     shown = shown if len(shown) <= _MOST_SHOWN else f"{shown[:_MOST_SHOWN]}…"

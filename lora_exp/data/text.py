@@ -11,7 +11,7 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import datasets
 import torch
@@ -26,6 +26,8 @@ from lora_exp.machine.cache import cache_folder, file_sha256, made_once
 from lora_exp.machine.packaged import find_packaged, install_line
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from lora_exp.data.kinds.text import Text
 
 log = logging.getLogger(__name__)
@@ -43,7 +45,7 @@ class Blocks:
     validation: Dataset
 
 
-def load_blocks(section: Text, tokenizer: Any) -> Blocks:
+def load_blocks(section: Text, tokenizer: PreTrainedTokenizerBase) -> Blocks:
     """Read, split, tokenise and cut the text, or take the result from the cache.
 
     Of JSON Lines whole documents are held out, evenly spread over all files; of a text file its last part.
@@ -81,18 +83,19 @@ def _find_files(section: Text) -> list[Path]:
     return [packaged]
 
 
-def _key(section: Text, files: list[Path], tokenizer: Any) -> str:
+def _key(section: Text, files: list[Path], tokenizer: PreTrainedTokenizerBase) -> str:
+    fast = getattr(tokenizer, "backend_tokenizer", None) if tokenizer.is_fast else None
     parts = [
         _FORMAT,
         [(file_sha256(file), file.suffix.lower()) for file in files],
-        tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items()),
+        sorted(tokenizer.get_vocab().items()) if fast is None else fast.to_str(),
         tokenizer.eos_token_id,
         [section.text_field, list(section.group_by), section.block_size, section.val_fraction],
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
 
 
-def _tokenise(section: Text, files: list[Path], tokenizer: Any, folder: Path) -> None:
+def _tokenise(section: Text, files: list[Path], tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     train, validation = _split(section, files)
     splits = {
         "train": _blocks(train, "training", section, tokenizer),
@@ -125,7 +128,7 @@ def _split(section: Text, files: list[Path]) -> tuple[list[str], list[str]]:
     return train, validation
 
 
-def _blocks(texts: list[str], split: str, section: Text, tokenizer: Any) -> Dataset:
+def _blocks(texts: list[str], split: str, section: Text, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     encoded = tokenizer([text for text in texts if text.strip()] or [""], add_special_tokens=False)["input_ids"]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     tokens = list(itertools.chain.from_iterable(ids + end for ids in encoded if ids))

@@ -69,7 +69,7 @@ def resolve_device(device: str) -> torch.device:
 def computes_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 matrix products are native *and* the faster choice, which for a CPU is measured."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device.type == "cpu" and answers().bf16 == NATIVE
 
 

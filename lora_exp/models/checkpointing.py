@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from torch import nn
 
 from lora_exp.errors import UserError
 
+_OLD_NAME = "gradient_checkpointing_enable"
 
-def checkpoint_layers(model: Any, **options: Any) -> None:
+
+def checkpoint_layers(model: nn.Module, **options: object) -> None:
     """Let ``model`` keep only its layers' inputs for the backward pass, and recompute the rest there.
 
     Non-reentrant: the reentrant form trains nothing, silently, when no input of a layer needs a gradient, as with a
@@ -15,7 +17,8 @@ def checkpoint_layers(model: Any, **options: Any) -> None:
     layers cannot be recomputed.
     """
     try:  # transformers 5.23 renamed it
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        enable = enable or getattr(model, _OLD_NAME)
         enable({"use_reentrant": False, **options})
     except (ValueError, AttributeError) as error:
         raise UserError(f"train.gradient_checkpointing=true: {error}; set it to false for this model") from error

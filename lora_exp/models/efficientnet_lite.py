@@ -11,7 +11,6 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -68,13 +67,14 @@ def unloaded(section: ModelConfig, dtype: torch.dtype, shape: Mapping[str, int])
     return _classifier(model, torch.device("meta"), dtype, shape["classes"])
 
 
-def network(image_size: int) -> Any:
+def network(image_size: int) -> nn.Module:
     """The architecture with 1000 outputs and random weights. Its padding is that of images of this size.
 
     Its own dropout and stochastic depth are off: what is random in a run is the adapter's, lane by lane.
     """
     build = import_module(_PACKAGE).EfficientNet.from_name
-    return build(ARCHITECTURE, image_size=image_size, dropout_rate=0.0, drop_connect_rate=0.0)
+    made: nn.Module = build(ARCHITECTURE, image_size=image_size, dropout_rate=0.0, drop_connect_rate=0.0)
+    return made
 
 
 def new_head(inputs: int, classes: int) -> nn.Linear:
@@ -82,7 +82,7 @@ def new_head(inputs: int, classes: int) -> nn.Linear:
 
     The head is part of the base that every job and lane shares, whatever their seeds.
     """
-    head = nn.utils.skip_init(nn.Linear, inputs, classes)
+    head: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, classes)
     bound, generator = 1 / math.sqrt(inputs), torch.Generator().manual_seed(0)
     for parameter in head.parameters():
         nn.init.uniform_(parameter, -bound, bound, generator=generator)
@@ -119,13 +119,14 @@ def freeze_statistics(model: nn.Module) -> None:
             module.eval()
 
 
-def _classifier(model: Any, device: torch.device, dtype: torch.dtype, classes: int) -> nn.Module:
-    model._fc = new_head(model._fc.in_features, classes)
+def _classifier(model: nn.Module, device: torch.device, dtype: torch.dtype, classes: int) -> nn.Module:
+    model._fc = new_head(model.get_parameter("_fc.weight").shape[1], classes)
     plain_convolutions(model)
     freeze_statistics(model)
     model.register_forward_pre_hook(_normalise)
     # channels_last: 1.4 times the speed on a CPU, and what tensor cores take.
-    return nn.Module.to(model, device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    moved: nn.Module = model.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return moved
 
 
 def _no_architecture(section: ModelConfig) -> str:

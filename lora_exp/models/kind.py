@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from lora_exp.config import ModelConfig, QuantizationConfig
 from lora_exp.errors import UserError
@@ -17,6 +17,7 @@ from lora_exp.registry import Registry
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
     from lora_exp.machine.place import Place
     from lora_exp.models.source import Source
@@ -46,7 +47,7 @@ class ModelKind:
         """The model on ``place``, with what the data asks of its ``shape``. Raises UserError if it cannot be had."""
         raise NotImplementedError
 
-    def load_tokenizer(self, source: Source, section: ModelConfig) -> Any:
+    def load_tokenizer(self, source: Source, section: ModelConfig) -> PreTrainedTokenizerBase:
         raise UserError(f"model={section.label or section.name} ({section.kind}) has no tokenizer: choose other data")
 
     def outline(self, section: ModelConfig, positions: int | None, shape: Callable[[], Shape]) -> Outline:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 # Kinds that look each position up in a table, and fail beyond its end. (Rotary and ALiBi positions have no end.)
 _FROM_ZERO = {
@@ -18,16 +17,16 @@ _FROM_PADDING = {
 }  # fmt: skip
 
 
-def most_positions(facts: Mapping[str, Any]) -> int | None:
+def most_positions(facts: Mapping[str, object]) -> int | None:
     """The longest block that the model can take at all; None if there is no such limit, or it is not known."""
     kind, length = facts.get("model_type"), trained_positions(facts)
     if length is not None and kind in _FROM_PADDING:
         padding = facts.get("pad_token_id")
-        return length - (1 if padding is None else int(padding)) - 1
+        return length - (padding if isinstance(padding, int) else 1) - 1
     return length if kind in _FROM_ZERO else None
 
 
-def trained_positions(facts: Mapping[str, Any]) -> int | None:
+def trained_positions(facts: Mapping[str, object]) -> int | None:
     """The longest block that the model was made for, whatever its kind; None if the facts do not say."""
     inner = facts.get("text_config")
     known = inner if isinstance(inner, Mapping) else facts
@@ -35,7 +34,7 @@ def trained_positions(facts: Mapping[str, Any]) -> int | None:
     return next((value for value in values if isinstance(value, int) and value > 0), None)
 
 
-def length_problem(facts: Mapping[str, Any], block_size: int, label: str | None) -> str | None:
+def length_problem(facts: Mapping[str, object], block_size: int, label: str | None) -> str | None:
     """Why blocks of this size cannot be trained on; None if they can."""
     most = most_positions(facts)
     if most is None or block_size <= most:

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import nn
@@ -17,7 +17,24 @@ from lora_exp.config import BLOCK_SIZES, QuantizationConfig
 from lora_exp.errors import UserError
 from lora_exp.machine.place import Place, supported_dtype
 
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig, PreTrainedModel
+    from transformers.quantizers.base import HfQuantizer
+
 DEVICES = ("cuda", "cpu")
+
+
+class _Weight(Protocol):
+    blocksize: int
+
+
+class _Layer(Protocol):
+    """bitsandbytes' linear layers, the 8-bit ones with a state."""
+
+    in_features: int
+    compute_dtype: torch.dtype
+    weight: _Weight
+    state: object
 
 
 class CannotQuantiseError(UserError):
@@ -25,7 +42,7 @@ class CannotQuantiseError(UserError):
 
 
 @contextmanager
-def quantising(section: QuantizationConfig, place: Place) -> Iterator[dict[str, Any]]:
+def quantising(section: QuantizationConfig, place: Place) -> Iterator[dict[str, object]]:
     """What ``from_pretrained`` needs, called inside, to load the weights quantised: {} for ``quantization=none``.
 
     transformers' config has no block size and takes names to skip as loose suffixes, hence its quantiser is
@@ -37,7 +54,7 @@ def quantising(section: QuantizationConfig, place: Place) -> Iterator[dict[str, 
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING  # imports bitsandbytes, which takes seconds
 
     key = "bitsandbytes_8bit" if section.name == "int8" else "bitsandbytes_4bit"
-    original = AUTO_QUANTIZER_MAPPING[key]
+    original = cast("type[HfQuantizer]", AUTO_QUANTIZER_MAPPING[key])
     AUTO_QUANTIZER_MAPPING[key] = _quantiser(original, section, place)
     try:
         yield {"quantization_config": _bits_and_bytes(section, place), "device_map": {"": place.device}}
@@ -66,7 +83,8 @@ def prepare(model: nn.Module, section: QuantizationConfig, place: Place) -> None
         parameter.requires_grad_(False)
         if parameter.dtype in (torch.float16, torch.bfloat16) and not is_quantised(parameter):
             parameter.data = parameter.data.float()
-    layers: list[Any] = [module for module in model.modules() if is_quantised(getattr(module, "weight", None))]
+    modules = [module for module in model.modules() if is_quantised(getattr(module, "weight", None))]
+    layers = [cast(_Layer, module) for module in modules]
     for layer in layers:
         layer.compute_dtype = compute_dtype(section, place)
     _evaluate_as_trained([layer.state for layer in layers if hasattr(layer, "state")])
@@ -77,7 +95,7 @@ def has_quantised(model: nn.Module) -> bool:
     return any(is_quantised(parameter) for parameter in model.parameters())
 
 
-def _evaluate_as_trained(states: list[Any]) -> None:
+def _evaluate_as_trained(states: list[object]) -> None:
     """Let bitsandbytes' int8 layers evaluate as they train.
 
     On a CPU it rounds activations to 8 bits in evaluation alone: a model would be validated that is not the one in
@@ -90,7 +108,7 @@ def _evaluate_as_trained(states: list[Any]) -> None:
             state.__class__ = fixed
 
 
-def _bits_and_bytes(section: QuantizationConfig, place: Place) -> Any:
+def _bits_and_bytes(section: QuantizationConfig, place: Place) -> BitsAndBytesConfig:
     from transformers import BitsAndBytesConfig
 
     if place.device.type not in DEVICES:
@@ -107,28 +125,28 @@ def _bits_and_bytes(section: QuantizationConfig, place: Place) -> Any:
     )
 
 
-def _quantiser(base: Any, section: QuantizationConfig, place: Place) -> Any:
-    class Quantiser(base):
-        def _process_model_before_weight_loading(self, model: Any, *args: Any, **kwargs: Any) -> None:
-            try:
-                self.quantization_config.llm_int8_skip_modules = _skipped(model, section.skip_modules)
-            except ValueError as error:
-                raise CannotQuantiseError(str(error)) from error
-            super()._process_model_before_weight_loading(model, *args, **kwargs)
-            four_bit = {
-                name: module
-                for name, module in model.named_modules()
-                if hasattr(getattr(module, "weight", None), "blocksize")
-            }
-            if place.device.type == "cpu":
-                _check_blocks(four_bit, section)
-            for module in four_bit.values():
-                module.weight.blocksize = section.block_size
+def _quantiser(base: type[HfQuantizer], section: QuantizationConfig, place: Place) -> type[HfQuantizer]:
+    def process(self: HfQuantizer, model: PreTrainedModel, *args: object, **kwargs: object) -> None:
+        wishes = cast("BitsAndBytesConfig", self.quantization_config)
+        try:
+            wishes.llm_int8_skip_modules = _skipped(model, section.skip_modules)
+        except ValueError as error:
+            raise CannotQuantiseError(str(error)) from error
+        base._process_model_before_weight_loading(self, model, *args, **kwargs)
+        four_bit = {
+            name: cast(_Layer, module)
+            for name, module in model.named_modules()
+            if hasattr(getattr(module, "weight", None), "blocksize")
+        }
+        if place.device.type == "cpu":
+            _check_blocks(four_bit, section)
+        for module in four_bit.values():
+            module.weight.blocksize = section.block_size
 
-    return Quantiser
+    return type("Quantiser", (base,), {"_process_model_before_weight_loading": process})
 
 
-def _check_blocks(layers: dict[str, Any], section: QuantizationConfig) -> None:
+def _check_blocks(layers: dict[str, _Layer], section: QuantizationConfig) -> None:
     """bitsandbytes 0.50 misreads, on a CPU, a block that starts in one row of a weight and ends in the next."""
     uneven = {name: m.in_features for name, m in layers.items() if m.in_features % section.block_size}
     if not uneven:
@@ -144,7 +162,7 @@ def _check_blocks(layers: dict[str, Any], section: QuantizationConfig) -> None:
     )
 
 
-def _skipped(model: Any, suffixes: list[str] | None) -> list[str]:
+def _skipped(model: nn.Module, suffixes: list[str] | None) -> list[str]:
     """The output head, what is tied to it, and every module that ``suffixes`` name, as transformers' patterns."""
     from transformers.quantizers.base import get_keys_to_not_convert
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from lora_exp.config import ModelConfig
 from lora_exp.machine.cache import file_sha256
@@ -16,6 +16,14 @@ from lora_exp.machine.packaged import install_line, locate_packaged
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+class Options(TypedDict, total=False):
+    """What ``from_pretrained`` is told of where a model lies."""
+
+    revision: str
+    trust_remote_code: bool
+    local_files_only: bool
 
 
 @dataclass(frozen=True)
@@ -31,9 +39,9 @@ class Source:
     digests: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> Options:
         """Where the hub does not answer, what it has given before is all there is."""
-        options = {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
+        options: Options = {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
         is_here = Path(self.name).is_dir()
         return options if is_here or hub_answers() else {**options, "local_files_only": True}
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from lora_exp.config import ModelConfig
 from lora_exp.errors import UserError, is_bug
@@ -35,7 +35,7 @@ def outline(section: ModelConfig, positions: int | None) -> Outline:
     return lambda dtype: meta_model(copy.deepcopy(facts), section, dtype)
 
 
-def facts_of(section: ModelConfig) -> Any:
+def facts_of(section: ModelConfig) -> PreTrainedConfig:
     """The transformers config: of ``model.path`` if set, else the YAML's architecture, else the hub's config.json.
 
     Raises UserError for a path without one, for facts that describe no known model, and for a hub out of reach.
@@ -46,7 +46,8 @@ def facts_of(section: ModelConfig) -> Any:
         return _from_facts(dict(section.architecture), f"model={section.label}")
     source = Source(section.name or "", section.revision, section.trust_remote_code)
     try:
-        return AutoConfig.from_pretrained(source.name, **source.options)
+        known: PreTrainedConfig = AutoConfig.from_pretrained(source.name, **source.options)
+        return known
     except (OSError, ValueError) as error:
         reason = re.sub(r"\s+", " ", str(error))[:300]
         raise UserError(
@@ -55,11 +56,11 @@ def facts_of(section: ModelConfig) -> Any:
         ) from error
 
 
-def meta_model(facts: Any, section: ModelConfig, dtype: torch.dtype) -> nn.Module:
+def meta_model(facts: PreTrainedConfig, section: ModelConfig, dtype: torch.dtype) -> nn.Module:
     """The causal language model in ``dtype`` on the meta device. Raises UserError if transformers has none such."""
     try:
         with torch.device("meta"), _Unfilled():
-            model = AutoModelForCausalLM.from_config(
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 facts,
                 dtype=dtype,
                 trust_remote_code=section.trust_remote_code,
@@ -74,22 +75,29 @@ def meta_model(facts: Any, section: ModelConfig, dtype: torch.dtype) -> nn.Modul
     return model
 
 
+_Call = Callable[..., object]
+_Named = dict[str, object]
+
+
 class _Unfilled(TorchFunctionMode):
     """Leaves out first values, which take half of the time that it takes to make a model and which meta has not."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: _Call, types: object, args: tuple[object, ...] = (), kwargs: _Named | None = None
+    ) -> object:
         if getattr(func, "__module__", None) == nn.init.__name__:
             return args[0] if args else (kwargs or {})["tensor"]
         return func(*args, **(kwargs or {}))
 
 
-def _from_file(section: ModelConfig) -> Any:
+def _from_file(section: ModelConfig) -> PreTrainedConfig:
     path = Path(section.path or "").expanduser()
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"model.path={section.path} has no config.json: name such a file or a folder in hub layout")
     if section.trust_remote_code:
-        return AutoConfig.from_pretrained(str(file.parent), trust_remote_code=True)
+        known: PreTrainedConfig = AutoConfig.from_pretrained(str(file.parent), trust_remote_code=True)
+        return known
     try:
         facts = json.loads(file.read_text())
     except json.JSONDecodeError as error:
@@ -97,11 +105,12 @@ def _from_file(section: ModelConfig) -> Any:
     return _from_facts(facts, str(file))
 
 
-def _from_facts(facts: dict[str, Any], where: str) -> Any:
+def _from_facts(facts: dict[str, object], where: str) -> PreTrainedConfig:
     facts.pop("quantization_config", None)  # the run's own quantisation counts
     kind = str(facts.pop("model_type", ""))
     try:
-        return AutoConfig.for_model(kind, **facts)
+        known: PreTrainedConfig = AutoConfig.for_model(kind, **facts)
+        return known
     except Exception as error:  # what transformers raises for facts that contradict each other is of any class
         if is_bug(error):
             raise

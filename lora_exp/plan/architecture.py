@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import transformers
 from torch import nn
 
@@ -22,10 +20,11 @@ def outline_of(section: ModelConfig, data: DataConfig) -> Outline:
     return model_kind_of(section).outline(section, positions, lambda: load_data(data, lambda: None).shape)
 
 
-def quantised_names(model: Any, section: QuantizationConfig) -> set[str]:
+def quantised_names(model: nn.Module, section: QuantizationConfig) -> set[str]:
     """The weights, by parameter name, that are stored quantised: those of linear layers that are not skipped."""
     if section.name == "none":
         return set()
+    assert isinstance(model, transformers.PreTrainedModel)
     head, modules = model.get_output_embeddings(), dict(model.named_modules())
     skipped = matching(section.skip_modules, modules, "quantization.skip_modules") if section.skip_modules else set()
     chosen = set()
@@ -37,7 +36,7 @@ def quantised_names(model: Any, section: QuantizationConfig) -> set[str]:
     return chosen
 
 
-def prepare_for_kbit(model: Any, quantised: set[str]) -> None:
+def prepare_for_kbit(model: nn.Module, quantised: set[str]) -> None:
     """What is not quantised of a base (norms, embeddings, head) is float32, as in models/quantised.py."""
     for name, parameter in model.named_parameters():
         if name not in quantised:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_exp.adapters import LoraModel
 from lora_exp.adapters.inspection.traversal import lora_layers
 from lora_exp.adapters.layers.adapted import LoRALayerBase
 from lora_exp.backends import Adapted, adapt
@@ -112,7 +112,7 @@ def planned_place(config: Config) -> Place:
 def _plan(config: Config, outline: Outline, place: Place) -> Plan:
     compute = config.quantization.compute_dtype
     dtype = place.dtype if config.quantization.name == "none" or compute == "auto" else getattr(torch, compute)
-    model: Any = outline(dtype)
+    model = outline(dtype)
     quantised = quantised_names(model, config.quantization)
     if quantised:
         prepare_for_kbit(model, quantised)
@@ -202,8 +202,8 @@ def _by_layer_type(model: nn.Module, adapted: Adapted) -> dict[str, list[int]]:
 
 
 def _named(adapted: Adapted) -> dict[str, nn.Parameter]:
-    model: Any = adapted.model
-    if hasattr(model, "adapter_parameters"):
+    model = adapted.model
+    if isinstance(model, LoraModel):
         return {_PEFT_NAME.format(name): value for name, value in model.adapter_parameters().items()}
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 

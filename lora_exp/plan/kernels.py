@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from lora_exp.adapters.numerics.autocast import autocast_dtype, autocast_on_meta
 
 _PRODUCTS = {F.linear, F.conv2d, torch.matmul, torch.bmm, torch.addmm, Tensor.matmul, Tensor.__matmul__}
+_Inputs = tuple[Any, ...]
 _HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -55,7 +57,13 @@ class Kernels(TorchFunctionMode):
         """Keep as many bytes with these copies."""
         self._copies[-1 - len(self._copies)] = torch.empty(size, dtype=torch.uint8, device="meta")
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: _Inputs = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
@@ -63,8 +71,8 @@ class Kernels(TorchFunctionMode):
         if func is F.linear and (self._four_bit or autocast is None) and _is_quantised(*args[:2]):
             return self._mixed_linear(*args, **kwargs)
         if func in _PRODUCTS and autocast is not None:
-            args = [self._cast(value) for value in args]
-            kwargs = {name: self._cast(value) for name, value in kwargs.items()}
+            args = tuple(self._cast(value) if isinstance(value, Tensor) else value for value in args)
+            kwargs = {name: self._cast(value) if isinstance(value, Tensor) else value for name, value in kwargs.items()}
         return func(*args, **kwargs)
 
     def _attention(
@@ -88,15 +96,16 @@ class Kernels(TorchFunctionMode):
         elif attn_mask is not None:  # a bool mask is made additive
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(attn_mask, 0)
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return fused(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
+        out: Tensor = fused(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
+        return out
 
     def _mixed_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """A quantised layer computes in its own dtype and answers in its input's."""
         return F.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)).to(x.dtype)
 
-    def _cast(self, value: Any) -> Any:
+    def _cast(self, value: Tensor) -> Tensor:
         dtype = autocast_dtype("meta")
-        if dtype is None or not isinstance(value, Tensor) or value.dtype != torch.float32:
+        if dtype is None or value.dtype != torch.float32:
             return value
         if not (value.is_leaf and value.requires_grad):
             return value.to(dtype)

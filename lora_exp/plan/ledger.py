@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -16,6 +17,9 @@ _ATTENTION = {
     _aten._scaled_dot_product_flash_attention_for_cpu: (0, 2),
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: (1, 5),
 }
+
+_Inputs = tuple[Any, ...]
+_Named = dict[str, object]
 
 
 class Ledger(TorchDispatchMode):
@@ -29,7 +33,9 @@ class Ledger(TorchDispatchMode):
         self.booked: dict[int, tuple[int, int]] = {}  # storage -> (its serial number, bytes)
         self.serial = self.live = self.peak = self.flops = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: _Inputs = (), kwargs: _Named | None = None
+    ) -> object:
         if func is _ITEM and args[0].is_meta:
             # A model that looks into a tensor asks whether its mask or positions are plain: in full blocks they are.
             return args[0].dtype == torch.bool
@@ -51,7 +57,7 @@ class Ledger(TorchDispatchMode):
         before, self.peak = self.peak, self.live
         return before
 
-    def _book(self, storage: Any) -> None:
+    def _book(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
         if key in self.booked or key in self._outside:
             return
@@ -65,9 +71,9 @@ class Ledger(TorchDispatchMode):
         self.live -= self.booked.pop(key)[1]
 
 
-def _all_chosen(indices: list[Any]) -> list[Any]:
+def _all_chosen(indices: list[Tensor | None]) -> list[Tensor | None]:
     """``indices`` with masks, whose values the meta device has not, as choosing all: the most that they can."""
-    found: list[Any] = []
+    found: list[Tensor | None] = []
     for index in indices:
         if index is None or index.dtype != torch.bool:
             found.append(index)
@@ -76,12 +82,12 @@ def _all_chosen(indices: list[Any]) -> list[Any]:
     return found
 
 
-def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+def _flops(func: OpOverload, args: _Inputs, kwargs: _Named, out: object) -> int:
     packet = func._overloadpacket
     if packet in _ATTENTION:  # two products of (T, D) and (D, T) a head; their five backward, the scores again included
         query, products = args[_ATTENTION[packet][0]], _ATTENTION[packet][1]
         key = args[_ATTENTION[packet][0] + 1]
-        return 2 * products * query.numel() * key.shape[-2]
+        return int(2 * products * query.numel() * key.shape[-2])
     if packet is _aten.addmm_:
         packet = _aten.addmm  # the registry knows products by their functional form
     formula = flop_registry.get(packet)

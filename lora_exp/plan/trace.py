@@ -21,7 +21,8 @@ from lora_exp.plan.kernels import Kernels
 from lora_exp.plan.layers import Layers
 from lora_exp.plan.ledger import Ledger
 from lora_exp.training.loss_head import refusal
-from lora_exp.training.objectives import Batch, RowLosses
+from lora_exp.training.metrics import RowLosses
+from lora_exp.training.objectives import Batch
 
 _Found = TypeVar("_Found")
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import nn
@@ -24,7 +23,8 @@ def build_optimizer(
 
     ``fast``: those of them, by name, whose learning rate is ``lora_plus_ratio`` times as high.
     """
-    parameters, build = list(parameters), torch.optim.AdamW
+    parameters = list(parameters)
+    build: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
     if section.name != "adamw":
         build = _eight_bit(section.name, parameters[0].device)
     betas = (section.betas[0], section.betas[1])
@@ -34,7 +34,7 @@ def build_optimizer(
 
 def _groups(
     parameters: list[nn.Parameter], section: OptimizerConfig, fast: Mapping[str, nn.Parameter]
-) -> list[dict[str, Any]]:
+) -> list[dict[str, object]]:
     """One group, or LoRA+'s (arXiv:2402.12354): A, then B and vectors, then biases, which PEFT decays no more."""
     if section.lora_plus_ratio is None:
         return [{"params": parameters}]
@@ -45,7 +45,7 @@ def _groups(
         )
     known, rate = {id(parameter) for parameter in fast.values()}, section.lr * section.lora_plus_ratio
     biases = [parameter for name, parameter in fast.items() if "bias" in name]
-    groups: list[dict[str, Any]] = [
+    groups: list[dict[str, object]] = [
         {"params": [parameter for parameter in parameters if id(parameter) not in known]},
         {"params": [parameter for name, parameter in fast.items() if "bias" not in name], "lr": rate},
         {"params": biases, "lr": rate, "weight_decay": 0.0},
@@ -53,8 +53,8 @@ def _groups(
     return [group for group in groups if group["params"]]
 
 
-def _eight_bit(name: str, device: torch.device) -> Any:
-    from bitsandbytes import optim
+def _eight_bit(name: str, device: torch.device) -> Callable[..., torch.optim.Optimizer]:
+    from bitsandbytes.optim import adamw as optim
 
     if device.type not in ("cuda", "cpu"):
         raise UserError(f"optimizer={name} is not on device={device.type}: use optimizer=adamw")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from lora_exp.data.kind import Batch, Data, DataKind, Row, data_kind
+from lora_exp.data.kind import Batch, Data, DataKind, Row, Tokenizer, data_kind
 from lora_exp.inputs import image_path_problem
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ class Images(DataKind):
         pixels = torch.zeros((1, self.image_size, self.image_size), dtype=torch.uint8)
         return {"pixels": pixels, "labels": torch.zeros((), dtype=torch.long)}
 
-    def load(self, tokenizer: Callable[[], Any]) -> Data:
+    def load(self, tokenizer: Tokenizer) -> Data:
         from lora_exp.data.images import load_table
 
         return load_table(self)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from lora_exp.data.kind import Batch, Data, DataKind, Row, data_kind
+from lora_exp.data.kind import Batch, Data, DataKind, Row, Tokenizer, data_kind
 from lora_exp.inputs import text_path_problem
 
 if TYPE_CHECKING:
@@ -56,10 +55,12 @@ class Text(DataKind):
 
         return {"input_ids": torch.zeros(self.block_size, dtype=torch.long)}
 
-    def load(self, tokenizer: Callable[[], Any]) -> Data:
+    def load(self, tokenizer: Tokenizer) -> Data:
         from lora_exp.data.text import load_blocks
 
-        blocks = load_blocks(self, tokenizer())
+        loaded = tokenizer()
+        assert loaded is not None
+        blocks = load_blocks(self, loaded)
         return Data(blocks.train, blocks.validation, f"{self.rows} tokens", {"block_size": self.block_size})
 
     def collate(self, rows: list[Row]) -> Batch:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from lora_exp.config import ModelConfig, QuantizationConfig
 from lora_exp.inputs import architecture_facts
@@ -13,6 +13,7 @@ from lora_exp.models.positions import length_problem
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
     from lora_exp.machine.place import Place
     from lora_exp.models.source import Source
@@ -41,7 +42,7 @@ class CausalLM(ModelKind):
 
         return causal_lm.load(source, section, place, shape, quantization)
 
-    def load_tokenizer(self, source: Source, section: ModelConfig) -> Any:
+    def load_tokenizer(self, source: Source, section: ModelConfig) -> PreTrainedTokenizerBase:
         from lora_exp.models import causal_lm
 
         return causal_lm.load_tokenizer(source, section)
