@@ -11,20 +11,38 @@ import functools
 import importlib
 import re
 import sys
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
 
 from lora_exp.errors import UserError
 
 _IN_RE = sys.version_info >= (3, 11)
-_parser: Any = importlib.import_module("re._parser" if _IN_RE else "sre_parse")
-_compiler: Any = importlib.import_module("re._compiler" if _IN_RE else "sre_compile")
+_parser = importlib.import_module("re._parser" if _IN_RE else "sre_parse")
+_compiler = importlib.import_module("re._compiler" if _IN_RE else "sre_compile")
 
 _LONGEST = 20_000  # characters
 _SIMPLE = 2**17  # ways through a name that `re` may try in the worst case: two stars and a few choices
 _FIRST_STEPS, _STEPS_A_NAME = 200_000, 3_000  # ten times of what honest ones take, and soon over
 _ONE_CHARACTER = ("LITERAL", "NOT_LITERAL", "IN", "ANY")
 _Node = tuple[Any, Any]
+
+
+class _State(Protocol):
+    flags: int
+
+
+class _Tree(Protocol):
+    """A parsed expression, or a part of one."""
+
+    state: _State
+
+    def getwidth(self) -> tuple[int, int]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> _Node: ...
+
+    def __iter__(self) -> Iterator[_Node]: ...
 
 
 def full_match(pattern: str, name: str) -> bool:
@@ -57,7 +75,7 @@ def _matcher(pattern: str) -> _Matcher:
 
 
 class _Matcher:
-    def __init__(self, pattern: str, tree: Any, simple: re.Pattern[str] | None) -> None:
+    def __init__(self, pattern: str, tree: _Tree, simple: re.Pattern[str] | None) -> None:
         self.pattern = pattern
         self.simple = simple
         self.tree = tree
@@ -101,7 +119,7 @@ class _Matcher:
             return set()
         raise UserError(f"{self.pattern!r} uses {kind.lower()}, which is not read here; spell the names out")
 
-    def _repeated(self, least: int, most: int, item: Any, places: set[int], name: str, flags: int) -> set[int]:
+    def _repeated(self, least: int, most: int, item: _Tree, places: set[int], name: str, flags: int) -> set[int]:
         # After more rounds than there are letters only an item that can be empty goes on, and it stays where it is.
         least, most = min(least, 2 * len(name) + 2), min(most, 4 * len(name) + 4)
         for _ in range(least):
@@ -114,7 +132,7 @@ class _Matcher:
             reached = reached | fresh
         return reached
 
-    def _looks(self, direction: int, item: Any, place: int, name: str, flags: int) -> bool:
+    def _looks(self, direction: int, item: _Tree, place: int, name: str, flags: int) -> bool:
         if direction > 0:
             return bool(self._after(item, {place}, name, flags))
         start = place - item.getwidth()[0]
@@ -145,7 +163,7 @@ def _ways(nodes: Iterable[_Node]) -> int:
     return total
 
 
-def _repeated_ways(least: int, most: int, item: Any) -> int:
+def _repeated_ways(least: int, most: int, item: _Tree) -> int:
     if most <= 1:
         return 1 + _ways(item)
     is_one_character = len(item) == 1 and str(item[0][0]) in _ONE_CHARACTER

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import inspect
 import types
-from typing import Any
+from typing import TypeVar
 
 from torch import nn
 
+_Made = TypeVar("_Made")
 _MADE: dict[tuple[type, type], type] = {}
 
 
@@ -32,7 +33,7 @@ def class_like(kind: type, wrapped: nn.Module) -> type:
     return made if is_own else _MADE.setdefault((kind, type(wrapped)), made)
 
 
-def restore(kind: Any) -> Any:
+def restore(kind: type[_Made]) -> _Made:
     """An empty model of `kind`, for pickle and deepcopy to fill."""
     return kind.__new__(kind)
 

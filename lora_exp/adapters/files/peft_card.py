@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from lora_exp.adapters.variants.registry import variant_named
 
@@ -20,7 +19,7 @@ Trained on {base}. Load it with PEFT (`PeftModel.from_pretrained(base, folder)`)
 {identity}"""
 
 
-def card(stored: Mapping[str, Any], notes: Mapping[str, Any]) -> str:
+def card(stored: Mapping[str, object], notes: Mapping[str, object]) -> str:
     """stored: the adapter's config in PEFT's words; notes: ours on its base."""
     name, revision = stored["base_model_name_or_path"], stored["revision"]
     kind = variant_named(notes["variant"]).title
@@ -29,7 +28,7 @@ def card(stored: Mapping[str, Any], notes: Mapping[str, Any]) -> str:
     return _CARD.format(base_line=base_line, kind=kind, rank=stored["r"], base=base, identity=_identity(notes))
 
 
-def _identity(notes: Mapping[str, Any]) -> str:
+def _identity(notes: Mapping[str, object]) -> str:
     files, values = notes["base_files_sha256"], notes["base_values_sha256"]
     lines = [f"- SHA-256 of the base's weight files: `{files}`"] if files else []
     if values:

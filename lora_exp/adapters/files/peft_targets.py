@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -21,22 +21,23 @@ from lora_exp.errors import UserError
 
 _FIRST_NUMBER = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
 _HEAD_NAMES = ("score", "classifier")  # of sequence classification, in PEFT's order
+_Value = TypeVar("_Value")
 Wish = Mapping[str, Any]  # fields of adapter_config.json
 
 
-def _is_names(value: Any) -> bool:
+def _is_names(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(entry, str) and entry for entry in value)
 
 
-def _is_names_or_expression(value: Any) -> bool:
+def _is_names_or_expression(value: object) -> bool:
     return isinstance(value, str) or _is_names(value)
 
 
-def _is_indices(value: Any) -> bool:
+def _is_indices(value: object) -> bool:
     return all(type(index) is int for index in (value if isinstance(value, list) else [value]))
 
 
-_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+_TYPES: dict[str, tuple[str, Callable[[object], bool]]] = {
     "target_modules": ("a list of names or a regular expression", _is_names_or_expression),
     "exclude_modules": ("a list of names or a regular expression", _is_names_or_expression),
     "layers_pattern": ("a name or a list of names", _is_names_or_expression),
@@ -79,7 +80,7 @@ def all_linear(model: nn.Module, modules: Mapping[str, nn.Module], task_type: st
     return {name for name, kind in kinds.items() if kind is not None and kind.layer_type == "linear"}
 
 
-def is_all_linear(target: Any) -> bool:
+def is_all_linear(target: object) -> bool:
     return isinstance(target, str) and target.lower() == ALL_LINEAR
 
 
@@ -102,7 +103,7 @@ def check_types(wish: Wish, source: str) -> None:
         raise UserError(f"{source}: {'; '.join(wrong)}; copy the adapter anew")
 
 
-def matched(patterns: Mapping[str, Any] | None, names: Iterable[str]) -> dict[str, Any] | None:
+def matched(patterns: Mapping[str, _Value] | None, names: Iterable[str]) -> dict[str, _Value] | None:
     """The rank or alpha patterns that some module matches, in their order: the first that matches counts."""
     names = list(names)
     return {key: value for key, value in (patterns or {}).items() if any(suffix_match(key, n) for n in names)} or None
@@ -112,7 +113,7 @@ def _hides(entry: str, name: str) -> bool:
     return full_match(rf"(^|.*\.){entry}($|\..*)", name)
 
 
-def _block(pattern: Any, name: str) -> int | None:
+def _block(pattern: str | list[str] | None, name: str) -> int | None:
     if not pattern:
         found = _FIRST_NUMBER.match(name)
         return int(found["idx"]) if found else None

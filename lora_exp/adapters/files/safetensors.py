@@ -115,9 +115,9 @@ def _check_config(path: str | Path, metadata: Mapping[str, str], config: LoraCon
         raise UserError(f"{path} holds another kind of adapter ({listed}); make this one with the same config")
 
 
-def _same(one: Any, other: Any) -> bool:
+def _same(one: object, other: object) -> bool:
     """Patterns in another order are other patterns: the first that matches a layer counts."""
-    return bool(one == other) and (not isinstance(one, dict) or list(one) == list(other))
+    return bool(one == other) and (not (isinstance(one, dict) and isinstance(other, dict)) or list(one) == list(other))
 
 
 def _some(names: list[str]) -> str:

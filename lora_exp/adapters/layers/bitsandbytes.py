@@ -8,9 +8,10 @@ Letters: out / in the layer's features, ... any leading dimensions.
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +21,18 @@ from lora_exp.adapters.layers.adapted import strip
 from lora_exp.adapters.layers.linear import LoRALinear
 from lora_exp.adapters.layers.registry import adapted_class, adapts
 from lora_exp.adapters.numerics.packed_weights import (
+    EightBit,
+    EightBitState,
+    FourBit,
     bring_constants,
     constants,
     functional,
     is_quantised,
     keep_trainable,
+    quant_state,
     recover_class,
 )
+from lora_exp.adapters.numerics.typed_torch import Context, TensorFunction
 from lora_exp.adapters.routing.plan import Plan
 from lora_exp.adapters.routing.route import Route
 
@@ -47,7 +53,7 @@ class _Quantised(LoRALinear):
     own_attributes = (*LoRALinear.own_attributes, "_shared")
     _shared: Callable[[], Tensor] | None = None  # dq(W) of the forward pass that is running
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+    def __new__(cls, *args: object, **kwargs: object) -> _Quantised:
         if cls.made_from is not None:
             return super().__new__(cls)
         base = getattr(importlib.import_module(_MODULES), cls.base_name)
@@ -62,7 +68,7 @@ class _Quantised(LoRALinear):
         lora_alpha: float = 8.0,
         lora_dropout: float = 0.0,
         use_rslora: bool = True,
-        **quantisation: Any,
+        **quantisation: object,
     ) -> None:
         """`quantisation` goes to the bitsandbytes layer; as there, `.to(device)` is what quantises."""
         assert self.made_from is not None
@@ -71,18 +77,19 @@ class _Quantised(LoRALinear):
 
     @classmethod
     def refusal(cls, module: nn.Module, rank: int) -> str | None:
-        weight: Any = module.weight
-        if not (weight.is_meta or is_quantised(weight)):
+        weight = module.weight
+        if not (is_quantised(weight) or (isinstance(weight, Tensor) and weight.is_meta)):
             return "its weight is not quantised yet; move the model with .to(device) first, which quantises it"
         return super().refusal(module, rank)
 
     @classmethod
-    def largest_rank(cls, module: Any) -> int:
-        return int(max(module.in_features, module.out_features))
+    def largest_rank(cls, module: nn.Module) -> int:
+        assert isinstance(module, nn.Linear)
+        return max(module.in_features, module.out_features)
 
     # The dense weight
 
-    def dequantise(self, weight: Any) -> Tensor:
+    def dequantise(self, weight: Tensor) -> Tensor:
         """(out, in) in floating point, of a weight of this layer."""
         raise NotImplementedError
 
@@ -92,7 +99,7 @@ class _Quantised(LoRALinear):
 
     @property
     def merged_dtype(self) -> torch.dtype:
-        state = getattr(self.kept.get("weight", self.weight), "quant_state", None)
+        state = quant_state(self.kept.get("weight", self.weight))
         return state.dtype if state is not None else self.compute_dtype or torch.float32
 
     def plain_class(self) -> type[nn.Module]:
@@ -104,14 +111,14 @@ class _Quantised(LoRALinear):
     def along_weight(self, values: Tensor) -> Tensor:
         return values.view(-1, 1)
 
-    def _dense(self, weight: Any) -> Tensor:
+    def _dense(self, weight: Tensor) -> Tensor:
         with torch.no_grad():
             return self.dequantise(weight) if is_quantised(weight) else weight.detach()
 
     # Calls
 
     def forward(self, input: Tensor) -> Tensor:
-        self._shared = _Once(lambda weight=self.weight: self._dense(weight))  # type: ignore[misc]
+        self._shared = _Once(functools.partial(self._dense, self.weight))
         try:
             return super().forward(input)
         finally:
@@ -128,14 +135,14 @@ class _Quantised(LoRALinear):
 
     # Storage
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+    def __setstate__(self, state: dict[str, object]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         for weight in (self.weight, self.kept.get("weight")):
             recover_class(weight)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Quantised:
         was_quantised = is_quantised(self.weight)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         bring_constants(self.weight)
         if is_quantised(self.weight) and not was_quantised:
             for adapter in self.adapters.values():
@@ -143,16 +150,20 @@ class _Quantised(LoRALinear):
         return self
 
 
-class _Product(torch.autograd.Function):
+class _Context(Context, Protocol):
+    again: Callable[[], Tensor]
+
+
+class _Product(TensorFunction):
     """x Wᵀ for a frozen W that backward makes again instead of keeping it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dense: Tensor, again: Callable[[], Tensor]) -> Tensor:
+    def forward(ctx: _Context, x: Tensor, dense: Tensor, again: Callable[[], Tensor]) -> Tensor:
         ctx.again = again
         return F.linear(x, dense)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, None, None]:
         (grad,) = grads
         return (grad @ ctx.again().to(grad.dtype) if ctx.needs_input_grad[0] else None), None, None
 
@@ -179,24 +190,21 @@ class LoRALinear4bit(_Quantised):
         super().adopt(route)
         keep_trainable(self)
 
-    def dequantise(self, weight: Any) -> Tensor:
-        state = copy.copy(weight.quant_state)
-        # A product in float32 takes the values as they are, not rounded to the dtype that was quantised.
-        state.dtype = torch.promote_types(state.dtype, self.compute_dtype or torch.float32)
-        if state.shape[-1] % state.blocksize:  # bitsandbytes 0.50 misreads blocks across rows on a CPU
-            state.shape = torch.Size((1, state.shape.numel()))
-        return functional().dequantize_4bit(weight.data, state).view(weight.quant_state.shape)
+    def dequantise(self, weight: Tensor) -> Tensor:
+        return _unpacked(weight, self.compute_dtype)
 
-    def requantised(self, dense: Tensor, like: Any) -> nn.Parameter:
-        made = type(like)(
-            dense.detach().to(like.quant_state.dtype).cpu(),
+    def requantised(self, dense: Tensor, like: nn.Parameter) -> nn.Parameter:
+        packed, make = cast(FourBit, like), cast("Callable[..., nn.Parameter]", type(like))
+        state = packed.quant_state
+        made = make(
+            dense.detach().to(state.dtype).cpu(),
             requires_grad=False,
-            blocksize=like.quant_state.blocksize,
-            compress_statistics=like.quant_state.nested,
-            quant_type=like.quant_state.quant_type,
-            quant_storage=like.quant_storage,
+            blocksize=state.blocksize,
+            compress_statistics=state.nested,
+            quant_type=state.quant_type,
+            quant_storage=packed.quant_storage,
         )
-        return made.to(like.device)
+        return cast(nn.Parameter, made.to(like.device))
 
 
 @adapts(f"{_MODULES}.Linear8bitLt")
@@ -208,32 +216,48 @@ class LoRALinear8bit(_Quantised):
         super().__init__(*args, has_fp16_weights=has_fp16_weights, **options)
 
     @classmethod
-    def refusal(cls, module: Any, rank: int) -> str | None:
-        if module.state.has_fp16_weights:
+    def refusal(cls, module: nn.Module, rank: int) -> str | None:
+        if cast(EightBitState, module.state).has_fp16_weights:
             return "has_fp16_weights=True keeps its weight in 16 bits; build it with has_fp16_weights=False"
         return super().refusal(module, rank)
 
     def adopt(self, route: Route) -> None:
         super().adopt(route)
-        state: Any = self.state
+        state, packed = cast(EightBitState, self.state), cast(EightBit, self.weight)
         if state.SCB is not None:  # bitsandbytes' first call moved the constants; a weight that is kept needs its own
-            self.weight.CB, self.weight.SCB = self.weight.data, state.SCB
+            packed.CB, packed.SCB = packed.data, state.SCB
             state.CB = state.SCB = None
 
-    def dequantise(self, weight: Any) -> Tensor:
-        return functional().int8_vectorwise_dequant(weight.data, weight.SCB)
+    def dequantise(self, weight: Tensor) -> Tensor:
+        dense: Tensor = functional().int8_vectorwise_dequant(weight.data, cast(EightBit, weight).SCB)
+        return dense
 
-    def requantised(self, dense: Tensor, like: Any) -> nn.Parameter:
-        return type(like)(dense.detach().cpu(), requires_grad=False, has_fp16_weights=False).to(like.device)
+    def requantised(self, dense: Tensor, like: nn.Parameter) -> nn.Parameter:
+        make = cast("Callable[..., nn.Parameter]", type(like))
+        made = make(dense.detach().cpu(), requires_grad=False, has_fp16_weights=False)
+        return cast(nn.Parameter, made.to(like.device))
 
 
-def dense_of(layer: Any, weight: Any) -> Tensor:
+def dense_of(layer: nn.Module, weight: Tensor) -> Tensor:
     """(out, in) in floating point of `weight`, a quantised one of `layer`, adapted or not."""
     if isinstance(layer, _Quantised):
         return layer._dense(weight)
-    if (state := getattr(weight, "quant_state", None)) is None:
-        return functional().int8_vectorwise_dequant(weight.data, *constants(layer, weight))
-    return LoRALinear4bit.dequantise(layer, weight).to(state.dtype)
+    if (state := quant_state(weight)) is None:
+        dense: Tensor = functional().int8_vectorwise_dequant(weight.data, *constants(layer, weight))
+        return dense
+    return _unpacked(weight, getattr(layer, "compute_dtype", None)).to(state.dtype)
+
+
+def _unpacked(weight: Tensor, compute_dtype: torch.dtype | None) -> Tensor:
+    """(out, in) of a 4-bit weight, for products in that dtype."""
+    packed = cast(FourBit, weight).quant_state
+    state = copy.copy(packed)
+    # A product in float32 takes the values as they are, not rounded to the dtype that was quantised.
+    state.dtype = torch.promote_types(state.dtype, compute_dtype or torch.float32)
+    if state.shape[-1] % state.blocksize:  # bitsandbytes 0.50 misreads blocks across rows on a CPU
+        state.shape = torch.Size((1, state.shape.numel()))
+    dense: Tensor = functional().dequantize_4bit(weight.data, state)
+    return dense.view(packed.shape)
 
 
 def drop_quantisation(layer: nn.Module) -> None:
@@ -245,10 +269,11 @@ def drop_quantisation(layer: nn.Module) -> None:
     layer._load_state_dict_pre_hooks.clear()
 
 
-def as_plain(layer: Any, dtype: torch.dtype | None = None) -> None:
+def as_plain(layer: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Turn a bitsandbytes layer without adapters into nn.Linear, in place, in the dtype that was quantised."""
-    kind: Any = LoRALinear4bit if getattr(layer.weight, "quant_state", None) is not None else LoRALinear8bit
+    kind = LoRALinear8bit if quant_state(layer.weight) is None else LoRALinear4bit
     layer.__class__ = adapted_class(kind, type(layer))
-    layer.adopt(Route(Plan()))
-    layer.weight = nn.Parameter(layer.dense_weight().to(dtype or layer.merged_dtype), requires_grad=False)
-    strip(layer)
+    adapted = cast(_Quantised, layer)
+    adapted.adopt(Route(Plan()))
+    adapted.weight = nn.Parameter(adapted.dense_weight().to(dtype or adapted.merged_dtype), requires_grad=False)
+    strip(adapted)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from lora_exp.adapters.kernels.conv import Served, fused_convolution
 from lora_exp.adapters.kernels.conv_ops import Geometry, PaddingMode
 from lora_exp.adapters.layers.adapted import LoRALayerBase
 from lora_exp.adapters.layers.registry import adapts
+
+Extents = int | tuple[int, ...]
 
 
 class _LoRAConv(LoRALayerBase):
@@ -38,14 +40,18 @@ class _LoRAConv(LoRALayerBase):
     padding_mode: PaddingMode
     _reversed_padding_repeated_twice: list[int]
 
+    if TYPE_CHECKING:  # the torch layer's own, which knows its geometry
+
+        def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
+
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: Any,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
+        kernel_size: Extents,
+        stride: Extents = 1,
+        padding: Extents | str = 0,
+        dilation: Extents = 1,
         groups: int = 1,
         bias: bool = True,
         padding_mode: str = "zeros",
@@ -53,7 +59,7 @@ class _LoRAConv(LoRALayerBase):
         lora_alpha: float = 8.0,
         lora_dropout: float = 0.0,
         use_rslora: bool = True,
-        device: Any = None,
+        device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         shape = (
@@ -71,7 +77,8 @@ class _LoRAConv(LoRALayerBase):
         self.begin(rank, lora_alpha, lora_dropout, use_rslora)
 
     @classmethod
-    def rank_refusal(cls, module: Any, rank: int) -> str | None:
+    def rank_refusal(cls, module: nn.Module, rank: int) -> str | None:
+        assert isinstance(module, nn.modules.conv._ConvNd)
         if isinstance(rank, int) and rank % module.groups:
             return (
                 f"rank={rank} cannot be shared out among groups={module.groups}; "
@@ -142,8 +149,7 @@ class _LoRAConv(LoRALayerBase):
         return by_group.mT.reshape(self.out_channels, -1, *[1] * self._extents)
 
     def _convolve(self, x: Tensor, kernel: Tensor) -> Tensor:
-        forward: Any = self._conv_forward  # the torch layer's own, which knows its geometry
-        return forward(x, kernel, None)
+        return self._conv_forward(x, kernel, None)
 
 
 @adapts("torch.nn.modules.conv.Conv1d")

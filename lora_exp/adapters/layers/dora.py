@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from lora_exp.adapters.layers.adapted import LoRALayerBase
 from lora_exp.adapters.layers.conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from lora_exp.adapters.layers.embedding import LoRAEmbedding
@@ -17,8 +19,8 @@ class _StartsWithDora(LoRALayerBase):
     first_variant = DoraAdapter
 
     @property
-    def magnitude(self) -> Any:
-        return self.adapter.magnitude
+    def magnitude(self) -> nn.Parameter:
+        return self.adapter.get_parameter("magnitude")
 
 
 class DoRALinear(_StartsWithDora, LoRALinear):

@@ -5,8 +5,6 @@ Letters: V entries, d embedding width, r rank, ... any shape of indices.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,7 +38,7 @@ class LoRAEmbedding(LoRALayerBase, nn.Embedding):
         rank: int = 8,
         lora_alpha: float = 8.0,
         use_rslora: bool = True,
-        device: Any = None,
+        device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         options = (padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)

@@ -6,7 +6,6 @@ Letters: r rank, in / out the layer's features, ... any leading dimensions.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +34,7 @@ class LoRALinear(LoRALayerBase, nn.Linear):
         lora_alpha: float = 8.0,
         lora_dropout: float = 0.0,
         use_rslora: bool = True,
-        device: Any = None,
+        device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         nn.Linear.__init__(self, in_features, out_features, bias, device=device, dtype=dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from lora_exp.errors import UserError
 if TYPE_CHECKING:
     from lora_exp.adapters.layers.adapted import LoRALayerBase
 
+_Inputs = tuple[object, ...]
+_Named = dict[str, object]
 _HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -43,7 +45,7 @@ class SavedModule(nn.Module):
         self.copies = nn.ModuleDict()
         self.route = route
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
         plan = self.route.plan()
         if not any(name in self.copies for name in plan.names):
             return self.original(*args, **kwargs)
@@ -52,7 +54,7 @@ class SavedModule(nn.Module):
         spans = plan.split(_batch_length(plan, args, kwargs))
         return _concatenated([self._part(name, *_sliced(args, kwargs, a, b, spans[-1][2])) for name, a, b in spans])
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -60,11 +62,11 @@ class SavedModule(nn.Module):
                 raise
             return self._read(name)
 
-    def _read(self, attribute: str) -> Any:
+    def _read(self, attribute: str) -> Tensor | nn.Module:
         """Of the copy that serves the whole batch, for a parent that reads weights instead of calling."""
         names = self.route.plan().names
         chosen = self.copies[names[0]] if len(names) == 1 and names[0] in self.copies else self.original
-        value = getattr(chosen, attribute)
+        value: Tensor | nn.Module = getattr(chosen, attribute)
         if isinstance(value, Tensor) and len(names) > 1 and any(name in self.copies for name in names):
             raise UserError(
                 f"{attribute} of a saved module is read without calling the module, so no slice of the batch can get a "
@@ -72,12 +74,12 @@ class SavedModule(nn.Module):
             )
         return value
 
-    def _part(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _part(self, name: str, args: _Inputs, kwargs: _Named) -> object:
         """What is inside of the original (another adapter's factors or biases) sees one adapter's slice alone."""
         with self.route.using(Plan((name,))):
             return self._run(name, args, kwargs)
 
-    def _run(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run(self, name: str, args: _Inputs, kwargs: _Named) -> object:
         """The copy computes in its own float32 where the base is half precision."""
         if name not in self.copies:
             return self.original(*args, **kwargs)
@@ -102,32 +104,33 @@ def _trainable_copy(module: nn.Module) -> nn.Module:
     return twin.float() if any(p.dtype in _HALVES for p in twin.parameters()) else twin
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
+def _cast(value: object, dtype: torch.dtype) -> object:
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+def _tensors(args: _Inputs, kwargs: _Named) -> Iterator[Tensor]:
     return (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 0)
 
 
-def _batch_length(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+def _batch_length(plan: Plan, args: _Inputs, kwargs: _Named) -> int:
     first = next(_tensors(args, kwargs), None)
     if first is None:
         raise UserError("a saved module was called without a tensor, so its batch cannot be routed")
     return first.shape[0]
 
 
-def _sliced(args: Any, kwargs: Any, start: int, stop: int, length: int) -> tuple[Any, Any]:
-    def cut(value: Any) -> Any:
-        is_batched = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == length
-        return value[start:stop] if is_batched else value
+def _sliced(args: _Inputs, kwargs: _Named, start: int, stop: int, length: int) -> tuple[_Inputs, _Named]:
+    def cut(value: object) -> object:
+        if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == length:
+            return value[start:stop]
+        return value
 
     return tuple(cut(value) for value in args), {key: cut(value) for key, value in kwargs.items()}
 
 
-def _concatenated(parts: list[Any]) -> Any:
+def _concatenated(parts: list[object]) -> object:
     if isinstance(parts[0], Tensor):
-        return torch.cat(parts)
+        return torch.cat(cast("list[Tensor]", parts))
     if isinstance(parts[0], tuple):
-        return tuple(_concatenated(list(items)) for items in zip(*parts, strict=True))
+        return tuple(_concatenated(list(items)) for items in zip(*cast("list[_Inputs]", parts), strict=True))
     raise UserError(f"a saved module that returns {type(parts[0]).__name__} cannot be routed; save an inner one")

@@ -6,8 +6,6 @@ several adapters can train the same bias in one batch, and disabling them gives 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -44,7 +42,7 @@ class TrainedBiases(nn.Module):
     def _changed(self, name: str, out: Tensor, base: Tensor) -> Tensor:
         if name not in self.values:
             return out
-        change = (self.values[name] - base).to(out.dtype)
+        change: Tensor = (self.values[name] - base).to(out.dtype)
         trailing = (out.dim() - self.axis if self.axis >= 0 else -self.axis) - 1
         return out + change.view(-1, *[1] * trailing)
 
@@ -58,7 +56,8 @@ def add_biases(owners: list[tuple[str, nn.Module, int]], name: str, route: Route
             module.add_module(CHILD, trained)
             module.register_forward_hook(_add_change)
         assert isinstance(trained, TrainedBiases)
-        base: Any = module.bias
+        base = module.bias
+        assert isinstance(base, nn.Parameter)
         trained.values[name] = copies.setdefault(id(base), _trainable_copy(base))
 
 
@@ -90,8 +89,11 @@ def remove_biases(module: nn.Module) -> None:
         del module._forward_hooks[key]
 
 
-def _add_change(module: Any, args: Any, out: Tensor) -> Tensor:
-    return module.trained_biases.apply_to(out, module.bias)
+def _add_change(module: nn.Module, args: object, out: Tensor) -> Tensor:
+    trained, base = module._modules[CHILD], module.bias
+    assert isinstance(trained, TrainedBiases)
+    assert isinstance(base, Tensor)
+    return trained.apply_to(out, base)
 
 
 def _trainable_copy(bias: Tensor) -> nn.Parameter:

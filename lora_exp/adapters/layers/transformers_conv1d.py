@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -29,13 +28,12 @@ class LoRAConv1D(LoRALayerBase):
     fuses = True
     out_axis = 1
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> LoRAConv1D:
+    def __new__(cls, *args: object, **kwargs: object) -> LoRAConv1D:
         if cls is not LoRAConv1D:
             return super().__new__(cls)
         if (loaded := sys.modules.get("transformers.pytorch_utils")) is None:
             raise UserError("LoRAConv1D adapts transformers' Conv1D; import transformers first")
-        made: Any = adapted_class(cls, loaded.Conv1D)
-        return super().__new__(made)
+        return super().__new__(adapted_class(cls, loaded.Conv1D))
 
     def __init__(
         self,

@@ -17,10 +17,27 @@ class QuantState(Protocol):
     shape: torch.Size
     dtype: torch.dtype
     nested: bool
+    blocksize: int
+    quant_type: str
     offset: Tensor
     state2: QuantState
 
     def to(self, device: torch.device) -> None: ...
+
+
+class FourBit(Protocol):
+    """What a 4-bit parameter has beside its values."""
+
+    quant_state: QuantState
+    quant_storage: torch.dtype
+
+
+class EightBitState(Protocol):
+    """Where an 8-bit layer keeps them after its first call."""
+
+    CB: Tensor | None
+    SCB: Tensor | None
+    has_fp16_weights: bool
 
 
 class EightBit(Protocol):
@@ -63,7 +80,7 @@ def constants(module: nn.Module, weight: Tensor) -> list[Tensor]:
     if not is_quantised(weight):
         return []
     own = cast(EightBit, weight).SCB
-    found = cast(EightBit, module.state).SCB if own is None else own
+    found = cast(EightBitState, module.state).SCB if own is None else own
     assert found is not None
     return [found]
 

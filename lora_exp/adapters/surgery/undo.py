@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -47,7 +46,7 @@ class _Remembered:
         self.one = one
         self.kind = type(one)
         self.attributes = dict(vars(one))
-        self.entries: list[tuple[dict[Any, Any], dict[Any, Any]]] = [
+        self.entries: list[tuple[dict[object, object], dict[object, object]]] = [
             (value, dict(value)) for value in self.attributes.values() if isinstance(value, dict)
         ]
 
