@@ -7,7 +7,6 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Iterable
-from typing import Any
 
 from lora_exp.errors import UserError
 
@@ -19,7 +18,7 @@ def import_all(package: str) -> None:
         importlib.import_module(f"{package}.{module.name}")
 
 
-def check_options(field: str, name: str, kind: type[Any], options: Iterable[str]) -> None:
+def check_options(field: str, name: str, kind: type[object], options: Iterable[str]) -> None:
     """Raise UserError for an option that an entry's class does not take: those are its keyword-only arguments."""
     parameters = inspect.signature(kind).parameters
     known = [key for key, value in parameters.items() if value.kind is inspect.Parameter.KEYWORD_ONLY]

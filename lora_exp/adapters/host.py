@@ -25,7 +25,7 @@ class Host(nn.Module):
     takes_dropout: ClassVar[bool] = True  # not where inputs are indices
 
     compute_dtype: torch.dtype | None = None  # of the base's product; x's own if None
-    weight: Any  # the torch layer's own parameters
+    weight: Tensor  # the torch layer's own parameters
     bias: Any
     route: Route
     kept: dict[str, nn.Parameter]  # the base's own parameters while an adapter is merged in
@@ -93,7 +93,8 @@ class Host(nn.Module):
     # The base
 
     def base_forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)  # the torch layer behind this mixin
+        out: Tensor = super().forward(x)  # the torch layer behind this mixin
+        return out
 
     def dense_weight(self) -> Tensor:
         """The base weight in floating point, in its own shape, whatever is merged into it now."""
@@ -104,7 +105,7 @@ class Host(nn.Module):
         """What merged weights are stored in; at least 16 bits."""
         return self.dense_weight().dtype
 
-    def requantised(self, dense: Tensor, like: Any) -> nn.Parameter:
+    def requantised(self, dense: Tensor, like: nn.Parameter) -> nn.Parameter:
         """`dense` stored as the quantised weight `like` is."""
         raise UserError("the base is not quantised, so there is nothing to requantise; merge without it")
 

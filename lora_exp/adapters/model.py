@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Protocol, SupportsIndex, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from lora_exp.adapters.inspection.traversal import biased_modules, lora_layers, 
 from lora_exp.adapters.layers.adapted import DEFAULT
 from lora_exp.adapters.numerics.dropout import draw_seed
 from lora_exp.adapters.numerics.packed_weights import recover_class
+from lora_exp.adapters.numerics.typed_torch import not_compiled_itself
 from lora_exp.adapters.routing.plan import BASE, Plan, sampled_plan, sliced_plan
 from lora_exp.adapters.routing.route import Clock, Route
 from lora_exp.adapters.signature import class_like, restore
@@ -34,6 +35,16 @@ from lora_exp.adapters.surgery.undo import undone_on_failure
 from lora_exp.errors import UserError
 
 log = logging.getLogger(__name__)
+
+
+class _Checkpointing(Protocol):
+    """transformers' models, by the older and the newer name."""
+
+    def activation_checkpointing_enable(self, **options: object) -> None: ...
+
+    def gradient_checkpointing_enable(self, **options: object) -> None: ...
+
+    def enable_input_require_grads(self) -> None: ...
 
 
 class LoraModel(nn.Module):
@@ -75,7 +86,7 @@ class LoraModel(nn.Module):
             if verbose:
                 print(self.summary())
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
         """The wrapped model's forward; in training, its layer calls can be told from other passes'."""
         plan, trains = self.route_state.plan(), self.wrapped.training
         if plan.sizes is None and (not trains or (torch.compiler.is_compiling() and not self._drops(plan))):
@@ -85,8 +96,8 @@ class LoraModel(nn.Module):
                 return self.wrapped(*args, **kwargs)
         return self._pass(*args, **kwargs)
 
-    @torch.compiler.disable(recursive=False)
-    def _pass(self, *args: Any, **kwargs: Any) -> Any:
+    @not_compiled_itself
+    def _pass(self, *args: object, **kwargs: object) -> object:
         scope = self.route_state.enter_pass([*args, *kwargs.values()], self.wrapped.training)
         try:
             return self.wrapped(*args, **kwargs)
@@ -97,18 +108,19 @@ class LoraModel(nn.Module):
         self.route_state.evaluates = not mode
         return super().train(mode)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[object, ...]:
         return restore, (self.made_from or type(self),), self.__dict__
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+    def __setstate__(self, state: dict[str, object]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.__class__ = class_like(type(self), self.wrapped)
         for module in self.wrapped.modules():
             recover_class(module._parameters.get("weight"))
 
     def _get_name(self) -> str:
         # transformers asks for it to know how a loss is to be computed.
-        return self.wrapped._get_name() if "wrapped" in self._modules else super()._get_name()
+        name = self.wrapped._get_name() if "wrapped" in self._modules else super()._get_name()  # type: ignore[no-untyped-call]
+        return str(name)
 
     def __repr__(self) -> str:
         return super().__repr__().replace(self._get_name(), type(self).__name__, 1)
@@ -122,14 +134,14 @@ class LoraModel(nn.Module):
             return getattr(self.wrapped, name)
 
     def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+        self, gradient_checkpointing_kwargs: dict[str, object] | None = None, **kwargs: object
     ) -> None:
         """transformers' switch, made to work on a frozen base.
 
         Reentrant checkpointing passes no gradient into a block whose input requires none, and would
         train nothing without a word; so there the embeddings' output is made to require one.
         """
-        options, wrapped = gradient_checkpointing_kwargs, cast(Any, self.wrapped)
+        options, wrapped = gradient_checkpointing_kwargs, cast(_Checkpointing, self.wrapped)
         if hasattr(wrapped, "activation_checkpointing_enable"):  # transformers' newer name
             wrapped.activation_checkpointing_enable(activation_checkpointing_kwargs=options, **kwargs)
         else:
@@ -389,12 +401,12 @@ class LoraModel(nn.Module):
 
     # State dicts: while merged they hold the base's own parameters too, as "kept.…"
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, parameter in merging.kept_parameters(self.wrapped).items():
             destination[f"{prefix}kept.{name}"] = parameter if keep_vars else parameter.detach()
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         start = f"{prefix}kept."
         theirs = {key.removeprefix(start): state_dict.pop(key) for key in [*state_dict] if key.startswith(start)}
         ours = merging.kept_parameters(self.wrapped)

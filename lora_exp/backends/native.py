@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_exp.backends.registry import Adapted, Origin, Way, backend
 from lora_exp.backends.targets import lora_config, targeted
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import nn
+
+    from lora_exp.adapters import Given, LoraConfig
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +42,7 @@ class Native(Way):
         return Adapted(model, parameters, trainable, total, save, check_gradients, fast=model.fast_parameters())
 
 
-def _given(base: nn.Module, layers: dict[str, nn.Module], wanted: Any, origin: Origin) -> Any:
+def _given(base: nn.Module, layers: dict[str, nn.Module], wanted: LoraConfig, origin: Origin) -> Given:
     """What a start may be made of; the base sees data only where the start asks for it."""
     from lora_exp.adapters import Given
     from lora_exp.adapters.inspection.input_scales import input_scales

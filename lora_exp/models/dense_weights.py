@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from safetensors import safe_open
 
@@ -43,5 +43,5 @@ class DenseWeights:
 
     def _names(self, layer: str) -> list[str]:
         """Its names in a file of the whole model, and of the model without its head."""
-        base: Any = getattr(self._model, "base_model_prefix", "")
+        base = getattr(self._model, "base_model_prefix", "")
         return [f"{layer}.weight", f"{layer.removeprefix(f'{base}.')}.weight"]

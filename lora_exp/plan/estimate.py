@@ -210,8 +210,8 @@ def _named(adapted: Adapted) -> dict[str, nn.Parameter]:
 
 def _in_file(adapted: Adapted) -> dict[str, Tensor]:
     """What the adapter's file holds, and memory with it: what is trained, and of some starts what they were."""
-    model: Any = adapted.model
-    if hasattr(model, "adapter_tensors"):
+    model = adapted.model
+    if isinstance(model, LoraModel):
         return {_PEFT_NAME.format(name): value for name, value in model.adapter_tensors().items()}
     return dict(_named(adapted))
 

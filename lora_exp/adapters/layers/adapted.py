@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar, SupportsIndex, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from lora_exp.adapters.host import Host
 from lora_exp.adapters.kernels.linear import Served, fused_linear
 from lora_exp.adapters.kernels.terms import Terms
 from lora_exp.adapters.layers.registry import base_class_of, forward_override, restore
-from lora_exp.adapters.layers.trained_biases import CHILD, remove_biases
+from lora_exp.adapters.layers.trained_biases import CHILD, TrainedBiases, remove_biases
 from lora_exp.adapters.numerics.reference import fused_allowed, is_plain
 from lora_exp.adapters.routing.plan import BASE, Plan
 from lora_exp.adapters.routing.route import Route
@@ -85,7 +85,7 @@ class LoRALayerBase(Host):
     def _adapter(self, name: str) -> LoraAdapter | None:
         return self.adapters._modules.get(name)  # type: ignore[return-value]
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[object, ...]:
         if self.made_from is None:
             return super().__reduce_ex__(protocol)
         return restore, self.made_from, self.__dict__
@@ -127,7 +127,7 @@ class LoRALayerBase(Host):
         adapter.train(self.training)
         self.adapters[adapter.name] = adapter
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         if prefix + "weight" in state_dict:
             for adapter in self.adapters.values():
@@ -169,13 +169,13 @@ class LoRALayerBase(Host):
     def lora_dropout(self) -> float:
         return self.adapter.dropout
 
-    def merge(self) -> Any:
+    def merge(self) -> nn.Module:
         """A new layer of the original class with W + delta_weight; this one stays as it is."""
         return merged_copy(self)
 
     def delta_weight(self, name: str | None = None) -> Tensor:
         """scale * AB in the weight's shape, for the named or the active adapter."""
-        adapter: Any = self.adapter if name is None else self.adapters[name]
+        adapter = self.adapter if name is None else cast(LoraAdapter, self.adapters[name])
         return adapter.delta_weight(self)
 
 
@@ -208,22 +208,22 @@ def allow_fast_paths(model: nn.Module) -> None:
     for encoder in encoders:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch says why a layer has no fast path
-            like: Any = nn.TransformerEncoder(encoder.layers[0], 0, None, encoder.enable_nested_tensor)
+            like = nn.TransformerEncoder(encoder.layers[0], 0, None, encoder.enable_nested_tensor)
         encoder.use_nested_tensor = like.use_nested_tensor
 
 
-def merged_copy(layer: LoRALayerBase) -> Any:
+def merged_copy(layer: LoRALayerBase) -> nn.Module:
     """A plain layer of the original class with the active adapter merged in; `layer` stays as it is."""
     twin = copy.copy(layer)
     twin.__dict__ = {key: dict(value) if isinstance(value, dict) else value for key, value in vars(layer).items()}
     weight = layer.adapter.merged(layer).detach().to(layer.merged_dtype)
-    trained: Any = twin._modules.get(CHILD)
+    trained = twin._modules.get(CHILD)
     if trained is not None:
         remove_biases(twin)
     twin.weight = nn.Parameter(weight)  # first: a quantised layer goes back to another class with a dense weight
     strip(twin)
     if isinstance(bias := getattr(twin, "bias", None), nn.Parameter):
         name = layer.adapter.name
-        own = trained.values[name] if trained is not None and name in trained.values else bias
+        own = trained.values[name] if isinstance(trained, TrainedBiases) and name in trained.values else bias
         twin.bias = nn.Parameter(own.detach().to(bias.dtype, copy=True))
     return twin

@@ -85,7 +85,7 @@ def constants(module: nn.Module, weight: Tensor) -> list[Tensor]:
     return [found]
 
 
-def bring_constants(weight: nn.Parameter) -> None:
+def bring_constants(weight: Tensor) -> None:
     """Bring a quantised weight's constants to the device that its packed values were moved to."""
     if (state := quant_state(weight)) is not None:
         state.to(weight.device)

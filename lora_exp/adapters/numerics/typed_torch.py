@@ -36,3 +36,9 @@ def not_compiled(function: _Function) -> _Function:
     """Decorates what torch.compile leaves to Python."""
     disabled: _Function = torch.compiler.disable(function)
     return disabled
+
+
+def not_compiled_itself(function: _Function) -> _Function:
+    """The same, but what it calls is compiled."""
+    disabled: _Function = torch.compiler.disable(function, recursive=False)
+    return disabled

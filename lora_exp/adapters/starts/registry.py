@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from lora_exp.adapters.discovery import check_options, import_all
 from lora_exp.adapters.starts.start import Start
@@ -39,7 +39,7 @@ def start_names() -> list[str]:
     return sorted(_STARTS)
 
 
-def make_start(name: str, options: Mapping[str, Any]) -> Start:
+def make_start(name: str, options: Mapping[str, object]) -> Start:
     """The start with its options. Raises UserError for an option or a value that it does not take."""
     kind = start_named(name)
     check_options("start_options", name, kind, options)

@@ -217,7 +217,7 @@ def _refusal(modules: dict[str, nn.Module], name: str, rank: int) -> str | None:
 def output_head(model: nn.Module) -> nn.Module | None:
     """What makes logits, a layer or a container of some: the model's own word for it, else its usual name."""
     ask = getattr(model, "get_output_embeddings", None)
-    head = ask() if callable(ask) else None
+    head: nn.Module | None = ask() if callable(ask) else None
     if head is not None:
         return head
     return next((getattr(model, name) for name in _HEAD_NAMES if hasattr(model, name)), None)

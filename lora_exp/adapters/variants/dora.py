@@ -101,4 +101,5 @@ class DoraAdapter(LoraAdapter):
         weight = LoraAdapter.merged(self, host)
         others = [axis for axis in range(weight.dim()) if axis != host.out_axis]
         norm = torch.linalg.vector_norm(weight, dim=others)
-        return norm.clamp_min(torch.finfo(norm.dtype).tiny)
+        alive: Tensor = norm.clamp_min(torch.finfo(norm.dtype).tiny)
+        return alive

@@ -144,7 +144,7 @@ class LoraAdapter(nn.Module):
     def dropped(self, host: Host, x: Tensor) -> Tensor:
         if not self.drops:
             return x
-        if torch.jit.is_tracing():  # a trace would keep one mask for ever
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]  # a trace would keep one mask for ever
             return F.dropout(x, self.dropout)
         return x * dropout_noise(x, self.dropout, host.route.mask_seed(self.name, self.layer_key))
 

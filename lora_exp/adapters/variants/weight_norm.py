@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +38,7 @@ class NormCache:
     def __init__(self) -> None:
         self._base: tuple[Fingerprint, Tensor] | None = None  # of W, (N,) ||w||²
         self._norm: tuple[Fingerprint, float, Tensor] | None = None  # of the factors, scale, (N,)
-        self._of_pass: tuple[Any, Any, Tensor] | None = None  # the pass, scale and places of all that was read, (N,)
+        self._of_pass: tuple[object, object, Tensor] | None = None  # the pass, scale and places of what was read, (N,)
 
     def __reduce__(self) -> tuple[type[NormCache], tuple[()]]:
         return NormCache, ()
