@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from lora_exp.adapters.patterns import full_match, suffix_match
 from lora_exp.errors import UserError
@@ -12,6 +13,7 @@ from lora_exp.errors import UserError
 BIAS_MODES = ("none", "all", "lora_only")
 ALL_LINEAR = "all-linear"
 LARGEST_ALPHA = 1_000_000
+Json = dict[str, Any]  # an object of a file: adapter_config.json, or what we note beside it
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
+from lora_exp.adapters.config import Json
 from lora_exp.adapters.variants.registry import variant_named
 
 _CARD = """---
@@ -19,7 +18,7 @@ Trained on {base}. Load it with PEFT (`PeftModel.from_pretrained(base, folder)`)
 {identity}"""
 
 
-def card(stored: Mapping[str, object], notes: Mapping[str, object]) -> str:
+def card(stored: Json, notes: Json) -> str:
     """stored: the adapter's config in PEFT's words; notes: ours on its base."""
     name, revision = stored["base_model_name_or_path"], stored["revision"]
     kind = variant_named(notes["variant"]).title
@@ -28,7 +27,7 @@ def card(stored: Mapping[str, object], notes: Mapping[str, object]) -> str:
     return _CARD.format(base_line=base_line, kind=kind, rank=stored["r"], base=base, identity=_identity(notes))
 
 
-def _identity(notes: Mapping[str, object]) -> str:
+def _identity(notes: Json) -> str:
     files, values = notes["base_files_sha256"], notes["base_values_sha256"]
     lines = [f"- SHA-256 of the base's weight files: `{files}`"] if files else []
     if values:

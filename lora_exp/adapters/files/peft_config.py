@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING
 
 from torch import nn
 
-from lora_exp.adapters.config import LoraConfig
+from lora_exp.adapters.config import Json, LoraConfig
 from lora_exp.adapters.files.peft_starts import doubled, halved
 from lora_exp.adapters.files.peft_targets import (
     Wish,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
 
 
-def to_peft(model: LoraModel, name: str) -> dict[str, Any]:
+def to_peft(model: LoraModel, name: str) -> Json:
     """The adapter's config in PEFT's words, with targets that mean the same layers there."""
     config = model.configs[name]
     adapted = {n: layer for n, layer in lora_layers(model.wrapped) if name in layer.adapters}
@@ -63,9 +63,7 @@ def base_name(base: nn.Module) -> dict[str, str | None]:
     return {"base_model_name_or_path": str(name) if name else None, "revision": commit}
 
 
-def from_peft(
-    stored: dict[str, Any], model: nn.Module, trained: Collection[str], source: str, notes: Mapping[str, Any]
-) -> LoraConfig:
+def from_peft(stored: Json, model: nn.Module, trained: Collection[str], source: str, notes: Json) -> LoraConfig:
     """A LoraConfig that means on `model` what `stored` means to PEFT; features that we do not have are refused.
 
     trained: the names of the layers that the folder has factors for. notes: what we noted beside them.
@@ -100,7 +98,7 @@ def from_peft(
     return _meaning(config, layers, model, modules)
 
 
-def method_of(stored: Mapping[str, Any], source: str) -> PeftFormat:
+def method_of(stored: Json, source: str) -> PeftFormat:
     """The format of the PEFT method that a config is of."""
     known: dict[str, PeftFormat] = peft_formats()
     if (method := known.get(str(stored.get("peft_type")))) is None:
@@ -109,7 +107,7 @@ def method_of(stored: Mapping[str, Any], source: str) -> PeftFormat:
     return method
 
 
-def _check_ties(stored: dict[str, Any], model: nn.Module, used: Collection[str], source: str) -> None:
+def _check_ties(stored: Json, model: nn.Module, used: Collection[str], source: str) -> None:
     """PEFT keeps one adapter for an embedding and the head tied to it, if asked to; we have two."""
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     weight = getattr(embedding, "weight", None)
@@ -134,9 +132,9 @@ def _meaning(config: LoraConfig, layers: set[str], model: nn.Module, modules: di
     return dataclasses.replace(config, target_modules=target, exclude_modules=None, layers_to_transform=None)
 
 
-def _targets(config: LoraConfig, takes_exclusions: bool, adapted: set[str], names: list[str]) -> dict[str, Any]:
+def _targets(config: LoraConfig, takes_exclusions: bool, adapted: set[str], names: list[str]) -> Json:
     """The user's own wish where PEFT reads it alike, else last names, else full names."""
-    own = {"target_modules": config.target_modules, "layers_to_transform": config.layers_to_transform}
+    own: Json = {"target_modules": config.target_modules, "layers_to_transform": config.layers_to_transform}
     if takes_exclusions:
         own["exclude_modules"] = config.exclude_modules
     says_all = takes_exclusions or config.exclude_modules is None
@@ -160,7 +158,7 @@ def _peft_adapts(wish: Wish, config: LoraConfig, names: list[str]) -> set[str] |
     return adapted_names({**wish, "modules_to_save": config.modules_to_save}, names)
 
 
-def _present(wish: Any, names: Iterable[str]) -> Any:
+def _present(wish: list[str] | str | None, names: Iterable[str]) -> list[str] | str | None:
     """A wish without what names nothing here: PEFT lets it pass, and writes it to its files."""
     if isinstance(wish, list):
         known = {suffix for name in names for suffix in suffixes(name)}

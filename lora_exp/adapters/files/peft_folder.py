@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from lora_exp.adapters.variants.registry import variant_named
 from lora_exp.errors import UserError
 
 if TYPE_CHECKING:
-    from lora_exp.adapters.config import LoraConfig
+    from lora_exp.adapters.config import Json, LoraConfig
     from lora_exp.adapters.model import LoraModel
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class Stored:
     config: LoraConfig
     path: Path
     tensors: dict[str, Tensor]
-    notes: dict[str, Any]
+    notes: Json
 
 
 def save(model: LoraModel, directory: str | Path, name: str, base_files_sha256: str | None = None) -> None:
@@ -97,11 +97,11 @@ def peft_views(model: LoraModel, name: str) -> dict[str, Tensor]:
     """All that a file holds of adapter `name`, under PEFT's keys, as views in PEFT's layout of our own tensors."""
     views: dict[str, Tensor] = {}
     for layer_name, layer in _adapted(model, name):
-        adapter: Any = layer.adapters[name]
+        adapter = layer.adapter_named(name)
         for key, view in adapter.peft_tensors(layer).items():
             views[_PREFIX + joined(layer_name, key)] = view
     method = variant_named(model.configs[name].variant).peft_format
-    views.update(method.shared_tensors([layer.adapters[name] for _, layer in _adapted(model, name)]))
+    views.update(method.shared_tensors([layer.adapter_named(name) for _, layer in _adapted(model, name)]))
     adapted = {layer_name for layer_name, _ in _adapted(model, name)}
     for key, bias in bias_parameters(model.wrapped, name).items():
         owner = key.rpartition(".")[0]
@@ -115,7 +115,7 @@ def _adapted(model: LoraModel, name: str) -> list[tuple[str, LoRALayerBase]]:
     return [(layer_name, layer) for layer_name, layer in lora_layers(model.wrapped) if name in layer.adapters]
 
 
-def _notes(model: LoraModel, config: LoraConfig, base_files_sha256: str | None) -> dict[str, Any]:
+def _notes(model: LoraModel, config: LoraConfig, base_files_sha256: str | None) -> Json:
     return {
         "base": base_name(model.wrapped)["base_model_name_or_path"] or type(model.wrapped).__name__,
         "base_values_sha256": model.base_sha256(),
@@ -197,7 +197,7 @@ def _check_same(path: Path, name: str, stored: Tensor, base: Tensor) -> None:
         )
 
 
-def _check_base(model: LoraModel, notes: Mapping[str, Any], path: Path, strict_base: bool) -> None:
+def _check_base(model: LoraModel, notes: Json, path: Path, strict_base: bool) -> None:
     trained_on = notes.get("base_values_sha256")
     if trained_on is None or model.base_sha256() in (None, trained_on):
         return

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_exp.adapters.config import LoraConfig
+from lora_exp.adapters.config import Json, LoraConfig
 from lora_exp.adapters.starts.registry import start_named
 from lora_exp.adapters.variants.lora import AT_START
 from lora_exp.errors import UserError
@@ -21,7 +20,7 @@ from lora_exp.errors import UserError
 _RANK_AXIS = {"A": 0, "B": 1}
 
 
-def doubled(config: LoraConfig) -> dict[str, Any]:
+def doubled(config: LoraConfig) -> Json:
     """What PEFT is told of ranks and alphas instead of the config's own, where the file has both products."""
     if not start_named(config.start).is_subtracted:
         return {}
@@ -34,7 +33,7 @@ def doubled(config: LoraConfig) -> dict[str, Any]:
     }
 
 
-def notes_of(config: LoraConfig) -> dict[str, Any]:
+def notes_of(config: LoraConfig) -> Json:
     """What a reader of ours has to know of the start, and of what was doubled."""
     noted = ("rank", "lora_alpha", "rank_pattern", "alpha_pattern")
     return {
@@ -44,10 +43,10 @@ def notes_of(config: LoraConfig) -> dict[str, Any]:
     }
 
 
-def halved(stored: dict[str, Any], notes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def halved(stored: Json, notes: Json) -> tuple[Json, Json]:
     """(PEFT's config with ranks and alphas as they are trained, the config's start); of a config that was changed
     since it was written, as it is: a plain LoRA with both products in it."""
-    start = {key: notes[key] for key in ("start", "start_options") if key in notes}
+    start: Json = {key: notes[key] for key in ("start", "start_options") if key in notes}
     try:
         before = LoraConfig(**notes["before_doubling"], use_rslora=stored.get("use_rslora", False), **start)
         peft = doubled(before)

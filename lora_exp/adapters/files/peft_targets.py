@@ -9,11 +9,11 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
 
-from lora_exp.adapters.config import ALL_LINEAR
+from lora_exp.adapters.config import ALL_LINEAR, Json
 from lora_exp.adapters.layers.registry import layer_class_for
 from lora_exp.adapters.patterns import full_match, prefix_match, suffix_match
 from lora_exp.adapters.surgery.targets import suffixes
@@ -22,7 +22,7 @@ from lora_exp.errors import UserError
 _FIRST_NUMBER = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
 _HEAD_NAMES = ("score", "classifier")  # of sequence classification, in PEFT's order
 _Value = TypeVar("_Value")
-Wish = Mapping[str, Any]  # fields of adapter_config.json
+Wish = Json  # fields of adapter_config.json
 
 
 def _is_names(value: object) -> bool:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_exp.adapters.config import LoraConfig
+from lora_exp.adapters.config import Json, LoraConfig
 from lora_exp.adapters.files.whole import write_whole
 from lora_exp.adapters.surgery.undo import values_undone_on_failure
 from lora_exp.errors import UserError
@@ -64,7 +63,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{path} cannot be read ({error}); it is damaged or cut short, copy it anew") from error
 
 
-def read_json(text: str, source: str) -> dict[str, Any]:
+def read_json(text: str, source: str) -> Json:
     """An object out of JSON that somebody else may have written."""
     try:
         found = json.loads(text)

@@ -23,7 +23,7 @@ def factor_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     found: dict[str, nn.Parameter] = {}
     for layer_name, layer in lora_layers(model):
         if name in layer.adapters:
-            own = layer.adapters[name].trained_parameters()  # type: ignore[operator]
+            own = layer.adapter_named(name).trained_parameters()
             found.update((joined(layer_name, key), value) for key, value in own.items())
     return found
 
@@ -36,7 +36,7 @@ def fast_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     found: dict[str, nn.Parameter] = {}
     for layer_name, layer in lora_layers(model):
         if name in layer.adapters and layer.takes_dropout:  # no embedding
-            adapter: Any = layer.adapters[name]
+            adapter = layer.adapter_named(name)
             own = adapter.trained_parameters()
             found.update((joined(layer_name, key), value) for key, value in own.items() if key in adapter.fast)
     if not found:

@@ -85,6 +85,9 @@ class LoRALayerBase(Host):
     def _adapter(self, name: str) -> LoraAdapter | None:
         return self.adapters._modules.get(name)  # type: ignore[return-value]
 
+    def adapter_named(self, name: str) -> LoraAdapter:
+        return cast(LoraAdapter, self.adapters[name])
+
     def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[object, ...]:
         if self.made_from is None:
             return super().__reduce_ex__(protocol)
@@ -175,7 +178,7 @@ class LoRALayerBase(Host):
 
     def delta_weight(self, name: str | None = None) -> Tensor:
         """scale * AB in the weight's shape, for the named or the active adapter."""
-        adapter = self.adapter if name is None else cast(LoraAdapter, self.adapters[name])
+        adapter = self.adapter if name is None else self.adapter_named(name)
         return adapter.delta_weight(self)
 
 

@@ -74,8 +74,7 @@ def make_adapter(config: LoraConfig, name: str, layer_name: str, layer: LoRALaye
     alpha = value_for(layer_name, config.alpha_pattern, config.lora_alpha)
     dropout = config.lora_dropout if layer.takes_dropout else 0.0  # PEFT drops no indices either
     kind, key = variant_class(config.variant, config.variant_options), zlib.crc32(layer_name.encode())
-    made: LoraAdapter = kind(name, rank, alpha, dropout, config.use_rslora, key, **config.variant_options)
-    return made
+    return kind(name, rank, alpha, dropout, config.use_rslora, key, **config.variant_options)
 
 
 def _beginnings(layers: dict[str, LoRALayerBase], config: LoraConfig, given: Given) -> Callable[[str], Beginning]:

@@ -6,15 +6,18 @@ Where an adapter is and which modules are saved with it is said alike for all of
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from lora_exp.adapters.config import LoraConfig
+from lora_exp.adapters.config import Json, LoraConfig
 from lora_exp.adapters.host import Host
 from lora_exp.adapters.variants.registry import variant_named
 from lora_exp.errors import UserError
+
+if TYPE_CHECKING:
+    from lora_exp.adapters.variants.lora import LoraAdapter
 
 log = logging.getLogger(__name__)
 _REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that change base weights
@@ -46,7 +49,7 @@ class PeftFormat:
         "runtime_config",
     )  # fmt: skip
 
-    def fields(self, config: LoraConfig) -> dict[str, Any]:
+    def fields(self, config: LoraConfig) -> Json:
         """The method's own fields for an adapter of this config."""
         alpha = config.lora_alpha
         return {
@@ -62,7 +65,7 @@ class PeftFormat:
             "init_lora_weights": True,
         }
 
-    def arguments(self, stored: Mapping[str, Any], notes: Mapping[str, Any]) -> dict[str, Any]:
+    def arguments(self, stored: Json, notes: Json) -> Json:
         """The same way back: LoraConfig's arguments. notes: what we noted beside PEFT's fields."""
         return {
             "rank": stored.get("r", 8),
@@ -75,7 +78,7 @@ class PeftFormat:
             **self._noted_variant(stored, notes),
         }
 
-    def check(self, stored: Mapping[str, Any], source: str) -> None:
+    def check(self, stored: Json, source: str) -> None:
         """Raise UserError for what this library does not have, and say what is passed over."""
         if used := [key for key in self.refused if stored.get(key)]:
             raise UserError(f"{source} uses {', '.join(used)}, which this library does not have; load it with PEFT")
@@ -93,7 +96,7 @@ class PeftFormat:
         """Why PEFT would compute something else from this adapter; None if it would not."""
         return next((reason for host in hosts if (reason := host.peft_refusal())), None)
 
-    def shared_tensors(self, adapters: Sequence[Any]) -> dict[str, Tensor]:
+    def shared_tensors(self, adapters: Sequence[LoraAdapter]) -> dict[str, Tensor]:
         """What one adapter's layers share, as views under PEFT's keys: of none that is written by the layer."""
         return {}
 
@@ -104,7 +107,7 @@ class PeftFormat:
                 return key.removesuffix(ending), tensor.shape[0]
         return None
 
-    def _noted_variant(self, stored: Mapping[str, Any], notes: Mapping[str, Any]) -> dict[str, Any]:
+    def _noted_variant(self, stored: Json, notes: Json) -> Json:
         """The variant that was saved, unless the config was changed since to another one that PEFT knows."""
         name = notes.get("variant", "lora")
         kind = variant_named(name)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from lora_exp.adapters.discovery import check_options, import_all
 from lora_exp.errors import UserError
 
-_VARIANTS: dict[str, type[Any]] = {}
-_Variant = TypeVar("_Variant", bound="type[Any]")
+if TYPE_CHECKING:
+    from lora_exp.adapters.variants.lora import LoraAdapter
+    from lora_exp.adapters.variants.peft_format import PeftFormat
+
+_VARIANTS: dict[str, type[LoraAdapter]] = {}
+_Variant = TypeVar("_Variant", bound="type[LoraAdapter]")
 
 
 def variant(name: str) -> Callable[[_Variant], _Variant]:
@@ -25,7 +29,7 @@ def variant(name: str) -> Callable[[_Variant], _Variant]:
     return register
 
 
-def variant_named(name: str) -> type[Any]:
+def variant_named(name: str) -> type[LoraAdapter]:
     """Raises UserError for a name that is none."""
     import_all("lora_exp.adapters.variants")
     if name not in _VARIANTS:
@@ -38,13 +42,13 @@ def variant_names() -> list[str]:
     return sorted(_VARIANTS)
 
 
-def peft_formats() -> dict[str, Any]:
+def peft_formats() -> dict[str, PeftFormat]:
     """How the variants are written in PEFT's folders, by PEFT's `peft_type`."""
     import_all("lora_exp.adapters.variants")
     return {kind.peft_format.peft_type: kind.peft_format for kind in _VARIANTS.values()}
 
 
-def variant_class(name: str, options: Mapping[str, Any]) -> type[Any]:
+def variant_class(name: str, options: Mapping[str, object]) -> type[LoraAdapter]:
     """The class, after a look whether it takes these options. Raises UserError for one that it does not know."""
     kind = variant_named(name)
     check_options("variant_options", name, kind, options)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lora_exp.adapters.config import LoraConfig
+from lora_exp.adapters.config import Json, LoraConfig
 from lora_exp.adapters.host import Host
 from lora_exp.adapters.variants.lora import LoraAdapter
 from lora_exp.adapters.variants.peft_format import PeftFormat
@@ -61,7 +61,7 @@ class VeraFormat(PeftFormat):
         "base_model_name_or_path", "revision", "inference_mode", "fan_in_fan_out", "auto_mapping", "peft_version",
     )  # fmt: skip
 
-    def fields(self, config: LoraConfig) -> dict[str, Any]:
+    def fields(self, config: LoraConfig) -> Json:
         return {
             "r": config.rank,
             "vera_dropout": config.lora_dropout,
@@ -72,7 +72,7 @@ class VeraFormat(PeftFormat):
             "init_weights": True,
         }
 
-    def arguments(self, stored: Mapping[str, Any], notes: Mapping[str, Any]) -> dict[str, Any]:
+    def arguments(self, stored: Json, notes: Json) -> Json:
         rank, bias = stored.get("r", 256), stored.get("bias", "none")
         return {
             "rank": rank,
@@ -87,7 +87,7 @@ class VeraFormat(PeftFormat):
             },
         }
 
-    def check(self, stored: Mapping[str, Any], source: str) -> None:
+    def check(self, stored: Json, source: str) -> None:
         super().check(stored, source)
         if not stored.get("save_projection", True):
             raise UserError(
@@ -100,8 +100,10 @@ class VeraFormat(PeftFormat):
             return "a rank_pattern, where PEFT's VeRA has one rank for all layers"
         return super().refusal(config, hosts)
 
-    def shared_tensors(self, adapters: Sequence[Any]) -> dict[str, Tensor]:
-        shared: Projection = adapters[0].projection
+    def shared_tensors(self, adapters: Sequence[LoraAdapter]) -> dict[str, Tensor]:
+        first = adapters[0]
+        assert isinstance(first, VeraAdapter)
+        shared = first.projection
         return {"base_model.vera_A": shared.A, "base_model.vera_B": shared.B}
 
     def stored_rank(self, key: str, tensor: Tensor) -> tuple[str, int] | None:
@@ -154,9 +156,9 @@ class VeraAdapter(LoraAdapter):
     def prepare(self, host: Host) -> None:
         if "projection" not in self._modules:
             self.share([(host, self)])
-        like: dict[str, Any] = {"device": host.weight.device, "dtype": host.factor_dtype}
-        self.d = nn.Parameter(torch.full((self.rank,), float(self.d_initial), **like))
-        self.b = nn.Parameter(torch.zeros(_sides(host)[1], **like))
+        like = torch.empty(0, device=host.weight.device, dtype=host.factor_dtype)
+        self.d = nn.Parameter(like.new_full((self.rank,), float(self.d_initial)))
+        self.b = nn.Parameter(like.new_zeros(_sides(host)[1]))
 
     def factors(self, host: Host) -> tuple[Tensor, Tensor]:
         """A and (d bᵀ) ∘ B. Layers of one model may lie on several devices, and move on their own."""
