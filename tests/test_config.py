@@ -44,6 +44,7 @@ def test_every_yaml_composes_converts_and_passes_the_checks(group: str, choice: 
         "data=text": [f"data.path={Path(__file__).parents[1] / 'README.md'}"],
         "adapter=head": vision,
         "layer=conv2d": vision,
+        "layer=experts": ["model=hf", "model.name=org/model"],
         "data=mnist5k": vision,
         "model=efficientnet_lite0": vision,
     }

@@ -25,6 +25,7 @@ class LoraConfig:
         "all-linear" (every linear one but those), a list of dotted suffixes ("q_proj", "mlp.down_proj"; a
         container stands for the layers inside it), or a regular expression that must match a module's full
         dotted name (without backreferences, in at most 20,000 characters).
+        A mixture's stacked expert weights are named as if they were layers ("gate_up_proj", "experts.down_proj").
     exclude_modules: a list of dotted suffixes or a full-match regular expression, taken out again.
     lora_alpha, use_rslora: the scale is alpha/sqrt(r) (rsLoRA, arXiv 2312.03732 §4) or alpha/r (LoRA §4.1).
     lora_dropout: probability of dropping an input of the adapter; the frozen path sees no dropout.

@@ -23,6 +23,7 @@ class Host(nn.Module):
     out_axis: ClassVar[int] = 0  # the weight's dimension that counts output features
     rank_axis: ClassVar[int] = 1  # A's dimension that counts the rank, as B's first does
     takes_dropout: ClassVar[bool] = True  # not where inputs are indices
+    is_stack: ClassVar[bool] = False  # whether the weight is many in one parameter, and A and B have as many
 
     compute_dtype: torch.dtype | None = None  # of the base's product; x's own if None
     weight: Tensor  # the torch layer's own parameters
@@ -47,6 +48,11 @@ class Host(nn.Module):
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of A and B."""
         raise NotImplementedError
+
+    def empty_factors(self, rank: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """A and B of zeros, laid out in memory as `peft_factors` needs them to be."""
+        shape_A, shape_B = self.factor_shapes(rank)
+        return torch.zeros(shape_A, dtype=dtype, device=device), torch.zeros(shape_B, dtype=dtype, device=device)
 
     def initialise(self, lora_A: Tensor, lora_B: Tensor) -> None:
         """Fill zeroed factors in place from the global RNG, one of them staying zero."""
@@ -95,6 +101,12 @@ class Host(nn.Module):
     def base_forward(self, x: Tensor) -> Tensor:
         out: Tensor = super().forward(x)  # the torch layer behind this mixin
         return out
+
+    @property
+    def place(self) -> tuple[nn.Module, str]:
+        """Whose parameter the weight is, and its key there. Merging puts another one in its place, and keeps it in
+        that module's `kept`."""
+        return self, "weight"
 
     def dense_weight(self) -> Tensor:
         """The base weight in floating point, in its own shape, whatever is merged into it now."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from lora_exp.backends.registry import Adapted, Origin, Way, backend
-from lora_exp.backends.targets import lora_config, targeted
+from lora_exp.backends.targets import lora_config, say_left_out_of, targeted
 from lora_exp.config import Config
 from lora_exp.errors import UserError, is_bug
 
@@ -34,14 +34,19 @@ class Peft(Way):
     def adapt(self, base: nn.Module, config: Config, origin: Origin) -> Adapted:
         import peft
 
+        from lora_exp.adapters.surgery.left_out import is_stack
+
         wanted = lora_config(config)
         _check_peft_trains(wanted, config)
         layers = targeted(base, config, wanted)
         _check_peft_can(layers, wanted)
-        named = wanted.target_modules if wanted.target_modules not in (None, "all-linear") else sorted(layers)
+        say_left_out_of(base, wanted)
+        stacks = [name for name, module in layers.items() if is_stack(module)]
+        by_name = wanted.target_modules in (None, "all-linear") or stacks
         asked = peft.LoraConfig(
             r=wanted.rank,
-            target_modules=named,
+            target_modules=sorted(set(layers) - set(stacks)) if by_name else wanted.target_modules,
+            target_parameters=stacks or None,
             lora_alpha=wanted.lora_alpha,  # type: ignore[arg-type]  # as PEFT takes it
             lora_dropout=wanted.lora_dropout,
             bias=wanted.bias,  # type: ignore[arg-type]
@@ -88,8 +93,15 @@ def _check_peft_trains(wanted: LoraConfig, config: Config) -> None:
 
 def _check_peft_can(layers: dict[str, nn.Module], wanted: LoraConfig) -> None:
     """PEFT 0.21 trains these convolutions on another geometry than the base's, or cannot merge them."""
+    from lora_exp.adapters.surgery.left_out import is_stack
+
     for name, module in layers.items():
         weight = module.get_parameter("weight")
+        if wanted.lora_dropout and is_stack(module):
+            raise UserError(
+                f"backend=peft cannot train {name} with dropout={wanted.lora_dropout}: PEFT adds A and B to the "
+                "experts' weights and so has no input to drop: use backend=native, or dropout=0"
+            )
         if wanted.use_dora and weight.device.type == "cpu" and type(weight).__name__ == "Int8Params":
             raise UserError(
                 f"backend=peft cannot train {name}: PEFT's DoRA loses int8 constants on a CPU after the first pass: "

@@ -78,3 +78,13 @@ def targeted(base: nn.Module, config: Config, wanted: LoraConfig) -> dict[str, n
                 f"choose {choices}layer=all or other targets"
             )
     return layers
+
+
+def say_left_out_of(base: nn.Module, wanted: LoraConfig) -> None:
+    """Warn of a mixture's experts that are not among the targets; our own injection says it by itself."""
+    from lora_exp.adapters.inspection.traversal import base_modules
+    from lora_exp.adapters.surgery.left_out import say_left_out, stacks_left_out
+    from lora_exp.adapters.surgery.targets import find_targets
+
+    modules = dict(base_modules(base))
+    say_left_out(stacks_left_out(modules, wanted, find_targets(base, modules, wanted)))

@@ -19,6 +19,7 @@ from lora_exp.models.kind import Outline
 from lora_exp.plan.architecture import outline_of, prepare_for_kbit, quantised_names
 from lora_exp.plan.bound import upper_bound
 from lora_exp.plan.kernels import Kernels
+from lora_exp.plan.saying import said_once
 from lora_exp.plan.sizes import base_bytes, file_bytes, optimizer_bytes, unpacked_bytes
 from lora_exp.plan.trace import Step, Work, trace_step
 
@@ -76,9 +77,13 @@ class Plan:
 
 
 class Planner:
-    """Plans one configuration and its neighbours (another batch, another rank); reads the architecture once."""
+    """Plans one configuration and its neighbours (another batch, another rank); reads the architecture once.
 
-    def __init__(self, config: Config, place: Place | None = None) -> None:
+    What the library warns of is said once for all of them; not at all if ``is_told`` by who trains next.
+    """
+
+    def __init__(self, config: Config, place: Place | None = None, is_told: bool = False) -> None:
+        self._said: set[str] | None = None if is_told else set()
         self._config = config
         self._place = place or planned_place(config)
         self._outline = outline_of(config.model, config.data)
@@ -88,7 +93,8 @@ class Planner:
         config = replace(self._config, rank=rank or self._config.rank)
         if rows is not None:
             config.train = replace(config.train, micro_batch_size=rows)
-        return _plan(config, self._outline, self._place)
+        with said_once(self._said):
+            return _plan(config, self._outline, self._place)
 
     def upper_bound(self) -> float:
         """Bytes that the config stays below; infinity for a model of unknown form. No step is traced for it."""
@@ -164,7 +170,7 @@ def layer_kind(module: nn.Module) -> str:
     """``linear``, ``embedding``, ``conv2d``, …, ``norm`` or ``other``."""
     if isinstance(module, LoRALayerBase):
         return module.layer_type
-    kinds = {"Linear": "linear", "Conv1D": "linear", "Embedding": "embedding", "Norm": "norm"}
+    kinds = {"Linear": "linear", "Conv1D": "linear", "Embedding": "embedding", "Norm": "norm", "Experts": "experts"}
     for axes in (1, 2, 3):
         kinds |= {f"BatchNorm{axes}d": "norm", f"Conv{axes}d": f"conv{axes}d"}
     return next((kind for end, kind in kinds.items() if type(module).__name__.endswith(end)), "other")

@@ -1,4 +1,5 @@
-"""What a real device would do where the meta device does otherwise: fused attention, mixed dtypes, autocast."""
+"""What a real device would do where the meta device does otherwise: fused attention, grouped products, mixed dtypes,
+autocast."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from lora_exp.adapters.numerics.autocast import autocast_dtype, autocast_on_meta
 
 _PRODUCTS = {F.linear, F.conv2d, torch.matmul, torch.bmm, torch.addmm, Tensor.matmul, Tensor.__matmul__}
+_GROUPED = getattr(torch, "_grouped_mm", None)  # below torch.nn.functional.grouped_mm
 _Inputs = tuple[Any, ...]
 _HALVES = (torch.bfloat16, torch.float16)
 
@@ -67,6 +69,8 @@ class Kernels(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
+        if func is _GROUPED:
+            return _grouped(*args, **kwargs)
         autocast = autocast_dtype("meta")
         if func is F.linear and (self._four_bit or autocast is None) and _is_quantised(*args[:2]):
             return self._mixed_linear(*args, **kwargs)
@@ -112,6 +116,16 @@ class Kernels(TorchFunctionMode):
         if id(value) not in self._copies:  # autocast keeps its copies of weights for the whole pass
             self._copies[id(value)] = value.to(dtype)
         return self._copies[id(value)]
+
+
+def _grouped(x: Tensor, weight: Tensor, **_: Any) -> Tensor:
+    """x (S, in) by weight (E, in, out), each expert's rows by its own: the meta device knows it in bfloat16 alone.
+
+    It has no values to say how many rows each expert has, so all have as many; the work is the same.
+    """
+    experts, rows = len(weight), -(-len(x) // len(weight))
+    even = x if len(x) == experts * rows else F.pad(x, (0, 0, 0, experts * rows - len(x)))
+    return torch.bmm(even.view(experts, rows, -1), weight).flatten(0, 1)[: len(x)]
 
 
 def _is_quantised(x: Tensor, weight: Tensor) -> bool:

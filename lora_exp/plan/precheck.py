@@ -42,7 +42,7 @@ def check_fits(config: Config, place: Place) -> None:
         return
     available = section.gpu_gib or memory_gib(place.device)
     try:
-        planner = Planner(config, place)
+        planner = Planner(config, place, is_told=True)
         if planner.upper_bound() / GIB + section.reserve_gib <= available:
             return
         plan = planner.plan()

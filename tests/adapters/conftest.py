@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -187,6 +188,49 @@ def peft_gradients(model, twin) -> dict[str, torch.Tensor]:
             grad = getattr(getattr(layer, "base_layer", layer), what).grad
         found[key] = grad
     return found
+
+
+@functools.cache
+def _random_mixture(kind: str) -> nn.Module:
+    import transformers as hf
+
+    small = {"vocab_size": 29, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 8}
+    small |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32}
+    small |= {"num_experts_per_tok": 2, "num_experts" if kind == "qwen3_moe" else "num_local_experts": 4}
+    small |= {"moe_intermediate_size": 24} if kind == "qwen3_moe" else {}
+    torch.manual_seed(3)
+    model = hf.AutoModelForCausalLM.from_config(hf.AutoConfig.for_model(kind, **small))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "experts" in name or "router" in name or ".gate." in name:
+                parameter.normal_(std=0.3)
+    return model.eval().double()
+
+
+def random_mixture(kind: str = "mixtral", dtype: torch.dtype = torch.float64, way: str = "eager") -> nn.Module:
+    """A mixture of four experts whose experts matter, by one of transformers' experts implementations."""
+    model = copy.deepcopy(_random_mixture(kind)).to(dtype)
+    model.set_experts_implementation(way)
+    return model
+
+
+@pytest.fixture
+def mixture():
+    return random_mixture
+
+
+@pytest.fixture
+def adapted():
+    """Adapts both weights of a mixture's experts, or what options say, with values as after training."""
+    from lora_exp.adapters import LoraConfig, LoraModel
+
+    def adapt(model: nn.Module, name: str = "default", **options) -> LoraModel:
+        wish = {"rank": 3, "target_modules": ["gate_up_proj", "down_proj"], **options}
+        made = LoraModel(model, LoraConfig(**wish), name, verbose=False)
+        randomise(made, name)
+        return made
+
+    return adapt
 
 
 class Oracle:

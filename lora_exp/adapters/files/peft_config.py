@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from lora_exp.adapters.config import Json, LoraConfig
+from lora_exp.adapters.files.peft_parameters import layers_alone, named_stacks, shortest_targets
 from lora_exp.adapters.files.peft_starts import doubled, halved
 from lora_exp.adapters.files.peft_targets import (
     Wish,
@@ -39,6 +40,8 @@ def to_peft(model: LoraModel, name: str) -> Json:
     """The adapter's config in PEFT's words, with targets that mean the same layers there."""
     config = model.configs[name]
     adapted = {n: layer for n, layer in lora_layers(model.wrapped) if name in layer.adapters}
+    modules = dict(base_modules(model.wrapped))
+    stacks = {n for n, layer in adapted.items() if layer.is_stack}
     saved = [n for n, switch in saved_modules(model.wrapped) if name in switch.copies]
     kind, method = type(model.wrapped).__name__, variant_named(config.variant).peft_format
     return {
@@ -50,7 +53,9 @@ def to_peft(model: LoraModel, name: str) -> Json:
         "fan_in_fan_out": any(isinstance(layer, LoRAConv1D) for layer in adapted.values()),
         "inference_mode": True,
         **doubled(config),
-        **_targets(config, method.takes_exclusions, set(adapted), [n for n, _ in base_modules(model.wrapped)]),
+        **_targets(config, method.takes_exclusions, not stacks, set(adapted) - stacks, list(layers_alone(modules))),
+        # PEFT refuses dropout beside target_parameters; what was asked for stands in our notes.
+        **({"target_parameters": shortest_targets(stacks, modules), "lora_dropout": 0.0} if stacks else {}),
     }
 
 
@@ -71,14 +76,16 @@ def from_peft(stored: Json, model: nn.Module, trained: Collection[str], source: 
     method = method_of(stored, source)
     method.check(stored, source)
     modules = dict(base_modules(model))
+    alone = layers_alone(modules)
     check_types(stored, source)
     stored, start = halved(stored, notes)
     wish = dict(stored)
     if is_all_linear(stored.get("target_modules")):
         wish["target_modules"] = sorted(all_linear(model, modules, stored.get("task_type")))
     elif stored.get("target_modules") is None:
-        wish["target_modules"] = sorted(trained)  # PEFT knows each architecture's; the file says as much
-    layers, saved = adapted_names(wish, modules), saved_names(wish, modules)
+        wish["target_modules"] = sorted(set(trained) & set(alone))  # PEFT knows each architecture's; the file says so
+    stacks = named_stacks(stored.get("target_parameters"), modules, source)
+    layers, saved = adapted_names(wish, alone) | stacks, saved_names(wish, alone)
     if not layers:
         raise UserError(
             f"{source}: target_modules={stored.get('target_modules')!r} leaves no layer of this model to adapt; "
@@ -86,7 +93,7 @@ def from_peft(stored: Json, model: nn.Module, trained: Collection[str], source: 
         )
     _check_ties(stored, model, layers | saved, source)
     config = LoraConfig(
-        target_modules=_present(wish["target_modules"], modules),
+        target_modules=_all_targets(_present(wish["target_modules"], alone), stored, layers),
         exclude_modules=_present(stored.get("exclude_modules"), modules),
         layers_to_transform=stored.get("layers_to_transform") or None,
         rank_pattern=matched(stored.get("rank_pattern"), layers),
@@ -132,12 +139,12 @@ def _meaning(config: LoraConfig, layers: set[str], model: nn.Module, modules: di
     return dataclasses.replace(config, target_modules=target, exclude_modules=None, layers_to_transform=None)
 
 
-def _targets(config: LoraConfig, takes_exclusions: bool, adapted: set[str], names: list[str]) -> Json:
-    """The user's own wish where PEFT reads it alike, else last names, else full names."""
+def _targets(config: LoraConfig, takes_exclusions: bool, as_wished: bool, adapted: set[str], names: list[str]) -> Json:
+    """The user's own wish where PEFT may read it alike (`as_wished`) and does, else last names, else full names."""
     own: Json = {"target_modules": config.target_modules, "layers_to_transform": config.layers_to_transform}
     if takes_exclusions:
         own["exclude_modules"] = config.exclude_modules
-    says_all = takes_exclusions or config.exclude_modules is None
+    says_all = as_wished and (takes_exclusions or config.exclude_modules is None)
     if says_all and _peft_adapts(own, config, names) == adapted:
         return own
     endings = {"target_modules": sorted({name.rpartition(".")[2] for name in adapted})}
@@ -156,6 +163,15 @@ def _peft_adapts(wish: Wish, config: LoraConfig, names: list[str]) -> set[str] |
     if target is None or is_all_linear(target) or refuses:
         return None
     return adapted_names({**wish, "modules_to_save": config.modules_to_save}, names)
+
+
+def _all_targets(
+    modules_named: list[str] | str | None, stored: Json, layers: Collection[str]
+) -> list[str] | str | None:
+    """What `target_modules` and `target_parameters` name, in one list."""
+    if not (parameters := stored.get("target_parameters")):
+        return modules_named
+    return sorted(layers) if isinstance(modules_named, str) else [*(modules_named or []), *parameters]
 
 
 def _present(wish: list[str] | str | None, names: Iterable[str]) -> list[str] | str | None:

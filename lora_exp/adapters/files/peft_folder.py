@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lora_exp.adapters.files.peft_card import card
 from lora_exp.adapters.files.peft_config import base_name, from_peft, method_of, to_peft
+from lora_exp.adapters.files.peft_parameters import named_stacks, peft_names, stacked_weights
 from lora_exp.adapters.files.peft_starts import joined_starts, notes_of, split_starts, stored_rank
 from lora_exp.adapters.files.safetensors import copy_strictly, read_json, read_tensors, write_tensors
 from lora_exp.adapters.files.whole import write_text
@@ -79,7 +80,7 @@ def read(directory: str | Path, model: nn.Module) -> Stored:
     if not any(key.endswith(".bias") for key in tensors):
         stored["bias"] = "none"  # PEFT lets a wish for biases pass where the model has none
     notes = read_json(metadata.get(_OURS, "{}"), f"the notes in {weights}")
-    ranks = _stored_ranks(method_of(stored, str(path)), tensors)
+    ranks = _stored_ranks(method_of(stored, str(path)), tensors, _stacks(stored, model, str(path)))
     config = from_peft(stored, model, list(ranks), str(path), notes)
     _check_ranks(weights, ranks, config)
     return Stored(config, weights, tensors, notes)
@@ -96,13 +97,17 @@ def fill(model: LoraModel, name: str, stored: Stored, strict_base: bool) -> None
 def peft_views(model: LoraModel, name: str) -> dict[str, Tensor]:
     """All that a file holds of adapter `name`, under PEFT's keys, as views in PEFT's layout of our own tensors."""
     views: dict[str, Tensor] = {}
-    for layer_name, layer in _adapted(model, name):
+    adapted = dict(_adapted(model, name))
+    stacks = [layer_name for layer_name, layer in adapted.items() if layer.is_stack]
+    theirs = (
+        {our: peft for peft, our in peft_names(stacks, dict(base_modules(model.wrapped))).items()} if stacks else {}
+    )
+    for layer_name, layer in adapted.items():
         adapter = layer.adapter_named(name)
         for key, view in adapter.peft_tensors(layer).items():
-            views[_PREFIX + joined(layer_name, key)] = view
+            views[_PREFIX + joined(theirs.get(layer_name, layer_name), key)] = view
     method = variant_named(model.configs[name].variant).peft_format
-    views.update(method.shared_tensors([layer.adapter_named(name) for _, layer in _adapted(model, name)]))
-    adapted = {layer_name for layer_name, _ in _adapted(model, name)}
+    views.update(method.shared_tensors([layer.adapter_named(name) for layer in adapted.values()]))
     for key, bias in bias_parameters(model.wrapped, name).items():
         owner = key.rpartition(".")[0]
         views[_PREFIX + (joined(owner, "base_layer.bias") if owner in adapted else key)] = bias.detach()
@@ -121,6 +126,7 @@ def _notes(model: LoraModel, config: LoraConfig, base_files_sha256: str | None) 
         "base_values_sha256": model.base_sha256(),
         "base_files_sha256": base_files_sha256,
         "dora_detach_norm": config.dora_detach_norm,
+        "lora_dropout": config.lora_dropout,
         "variant": config.variant,
         "variant_options": dict(config.variant_options),
         **notes_of(config),
@@ -145,10 +151,23 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     return found
 
 
-def _stored_ranks(method: PeftFormat, tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """The rank of each layer that the file has factors for, by the layer's name."""
-    found = (method.stored_rank(key.removeprefix(_PREFIX), tensor) for key, tensor in tensors.items())
-    return dict(each for each in found if each is not None)
+def _stacks(stored: Json, model: nn.Module, source: str) -> dict[str, tuple[str, int]]:
+    """{PEFT's name: (ours, how many weights)} of the stacks that a folder has factors for."""
+    modules = dict(base_modules(model))
+    names = peft_names(named_stacks(stored.get("target_parameters"), modules, source), modules)
+    return {peft: (our, stacked_weights(modules[our])) for peft, our in names.items()}
+
+
+def _stored_ranks(
+    method: PeftFormat, tensors: Mapping[str, Tensor], stacks: Mapping[str, tuple[str, int]]
+) -> dict[str, int]:
+    """The rank of each layer that the file has factors for, by the layer's name; PEFT stacks A by rows."""
+    found: dict[str, int] = {}
+    for key, tensor in tensors.items():
+        if (each := method.stored_rank(key.removeprefix(_PREFIX), tensor)) is not None:
+            name, weights = stacks.get(each[0], (each[0], 1))
+            found[name] = each[1] // weights
+    return found
 
 
 def _check_ranks(path: Path, ranks: Mapping[str, int], config: LoraConfig) -> None:

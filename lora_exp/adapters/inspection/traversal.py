@@ -8,6 +8,7 @@ from torch import nn
 
 from lora_exp.adapters.layers.adapted import LoRALayerBase
 from lora_exp.adapters.layers.modules_to_save import SavedModule
+from lora_exp.adapters.layers.registry import PARTS, parts_of
 from lora_exp.adapters.layers.trained_biases import CHILD, TrainedBiases
 
 
@@ -35,10 +36,15 @@ def biased_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, TrainedBi
 
 def own_parameter(module: nn.Module, key: str) -> nn.Parameter | None:
     """The base's parameter `key` of `module`, also while an adapter is merged into it."""
-    kept = module.kept if isinstance(module, LoRALayerBase) else {}
+    kept = weights_kept(module)
     if isinstance(trained := module._modules.get(CHILD), TrainedBiases):
         kept = {**kept, **trained.kept}
     return kept.get(key, module._parameters.get(key))
+
+
+def weights_kept(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The base's own weights of `module` in whose place merged ones are now, by key."""
+    return {} if isinstance(module, TrainedBiases) else vars(module).get("kept", {})
 
 
 def joined(*parts: str) -> str:
@@ -47,13 +53,13 @@ def joined(*parts: str) -> str:
 
 
 def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    seen: set[int] = set()
+    seen: dict[int, nn.Module] = {}  # the modules too: a part may live only as long as it is looked at
     stack = [("", model)]
     while stack:
         name, module = stack.pop()
         if id(module) in seen:
             continue
-        seen.add(id(module))
+        seen[id(module)] = module
         yield name, module
         stack.extend(reversed([*_children(name, module)]))
 
@@ -63,6 +69,8 @@ def _children(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield name, module.original
         return
     for child_name, child in module._modules.items():
-        is_ours = child_name == CHILD or (isinstance(module, LoRALayerBase) and child_name == "adapters")
+        is_ours = child_name in (CHILD, PARTS) or (isinstance(module, LoRALayerBase) and child_name == "adapters")
         if child is not None and not is_ours:
             yield joined(name, child_name), child
+    for key, part in parts_of(module).items():
+        yield joined(name, key), part

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lora_exp.adapters.host import Host
 from lora_exp.adapters.kernels.linear import Served, fused_linear
 from lora_exp.adapters.kernels.terms import Terms
-from lora_exp.adapters.layers.registry import base_class_of, forward_override, restore
+from lora_exp.adapters.layers.registry import base_class_of, forward_override, rebind, restore
 from lora_exp.adapters.layers.trained_biases import CHILD, TrainedBiases, remove_biases
 from lora_exp.adapters.numerics.reference import fused_allowed, is_plain
 from lora_exp.adapters.routing.plan import BASE, Plan
@@ -125,6 +125,9 @@ class LoRALayerBase(Host):
             raise UserError(reason)
         self.add_adapter(self.first_variant(DEFAULT, rank, alpha, dropout, use_rslora))
 
+    def leave(self) -> None:
+        """Undo what `adopt` did outside of the layer."""
+
     def add_adapter(self, adapter: LoraAdapter) -> None:
         adapter.prepare(self)
         adapter.train(self.training)
@@ -184,14 +187,14 @@ class LoRALayerBase(Host):
 
 def strip(layer: LoRALayerBase) -> nn.Module:
     """The layer itself, back in the class it had before it was adapted."""
+    layer.leave()
     plain: nn.Module = layer
     original = layer.plain_class()
     del layer.adapters
     for key in layer.own_attributes:
         layer.__dict__.pop(key, None)
     plain.__class__ = original
-    if "_old_forward" in plain.__dict__:  # accelerate's, see injection
-        plain.__dict__["_old_forward"] = original.forward.__get__(plain)
+    rebind(plain)
     return plain
 
 

@@ -6,7 +6,8 @@ says `@adapts("bitsandbytes.nn.modules.Linear4bit")` adds a kind of layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from torch import nn
@@ -15,9 +16,14 @@ from lora_exp.adapters.discovery import import_all
 from lora_exp.adapters.host import Host
 from lora_exp.errors import UserError
 
+PARTS = "adapted_parameters"  # the child of a module under which adapted parts of it are
+
+_Parts = Callable[[nn.Module], Mapping[str, nn.Module]]
 _LAYERS: dict[str, type[Host]] = {}
-_MADE: dict[tuple[type, type], type[Host]] = {}
+_PARTS: list[_Parts] = []
+_MADE: dict[tuple[type, type], type[nn.Module]] = {}
 _Layer = TypeVar("_Layer", bound="type[Host]")
+_Made = TypeVar("_Made", bound=nn.Module)
 
 
 def adapts(*base_names: str) -> Callable[[_Layer], _Layer]:
@@ -28,6 +34,22 @@ def adapts(*base_names: str) -> Callable[[_Layer], _Layer]:
         return layer_class
 
     return register
+
+
+def divides(find: _Parts) -> _Parts:
+    """Decorator of a function that finds the parts of a module, see `parts_of`."""
+    _PARTS.append(find)
+    return find
+
+
+def parts_of(module: nn.Module) -> dict[str, nn.Module]:
+    """Layers that stand for single parameters of `module`, by the parameter's key; none for most modules.
+
+    A module that has several weights is adapted weight by weight. Its parts are its children wherever the library
+    looks for layers; torch sees only the adapted ones, under `PARTS`.
+    """
+    import_all("lora_exp.adapters.layers")
+    return {key: part for find in _PARTS for key, part in find(module).items()}
 
 
 def layer_class_for(module: nn.Module) -> type[Host] | None:
@@ -52,21 +74,27 @@ def layer_types(wished: Sequence[str]) -> frozenset[str]:
     return frozenset(wished)
 
 
-def adapted_class(layer_class: type[Host], base_class: type[nn.Module]) -> type[Host]:
+def adapted_class(layer_class: type[_Made], base_class: type[nn.Module]) -> type[_Made]:
     """`layer_class` itself if it adapts exactly `base_class`, else a subclass of both, made once."""
     if base_class in layer_class.__mro__:
         return layer_class
     if (made := _MADE.get((layer_class, base_class))) is not None:
-        return made
+        return made  # type: ignore[return-value]
     members = {"__module__": __name__, "made_from": (layer_class, base_class)}
     made = type(f"LoRA{base_class.__name__}", (layer_class, base_class), members)
-    return _MADE.setdefault((layer_class, base_class), made)
+    return _MADE.setdefault((layer_class, base_class), made)  # type: ignore[return-value]
 
 
-def restore(layer_class: type[Host], base_class: type[nn.Module]) -> Host:
+def restore(layer_class: type[_Made], base_class: type[nn.Module]) -> _Made:
     """An empty layer of a class that was made on the fly, for pickle and deepcopy to fill."""
     made = adapted_class(layer_class, base_class)
     return made.__new__(made)
+
+
+def rebind(module: nn.Module) -> None:
+    """accelerate keeps the bound forward of a module that it has hooked; point it to the one of its class now."""
+    if "_old_forward" in module.__dict__:
+        module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
 
 
 def base_class_of(layer: Host) -> type[nn.Module]:

@@ -53,7 +53,7 @@ class Plan:
             raise UserError(
                 f"routing covers {batch} samples ({_described(self)}), but a layer was called with a leading "
                 f"dimension of {length}; make the routed sizes add up to the batch, and do not adapt layers "
-                "that see a regrouped batch (a mixture's experts)"
+                "that see a regrouped batch (an expert of a mixture that is a layer of its own)"
             )
         step = length // batch
         stops = list(itertools.accumulate(size * step for size in self.sizes))

@@ -7,7 +7,6 @@ parameters stay what they are, and nothing is allocated but the adapter.
 from __future__ import annotations
 
 import logging
-import types
 import zlib
 from collections.abc import Callable
 
@@ -17,12 +16,13 @@ from lora_exp.adapters.config import LoraConfig
 from lora_exp.adapters.inspection.traversal import base_modules
 from lora_exp.adapters.layers.adapted import LoRALayerBase
 from lora_exp.adapters.layers.modules_to_save import add_copies
-from lora_exp.adapters.layers.registry import adapted_class, layer_class_for
+from lora_exp.adapters.layers.registry import adapted_class, layer_class_for, rebind
 from lora_exp.adapters.layers.trained_biases import add_biases, trained_owners
 from lora_exp.adapters.numerics.packed_weights import keep_trainable
 from lora_exp.adapters.routing.route import Route
 from lora_exp.adapters.starts.registry import make_start
 from lora_exp.adapters.starts.start import NOTHING, Beginning, Given
+from lora_exp.adapters.surgery.left_out import say_left_out, stacks_left_out
 from lora_exp.adapters.surgery.targets import Targets, find_targets, parents, saved_names, value_for
 from lora_exp.adapters.variants.lora import LoraAdapter
 from lora_exp.adapters.variants.registry import variant_class
@@ -53,6 +53,7 @@ def inject(model: nn.Module, config: LoraConfig, name: str, route: Route, given:
     if targets.skipped:
         some = "; ".join(f"{layer}: {reason}" for layer, reason in list(targets.skipped.items())[:3])
         log.warning("%d layers cannot be adapted and stay as they are, such as %s", len(targets.skipped), some)
+    say_left_out(stacks_left_out(modules, config, targets))
     return targets
 
 
@@ -65,7 +66,7 @@ def adopted(module: nn.Module, route: Route) -> LoRALayerBase:
     module.__class__ = adapted_class(kind, type(module))
     assert isinstance(module, LoRALayerBase)
     module.adopt(route)
-    _rebind(module)
+    rebind(module)
     return module
 
 
@@ -103,12 +104,6 @@ def _call_instead_of_fuse(modules: dict[str, nn.Module], changed: list[str]) -> 
             module.activation_relu_or_gelu = 0  # the fused path's own precondition
         elif isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False  # only the fused path understands them
-
-
-def _rebind(module: nn.Module) -> None:
-    """accelerate keeps the bound forward of a layer that it has hooked; point it to the adapted one."""
-    if "_old_forward" in module.__dict__:
-        module.__dict__["_old_forward"] = types.MethodType(type(module).forward, module)
 
 
 def _check_ranks(layers: dict[str, nn.Module], config: LoraConfig) -> None:

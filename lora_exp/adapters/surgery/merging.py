@@ -16,6 +16,7 @@ from lora_exp.adapters.inspection.traversal import (
     lora_layers,
     own_parameter,
     saved_modules,
+    weights_kept,
 )
 from lora_exp.adapters.layers.adapted import LoRALayerBase, allow_fast_paths, strip
 from lora_exp.adapters.layers.bitsandbytes import as_plain, dense_of
@@ -78,8 +79,8 @@ def merge(model: nn.Module, name: str, safe: bool, requantise: bool = False) -> 
 @torch.inference_mode(False)
 def unmerge(model: nn.Module) -> None:
     """Put the base's own parameters back, bit for bit."""
-    kept = [(layer, layer.kept) for _, layer in lora_layers(model) if layer.kept]
-    kept += [(owner, trained.kept) for _, owner, trained in biased_modules(model) if trained.kept]  # type: ignore[misc]
+    kept = [(module, weights_kept(module)) for _, module in base_modules(model) if weights_kept(module)]
+    kept += [(owner, trained.kept) for _, owner, trained in biased_modules(model) if trained.kept]
     for module, parameters in kept:
         for key, parameter in parameters.items():
             now: Any = getattr(module, key)
@@ -101,8 +102,8 @@ def kept_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     found: dict[str, nn.Parameter] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         trained: Any = module._modules.get(CHILD)
-        for owner in (module if isinstance(module, LoRALayerBase) else None, trained):
-            found.update((joined(name, key), kept) for key, kept in (owner.kept.items() if owner is not None else ()))
+        for kept in (weights_kept(module), {} if trained is None else trained.kept):
+            found.update((joined(name, key), parameter) for key, parameter in kept.items())
     return found
 
 
@@ -118,7 +119,11 @@ def unload(model: nn.Module, name: str | None) -> nn.Module:
     for _, owner, _ in list(biased_modules(model)):
         remove_biases(owner)
     layers = [layer for _, layer in lora_layers(model)]
-    was_dequantised = any(is_quantised(layer.kept.get("weight")) and not is_quantised(layer.weight) for layer in layers)
+    was_dequantised = any(
+        is_quantised(own) and not is_quantised(getattr(module, key))
+        for module in model.modules()
+        for key, own in weights_kept(module).items()
+    )
     for layer in layers:
         strip(layer)
     allow_fast_paths(model)
@@ -147,14 +152,18 @@ def merged_state(model: nn.Module, name: str) -> tuple[dict[str, Tensor], list[l
     `model` stays as it is, whatever is merged into it now.
     """
     trained = {id(own_parameter(o, "bias")): t.values[name] for _, o, t in biased_modules(model) if name in t.values}
+    places = {(id(holder), key): layer for _, layer in lora_layers(model) for holder, key in [layer.place]}
     merged: dict[str, Tensor] = {}
     ours: list[str] = []  # how keys begin that the original class has not
     for prefix, module in model.named_modules(remove_duplicate=False):
         for key in module._parameters:
-            if (own := own_parameter(module, key)) is not None:
+            if (layer := places.get((id(module), key))) is not None and name in layer.adapters:
+                merged[joined(prefix, key)] = _merged_weight(layer, name)
+            elif (own := own_parameter(module, key)) is not None and is_quantised(own):
+                merged[joined(prefix, key)] = dense_of(module, own)
+            elif own is not None:
                 merged[joined(prefix, key)] = trained.get(id(own), own).detach().to(own.dtype)
         if is_quantised(own_parameter(module, "weight")) or isinstance(module, LoRALayerBase):
-            merged[joined(prefix, "weight")] = _merged_weight(module, name)
             ours += [joined(prefix, key) for key in ("weight.", "SCB", "weight_format", "adapters.")]
         ours += [joined(prefix, f"{CHILD}.")] if CHILD in module._modules else []
     state = {**model.state_dict(), **merged}
@@ -162,14 +171,11 @@ def merged_state(model: nn.Module, name: str) -> tuple[dict[str, Tensor], list[l
     return state, untied_groups(state, weight_ties(model))
 
 
-def _merged_weight(module: Any, name: str) -> Tensor:
-    """A layer's dense weight, with adapter `name` if it has one."""
-    if isinstance(module, LoRALayerBase) and name in module.adapters:
-        adapter: Any = module.adapters[name]
-        weight: Tensor = adapter.merged(module).detach().to(module.merged_dtype)
-        return weight
-    own: Any = own_parameter(module, "weight")
-    return dense_of(module, own) if is_quantised(own) else own.detach()
+def _merged_weight(layer: LoRALayerBase, name: str) -> Tensor:
+    """A layer's dense weight with its adapter `name`."""
+    adapter: Any = layer.adapters[name]
+    weight: Tensor = adapter.merged(layer).detach().to(layer.merged_dtype)
+    return weight
 
 
 @torch.no_grad()
@@ -184,11 +190,12 @@ def _fold(layer: LoRALayerBase, layer_name: str, name: str, safe: bool, requanti
             "Check the adapter for a diverged run"
         )
     # A new parameter: one that is tied elsewhere (embedding = lm_head) must not change there.
-    layer.kept["weight"] = layer.weight
+    holder, key = layer.place
+    own = weights_kept(holder)[key] = getattr(holder, key)
     if requantise:
-        layer.weight = layer.requantised(rounded, layer.weight)
+        setattr(holder, key, layer.requantised(rounded, own))
         return exact, dense_of(layer, layer.weight)
-    layer.weight = nn.Parameter(rounded, requires_grad=False)
+    setattr(holder, key, nn.Parameter(rounded, requires_grad=False))
     return exact, rounded
 
 

@@ -11,8 +11,9 @@ from torch import nn
 
 from lora_exp.adapters.config import ALL_LINEAR, LoraConfig
 from lora_exp.adapters.inspection.traversal import lora_layers
-from lora_exp.adapters.layers.registry import layer_class_for, layer_types
+from lora_exp.adapters.layers.registry import layer_class_for, layer_types, parts_of
 from lora_exp.adapters.patterns import full_match, suffix_match
+from lora_exp.adapters.variants.registry import takes_stacks, variant_class
 from lora_exp.errors import UserError
 
 _HEAD_NAMES = ("lm_head", "score", "classifier", "classification_head", "qa_outputs")
@@ -41,7 +42,7 @@ def find_targets(model: nn.Module, modules: dict[str, nn.Module], config: LoraCo
     """The layers among `modules` that `config` names; a name that names nothing is an error."""
     layer_types(config.layer_types)  # raises for one that there is not
     chosen = _named(modules, config) if _is_explicit(config) else _by_type(model, modules, config)
-    chosen = _without_excluded(chosen, modules, config)
+    chosen = without_excluded(chosen, modules, config)
     chosen = _in_blocks(chosen, config)
     targets = _adaptable(chosen, modules, config)
     for field in ("rank_pattern", "alpha_pattern"):
@@ -132,7 +133,7 @@ def _named(modules: dict[str, nn.Module], config: LoraConfig) -> dict[str, bool]
     chosen, of_kind = {}, _of_kind(config.layer_types)
     for name, module in modules.items():
         inside = any(parent in hits for parent in parents(name))
-        if name in hits and (_is_layer(module) or not any(module.children())):
+        if name in hits and (_is_layer(module) or not _holds_others(module)):
             chosen[name] = True
         elif inside and of_kind(module):
             chosen[name] = False
@@ -151,13 +152,17 @@ def _of_kind(wished: tuple[str, ...]) -> Callable[[nn.Module], bool]:
 
 def _is_layer(module: nn.Module) -> bool:
     """Something with a weight of its own, adaptable or not; not a container, not an activation."""
-    if not any(True for _ in module.parameters(recurse=False)):
-        return False
-    known = layer_class_for(module) is not None or type(module).__name__ in _REFUSED
-    return known or not any(True for _ in module.children())
+    if layer_class_for(module) is not None or type(module).__name__ in _REFUSED:
+        return True
+    return any(True for _ in module.parameters(recurse=False)) and not _holds_others(module)
 
 
-def _without_excluded(chosen: dict[str, bool], modules: dict[str, nn.Module], config: LoraConfig) -> dict[str, bool]:
+def _holds_others(module: nn.Module) -> bool:
+    return any(True for _ in module.children()) or len(parts_of(module)) > 0
+
+
+def without_excluded(chosen: dict[str, bool], modules: dict[str, nn.Module], config: LoraConfig) -> dict[str, bool]:
+    """`chosen` without what `exclude_modules` and `modules_to_save` name, and what is inside of that."""
     out: set[str] = set()
     if config.exclude_modules is not None:
         out |= matching(config.exclude_modules, modules, "exclude_modules")
@@ -175,7 +180,7 @@ def _in_blocks(chosen: dict[str, bool], config: LoraConfig) -> dict[str, bool]:
     if wish is None:
         return chosen
     wanted = {wish} if isinstance(wish, int) else set(wish)
-    index = {name: int(found[1]) for name in chosen if (found := _BLOCK_INDEX.match(f".{name}"))}
+    index = {name: block for name in chosen if (block := block_of(name)) is not None}
     if missing := sorted(wanted - set(index.values())):
         present = sorted(set(index.values()))
         have = f"{present[0]} to {present[-1]}" if present else "none"
@@ -183,10 +188,16 @@ def _in_blocks(chosen: dict[str, bool], config: LoraConfig) -> dict[str, bool]:
     return {name: named for name, named in chosen.items() if index.get(name) in wanted}
 
 
+def block_of(name: str) -> int | None:
+    """The number of the block that a layer is in; None outside of numbered blocks."""
+    found = _BLOCK_INDEX.match(f".{name}")
+    return int(found[1]) if found else None
+
+
 def _adaptable(chosen: dict[str, bool], modules: dict[str, nn.Module], config: LoraConfig) -> Targets:
     targets, problems = Targets(), []
     for name, named in chosen.items():
-        reason = _refusal(modules, name, int(value_for(name, config.rank_pattern, config.rank)))
+        reason = _refusal(modules, name, config)
         if reason is None:
             targets.layers[name] = modules[name]
         elif named:
@@ -202,7 +213,7 @@ def _adaptable(chosen: dict[str, bool], modules: dict[str, nn.Module], config: L
     return targets
 
 
-def _refusal(modules: dict[str, nn.Module], name: str, rank: int) -> str | None:
+def _refusal(modules: dict[str, nn.Module], name: str, config: LoraConfig) -> str | None:
     """Why a module cannot be adapted; None if it can."""
     module, parent = modules[name], modules.get(name.rpartition(".")[0]) if name else None
     kind = layer_class_for(module)
@@ -211,7 +222,9 @@ def _refusal(modules: dict[str, nn.Module], name: str, rank: int) -> str | None:
         return _REFUSED.get(type(module).__name__, generic)
     if isinstance(parent, nn.MultiheadAttention):
         return "MultiheadAttention reads this weight without calling the layer"
-    return kind.refusal(module, rank)
+    if kind.is_stack and not takes_stacks(variant_class(config.variant, config.variant_options)):
+        return f"variant {config.variant!r} is not defined for many weights in one parameter; use variant 'lora' there"
+    return kind.refusal(module, int(value_for(name, config.rank_pattern, config.rank)))
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

@@ -50,6 +50,7 @@ class LoraAdapter(nn.Module):
     peft_flags: ClassVar[Mapping[str, object]] = {}  # what adapter_config.json says of it beside LoRA's fields
     takes_starts: ClassVar[bool] = True
     peft_trains: ClassVar[bool] = True  # whether PEFT, told these flags, trains the same; a subclass says so itself
+    takes_stacks: ClassVar[bool] = True  # of weights; a subclass that does too says so itself
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
@@ -79,10 +80,9 @@ class LoraAdapter(nn.Module):
     def prepare(self, host: Host) -> None:
         """Make this adapter's parameters for `layer`, such that its output does not change yet."""
         device, dtype = host.weight.device, host.factor_dtype
-        shape_A, shape_B = host.factor_shapes(self.rank)
         # Drawn on the CPU whatever the layer's device, so that a seed gives the same adapter everywhere.
         source = device if device.type == "meta" else torch.device("cpu")
-        lora_A, lora_B = (torch.zeros(shape, dtype=dtype, device=source) for shape in (shape_A, shape_B))
+        lora_A, lora_B = host.empty_factors(self.rank, dtype, source)
         beginning, self.beginning = self.beginning, _DEFAULT  # it may hold open files
         if device.type != "meta":
             beginning.fill(host, lora_A, lora_B, self.scale)

@@ -21,6 +21,7 @@ class LoraFaAdapter(LoraAdapter):
     title: ClassVar[str] = "LoRA-FA"
     frozen: ClassVar[tuple[str, ...]] = ("lora_A",)
     takes_starts: ClassVar[bool] = True
+    takes_stacks: ClassVar[bool] = True
 
     def prepare(self, host: Host) -> None:
         super().prepare(host)

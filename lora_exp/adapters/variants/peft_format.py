@@ -36,12 +36,11 @@ class PeftFormat:
     read: ClassVar[tuple[str, ...]] = (
         "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "bias", "use_rslora", "use_dora",
         "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "modules_to_save", "peft_type",
-        "task_type", "init_lora_weights", "ensure_weight_tying",
+        "task_type", "init_lora_weights", "ensure_weight_tying", "target_parameters",
     )  # fmt: skip
     refused: ClassVar[tuple[str, ...]] = (
         "lora_bias", "use_qalora", "velora_config", "kasa_config", "arrow_config", "alora_invocation_tokens",
-        "trainable_token_indices", "target_parameters", "layer_replication", "megatron_config", "use_bdlora",
-        "monteclora_config",
+        "trainable_token_indices", "layer_replication", "megatron_config", "use_bdlora", "monteclora_config",
     )  # fmt: skip
     without_meaning: ClassVar[tuple[str, ...]] = (  # once an adapter is trained
         "base_model_name_or_path", "revision", "inference_mode", "fan_in_fan_out", "auto_mapping", "peft_version",
@@ -67,10 +66,11 @@ class PeftFormat:
 
     def arguments(self, stored: Json, notes: Json) -> Json:
         """The same way back: LoraConfig's arguments. notes: what we noted beside PEFT's fields."""
+        stacked = bool(stored.get("target_parameters"))  # beside which PEFT allows no dropout
         return {
             "rank": stored.get("r", 8),
             "lora_alpha": stored.get("lora_alpha", 8),
-            "lora_dropout": stored.get("lora_dropout", 0.0),
+            "lora_dropout": stored.get("lora_dropout") or (stacked and notes.get("lora_dropout")) or 0.0,
             "bias": stored.get("bias", "none"),
             "use_rslora": stored.get("use_rslora", False),
             "use_dora": stored.get("use_dora", False),

@@ -53,3 +53,8 @@ def variant_class(name: str, options: Mapping[str, object]) -> type[LoraAdapter]
     kind = variant_named(name)
     check_options("variant_options", name, kind, options)
     return kind
+
+
+def takes_stacks(kind: type[LoraAdapter]) -> bool:
+    """Whether a variant is defined for a host that `is_stack`. No class inherits that from one with other formulas."""
+    return bool(vars(kind).get("takes_stacks", False))
