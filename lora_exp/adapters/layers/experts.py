@@ -18,6 +18,7 @@ from lora_exp.adapters.host import Host
 from lora_exp.adapters.kernels.experts import Groups, way_for
 from lora_exp.adapters.layers.adapted import LoRALayerBase
 from lora_exp.adapters.layers.registry import PARTS, adapted_class, adapts, divides, rebind, restore
+from lora_exp.adapters.numerics.typed_torch import not_compiled
 from lora_exp.adapters.routing.plan import Plan
 from lora_exp.adapters.routing.route import Route
 from lora_exp.errors import UserError
@@ -77,7 +78,7 @@ class LoRAExpertWeight(LoRALayerBase, ExpertWeight):
 
     @classmethod
     def largest_rank(cls, module: Any) -> int:
-        return max(module.weight.shape[1:])
+        return int(max(module.weight.shape[1:]))
 
     def adopt(self, route: Route) -> None:
         self.adapters, self.route = nn.ModuleDict(), route
@@ -210,7 +211,7 @@ class LoRAExperts(nn.Module):
             return super().forward(*args, **kwargs)
         return self._adapted(plan, *args, *kwargs.values())
 
-    @torch.compiler.disable  # how many rows each expert has follows from values
+    @not_compiled  # how many rows each expert has follows from values
     def _adapted(self, plan: Plan, hidden: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
         """hidden (T, in), the experts chosen (T, k), their shares of a token (T, k) -> (T, in)"""
         me: Any = self
