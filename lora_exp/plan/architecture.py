@@ -24,8 +24,8 @@ def quantised_names(model: nn.Module, section: QuantizationConfig) -> set[str]:
     """The weights, by parameter name, that are stored quantised: those of linear layers that are not skipped."""
     if section.name == "none":
         return set()
-    assert isinstance(model, transformers.PreTrainedModel)
-    head, modules = model.get_output_embeddings(), dict(model.named_modules())
+    ask = getattr(model, "get_output_embeddings", None)
+    head, modules = ask() if callable(ask) else None, dict(model.named_modules())
     skipped = matching(section.skip_modules, modules, "quantization.skip_modules") if section.skip_modules else set()
     chosen = set()
     for name, module in modules.items():

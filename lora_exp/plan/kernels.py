@@ -118,7 +118,7 @@ class Kernels(TorchFunctionMode):
         return self._copies[id(value)]
 
 
-def _grouped(x: Tensor, weight: Tensor, **_: Any) -> Tensor:
+def _grouped(x: Tensor, weight: Tensor, **_: object) -> Tensor:
     """x (S, in) by weight (E, in, out), each expert's rows by its own: the meta device knows it in bfloat16 alone.
 
     It has no values to say how many rows each expert has, so all have as many; the work is the same.

@@ -283,7 +283,7 @@ def test_a_file_that_a_maker_cannot_read_is_not_called_the_cache(tmp_path: Path)
 RACE = """
 import sys, time
 from pathlib import Path
-from lora_exp.cache import made_once
+from lora_exp.machine.cache import made_once
 def make(folder):
     (folder / "one").write_text("1")
     time.sleep(0.3)

@@ -10,7 +10,7 @@ import pytest
 
 from lora_exp.machine import claims
 
-HOLD = "import sys, pathlib; from lora_exp.claims import claim; claim(pathlib.Path(sys.argv[1]), 'x'); print('has', flush=True); sys.stdin.read()"  # fmt: skip # noqa: E501
+HOLD = "import sys, pathlib; from lora_exp.machine.claims import claim; claim(pathlib.Path(sys.argv[1]), 'x'); print('has', flush=True); sys.stdin.read()"  # fmt: skip # noqa: E501
 
 
 def test_a_folder_that_another_process_has_is_refused_until_it_ends(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ one's factors have the module's own name, the one before is inside of it, and so
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
 
 from torch import nn
 
@@ -24,7 +23,7 @@ def layers_alone(modules: _Modules) -> dict[str, nn.Module]:
     return {name: module for name, module in modules.items() if not is_stack(module)}
 
 
-def named_stacks(wish: Any, modules: _Modules, source: str) -> set[str]:
+def named_stacks(wish: object, modules: _Modules, source: str) -> set[str]:
     """The stacks that `target_parameters` mean; other parameters are refused."""
     if not wish:
         return set()
@@ -45,9 +44,9 @@ def shortest_targets(stacks: Collection[str], modules: _Modules) -> list[str] | 
     return (endings if _matched(endings, modules) == set(stacks) else sorted(stacks)) or None
 
 
-def stacked_weights(stack: Any) -> int:
+def stacked_weights(stack: nn.Module) -> int:
     """How many there are."""
-    return len(stack.weight)
+    return len(stack.get_parameter("weight"))
 
 
 def peft_names(stacks: Collection[str], modules: _Modules) -> dict[str, str]:

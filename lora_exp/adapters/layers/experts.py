@@ -9,7 +9,7 @@ E experts, in / out a matrix's sides, r rank.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, cast
+from typing import ClassVar, Protocol, SupportsIndex, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,9 +37,10 @@ class ExpertWeight(nn.Module):
         self.training = owner.training
 
     @property
-    def weight(self) -> Any:
+    def weight(self) -> Tensor:
         owner, key = self.held
-        return getattr(owner, key)
+        stack: Tensor = getattr(owner, key)
+        return stack
 
 
 @divides
@@ -47,7 +48,8 @@ def expert_weights(module: nn.Module) -> dict[str, nn.Module]:
     """The stacks of a module of experts, in the order of its parameters."""
     if not type(module).__name__.endswith("Experts"):
         return {}
-    adapted: dict[str, nn.Module] = dict(cast(Any, module._modules.get(PARTS, {})))
+    parts = module._modules.get(PARTS)
+    adapted = {} if parts is None else dict(parts.named_children())
     stacks = [key for key, value in module._parameters.items() if value is not None and value.dim() == 3]
     return {key: adapted.get(key) or ExpertWeight(module, key) for key in stacks}
 
@@ -65,7 +67,8 @@ class LoRAExpertWeight(LoRALayerBase, ExpertWeight):
     own_attributes = ("route",)
 
     @classmethod
-    def refusal(cls, module: Any, rank: int) -> str | None:
+    def refusal(cls, module: nn.Module, rank: int) -> str | None:
+        assert isinstance(module, ExpertWeight)
         owner, key = module.held
         if isinstance(owner, LoRAExperts):
             return None
@@ -77,25 +80,25 @@ class LoRAExpertWeight(LoRALayerBase, ExpertWeight):
         return "its experts are shared out among processes" if owner._is_expert_parallel else None
 
     @classmethod
-    def largest_rank(cls, module: Any) -> int:
-        return int(max(module.weight.shape[1:]))
+    def largest_rank(cls, module: nn.Module) -> int:
+        assert isinstance(module, ExpertWeight)
+        return max(module.weight.shape[1:])
 
     def adopt(self, route: Route) -> None:
         self.adapters, self.route = nn.ModuleDict(), route
         owner, key = self.held
         if not isinstance(owner, LoRAExperts):
             owner.__class__ = adapted_class(LoRAExperts, type(owner))
-            cast(Any, owner).adopt(route)
-        cast(Any, owner._modules[PARTS])[key] = self
+            self.owner.adopt(route)
+        self.owner.parts[key] = self
 
     def leave(self) -> None:
-        owner, key = self.held
-        parts: Any = owner._modules[PARTS]
-        del parts[key]
+        parts = self.owner.parts
+        del parts[self.held[1]]
         if not len(parts):
-            cast(Any, owner).retire()
+            self.owner.retire()
 
-    def merge(self) -> Any:
+    def merge(self) -> nn.Module:
         raise UserError("a stack of expert weights is no layer that could stand alone; merge the model that it is in")
 
     # Geometry
@@ -136,18 +139,20 @@ class LoRAExpertWeight(LoRALayerBase, ExpertWeight):
     # The base
 
     @property
+    def owner(self) -> LoRAExperts:
+        """The module whose parameter it is, once that is adapted."""
+        return cast(LoRAExperts, self.held[0])
+
+    @property
     def place(self) -> tuple[nn.Module, str]:
         return self.held
 
     @property
     def is_merged(self) -> bool:
-        owner, key = self.held
-        return key in cast(Any, owner).kept
+        return self.held[1] in self.owner.kept
 
     def dense_weight(self) -> Tensor:
-        owner, key = self.held
-        dense: Tensor = cast(Any, owner).kept.get(key, self.weight)
-        return dense
+        return self.owner.kept.get(self.held[1], self.weight)
 
     # Calls
 
@@ -172,8 +177,9 @@ class _InCall:
     def __init__(self, host: LoRAExpertWeight, groups: Groups) -> None:
         self._host, self._groups = host, groups
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._host, name)
+    def __getattr__(self, name: str) -> object:
+        value: object = getattr(self._host, name)
+        return value
 
     def linear_forward(self, x: Tensor) -> Tensor:
         return self._groups.product(x.to(self._host.weight.dtype), self._host.stacked)
@@ -181,6 +187,23 @@ class _InCall:
     def low_rank(self, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         inner = self._groups.product(x, lora_A.to(x.dtype))
         return self._groups.product(inner, lora_B.to(inner.dtype))
+
+
+class _Mixture(Protocol):
+    """A module of experts, as transformers' `use_experts_implementation` leaves it."""
+
+    config: object
+    num_experts: int
+    has_gate: bool
+    has_bias: bool
+    has_post_expert_norm: bool
+    is_transposed: bool
+
+    def _apply_gate(self, inner: Tensor) -> Tensor: ...
+
+    def act_fn(self, inner: Tensor) -> Tensor: ...
+
+    def post_expert_norm(self, out: Tensor) -> Tensor: ...
 
 
 class LoRAExperts(nn.Module):
@@ -193,6 +216,10 @@ class LoRAExperts(nn.Module):
     route: Route
     kept: dict[str, nn.Parameter]
 
+    @property
+    def parts(self) -> nn.ModuleDict:
+        return cast(nn.ModuleDict, self._modules[PARTS])
+
     def adopt(self, route: Route) -> None:
         self.route, self.kept = route, {}
         self.add_module(PARTS, nn.ModuleDict())
@@ -204,17 +231,17 @@ class LoRAExperts(nn.Module):
         self.__class__ = self.made_from[1]  # type: ignore[assignment]
         rebind(self)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         plan = self.route.plan()
-        parts: Any = self._modules[PARTS]
-        if not any(part.serves(plan) for part in parts.values()):
-            return super().forward(*args, **kwargs)
+        if not any(cast(LoRAExpertWeight, part).serves(plan) for part in self.parts.values()):
+            out: Tensor = super().forward(*args, **kwargs)
+            return out
         return self._adapted(plan, *args, *kwargs.values())
 
     @not_compiled  # how many rows each expert has follows from values
     def _adapted(self, plan: Plan, hidden: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
         """hidden (T, in), the experts chosen (T, k), their shares of a token (T, k) -> (T, in)"""
-        me: Any = self
+        me = cast(_Mixture, self)
         ids, order = chosen.reshape(-1).sort(stable=True)  # stable: a sample's rows have one order in any batch
         way = way_for(getattr(me.config, "_experts_implementation", None))
         tokens, groups = order // chosen.shape[1], Groups(ids, me.num_experts, way)
@@ -229,15 +256,15 @@ class LoRAExperts(nn.Module):
 
     def _multiplied(self, key: str, plan: Plan, x: Tensor, groups: Groups, served: _Served) -> Tensor:
         """(S, in) -> (S, out)"""
-        me: Any = self
-        weight = getattr(self, key)
+        me = cast(_Mixture, self)
+        weight: Tensor = getattr(self, key)
         out = groups.product(x.to(weight.dtype), weight if me.is_transposed else weight.mT)
         if me.has_bias:
             out = out + getattr(self, f"{key}_bias")[groups.ids]
-        part = me._modules[PARTS]._modules.get(key)
+        part = cast("LoRAExpertWeight | None", self.parts._modules.get(key))
         return out if part is None or not part.serves(plan) else part.add_to(x, out, groups, served)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
         return restore, self.made_from, self.__dict__
 
 

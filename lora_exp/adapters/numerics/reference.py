@@ -29,16 +29,14 @@ def use_reference() -> Iterator[None]:
 
 def fused_allowed() -> bool:
     """Not where a compiler or a function transform wants to see the formulas themselves."""
-    return not (_plain or torch.compiler.is_compiling() or _is_traced() or _is_transformed())
+    if _plain or torch.compiler.is_compiling() or _is_transformed():
+        return False
+    return not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
 
 def is_plain(x: Tensor) -> bool:
     """A dense floating-point tensor and no subclass with rules of its own."""
     return type(x) in (Tensor, torch.nn.Parameter) and x.layout == torch.strided and x.is_floating_point()
-
-
-def _is_traced() -> bool:
-    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
 def _is_transformed() -> bool:

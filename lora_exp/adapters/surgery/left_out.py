@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
 
 from torch import nn
 
@@ -37,7 +36,7 @@ def say_left_out(left_out: Mapping[str, nn.Module]) -> None:
     """One warning: how many they are, what they hold, and the way to include them."""
     if not left_out:
         return
-    weights: list[Any] = [part.weight for part in left_out.values()]
+    weights = [part.get_parameter("weight") for part in left_out.values()]
     kinds = sorted({str(kind.layer_type) for part in left_out.values() if (kind := layer_class_for(part)) is not None})
     endings = ", ".join(sorted({name.rpartition(".")[2] for name in left_out}))
     log.warning(

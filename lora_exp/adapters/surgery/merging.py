@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,8 @@ from lora_exp.adapters.inspection.traversal import (
 )
 from lora_exp.adapters.layers.adapted import LoRALayerBase, allow_fast_paths, strip
 from lora_exp.adapters.layers.bitsandbytes import as_plain, dense_of
-from lora_exp.adapters.layers.trained_biases import CHILD, remove_biases
+from lora_exp.adapters.layers.modules_to_save import SavedModule
+from lora_exp.adapters.layers.trained_biases import CHILD, TrainedBiases, remove_biases
 from lora_exp.adapters.numerics.packed_weights import is_quantised, moved_to
 from lora_exp.adapters.routing.plan import Plan
 from lora_exp.errors import UserError
@@ -83,7 +84,7 @@ def unmerge(model: nn.Module) -> None:
     kept += [(owner, trained.kept) for _, owner, trained in biased_modules(model) if trained.kept]
     for module, parameters in kept:
         for key, parameter in parameters.items():
-            now: Any = getattr(module, key)
+            now = getattr(module, key)
             if parameter.dtype != now.dtype and not is_quantised(parameter):
                 raise UserError(
                     f"the model was cast from {parameter.dtype} to {now.dtype} with an adapter merged in, so "
@@ -101,8 +102,8 @@ def kept_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The base's own parameters in whose place merged ones are now, by their names in the state dict."""
     found: dict[str, nn.Parameter] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        trained: Any = module._modules.get(CHILD)
-        for kept in (weights_kept(module), {} if trained is None else trained.kept):
+        trained = module._modules.get(CHILD)
+        for kept in (weights_kept(module), trained.kept if isinstance(trained, TrainedBiases) else {}):
             found.update((joined(name, key), parameter) for key, parameter in kept.items())
     return found
 
@@ -132,7 +133,7 @@ def unload(model: nn.Module, name: str | None) -> nn.Module:
     return model
 
 
-def dequantise(model: Any) -> None:
+def dequantise(model: nn.Module) -> None:
     """Turn what is left of a quantised base into plain layers, in the dtype that the model was loaded in."""
     dtype = getattr(getattr(model, "config", None), "dtype", None)
     for layer in [m for m in model.modules() if is_quantised(getattr(m, "weight", None))]:
@@ -173,16 +174,13 @@ def merged_state(model: nn.Module, name: str) -> tuple[dict[str, Tensor], list[l
 
 def _merged_weight(layer: LoRALayerBase, name: str) -> Tensor:
     """A layer's dense weight with its adapter `name`."""
-    adapter: Any = layer.adapters[name]
-    weight: Tensor = adapter.merged(layer).detach().to(layer.merged_dtype)
-    return weight
+    return layer.adapter_named(name).merged(layer).detach().to(layer.merged_dtype)
 
 
 @torch.no_grad()
 def _fold(layer: LoRALayerBase, layer_name: str, name: str, safe: bool, requantise: bool) -> tuple[Tensor, Tensor]:
     """(W + delta in float32, what is stored of it)"""
-    adapter: Any = layer.adapters[name]
-    exact = adapter.merged(layer)
+    exact = layer.adapter_named(name).merged(layer)
     rounded = exact.to(layer.merged_dtype)
     if safe and not torch.isfinite(rounded).all():
         raise UserError(
@@ -203,7 +201,7 @@ def _fold_biases(model: nn.Module, name: str) -> None:
     made: dict[int, nn.Parameter] = {}  # a bias that modules share stays shared
     for _, owner, trained in biased_modules(model):
         if name in trained.values:
-            base: Any = owner.bias
+            base = cast(nn.Parameter, owner.bias)
             trained.kept["bias"] = base
             if id(base) not in made:
                 made[id(base)] = nn.Parameter(trained.values[name].detach().to(base.dtype), requires_grad=False)
@@ -218,7 +216,7 @@ def _share_biases(model: nn.Module) -> None:
             module.bias = bias
 
 
-def _plain_copy(switch: Any, name: str | None) -> nn.Module:
+def _plain_copy(switch: SavedModule, name: str | None) -> nn.Module:
     if name is None or name not in switch.copies:
         return switch.original
     for key, trained in switch.copies[name].named_parameters():
