@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import TYPE_CHECKING
 
 from lora_exp.errors import UserError
+
+if TYPE_CHECKING:  # a config is checked without torch
+    from torch import nn
 
 _OLD_NAME = "gradient_checkpointing_enable"
 
