@@ -69,12 +69,12 @@ def measure(config: Config, place: Place | None = None) -> Measured:
     weights = _bytes(_stored(base))
     set_seed(config.seed)
     adapted = adapt(base, config)
+    added = _bytes(_stored(adapted.model)) - weights  # before a pass, in which int8 layers move their constants
     adapted.model.train()
     step = _Step(adapted, config, place, _batch(base, config))
     with torch.no_grad():  # the first pass of a model tells whether its loss needs all logits
         step.loss()
     retained = step.activations(config.train.gradient_checkpointing)
-    added = _bytes(_stored(adapted.model)) - weights
     found = Measured(adapted.trainable, adapted.total, weights, added, retained)
     if config.train.gradient_checkpointing:
         models.checkpoint_layers(base)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from lora_exp.errors import UserError
 
-if TYPE_CHECKING:  # a config is checked without torch
+if TYPE_CHECKING:
     from torch import nn
-
-_OLD_NAME = "gradient_checkpointing_enable"
+    from transformers import PreTrainedModel
 
 
 def checkpoint_layers(model: nn.Module, **options: object) -> None:
@@ -20,8 +19,8 @@ def checkpoint_layers(model: nn.Module, **options: object) -> None:
     layers cannot be recomputed.
     """
     try:  # transformers 5.23 renamed it
-        enable = getattr(model, "activation_checkpointing_enable", None)
-        enable = enable or getattr(model, _OLD_NAME)
+        newer = getattr(model, "activation_checkpointing_enable", None)
+        enable = newer or cast("PreTrainedModel", model).gradient_checkpointing_enable
         enable({"use_reentrant": False, **options})
     except (ValueError, AttributeError) as error:
         raise UserError(f"train.gradient_checkpointing=true: {error}; set it to false for this model") from error
