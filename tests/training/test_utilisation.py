@@ -28,6 +28,7 @@ def test_the_weights_are_those_of_the_flop_counter(tied):
     assert 2 * 8 * multiplied_weights(model) == found[torch.ops.aten.mm] + found.get(torch.ops.aten.addmm, 0)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft
 def test_adapters_are_not_counted():
     plain = multiplied_weights(llama())
     assert multiplied_weights(LoraModel(llama(), LoraConfig(rank=4), verbose=False)) == plain
