@@ -24,8 +24,14 @@ def ask(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
         clock[0] += after_s
         os.kill(os.getpid(), number)
 
-    with signals.noted():
-        yield send
+    # Whoever started the tests may have had them ignored (nohup, a shell's background), and what is ignored stays so.
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        with signals.noted():
+            yield send
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
