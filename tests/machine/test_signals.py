@@ -25,7 +25,8 @@ def ask(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
         os.kill(os.getpid(), number)
 
     # Whoever started the tests may have had them ignored (nohup, a shell's background), and what is ignored stays so.
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
     try:
         with signals.noted():
             yield send
