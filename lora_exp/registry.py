@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar, cast
 
 from lora_exp.errors import UserError
 
 _Entry = TypeVar("_Entry")
 _Given = TypeVar("_Given")
+
+
+@functools.cache
+def import_all(home: str) -> None:
+    """Import a module, and each module of a folder, so that what they register is known."""
+    for module in pkgutil.iter_modules(getattr(importlib.import_module(home), "__path__", [])):
+        importlib.import_module(f"{home}.{module.name}")
 
 
 class Registry(Generic[_Entry]):
@@ -42,9 +51,7 @@ class Registry(Generic[_Entry]):
         return cast(_Entry, self._entries[name])
 
     def names(self) -> list[str]:
-        home = importlib.import_module(self._home)
-        for module in pkgutil.iter_modules(getattr(home, "__path__", [])):
-            importlib.import_module(f"{self._home}.{module.name}")
+        import_all(self._home)
         return sorted(self._entries)
 
     def problem(self, name: str) -> str | None:
@@ -52,6 +59,15 @@ class Registry(Generic[_Entry]):
         if name in self._entries or name in self.names():
             return None
         return f"{self.key}={name} is not known: choose one of {', '.join(self.names())}"
+
+
+def check_options(field: str, name: str, kind: type[object], options: Iterable[str]) -> None:
+    """Raise UserError for an option that an entry's class does not take: those are its keyword-only arguments."""
+    parameters = inspect.signature(kind).parameters
+    known = [key for key, value in parameters.items() if value.kind is inspect.Parameter.KEYWORD_ONLY]
+    if unknown := [key for key in options if key not in known]:
+        takes = f"it takes {', '.join(known)}" if known else "it takes none"
+        raise UserError(f"{field}: {', '.join(unknown)} is no option of {name!r}; {takes}")
 
 
 def _module(entry: object) -> str:

@@ -79,8 +79,7 @@ def test_an_orthonormal_start_is_what_trains(stranger: Path, monkeypatch: pytest
     from lora_exp.adapters import LoraConfig, LoraModel
     from lora_exp.adapters.variants import registry
 
-    known = dict(registry._VARIANTS)
-    monkeypatch.setattr(registry, "_VARIANTS", known)
+    monkeypatch.setattr(registry._VARIANTS, "_entries", dict(registry._VARIANTS._entries))
     exec(compile(FILES["my_variant.py"], "my_variant.py", "exec"), {"__name__": "my_variant"})
     config = LoraConfig(rank=3, target_modules=["0"], variant="orthonormal", variant_options={"gain": 0.5})
     model = LoraModel(nn.Sequential(nn.Linear(8, 5)), config, verbose=False)

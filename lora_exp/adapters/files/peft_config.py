@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
@@ -32,6 +33,7 @@ from lora_exp.errors import UserError
 if TYPE_CHECKING:
     from lora_exp.adapters.model import LoraModel
 
+log = logging.getLogger(__name__)
 # Not SEQ_CLS and the like: PEFT would look for a saved head in the file.
 _TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
 
@@ -131,8 +133,8 @@ def _meaning(config: LoraConfig, layers: set[str], model: nn.Module, modules: di
     try:
         if set(find_targets(model, modules, config).layers) == layers:
             return config
-    except ValueError:
-        pass  # names that PEFT passes over
+    except UserError as error:  # PEFT passes over names that we refuse
+        log.debug("each layer is named instead, as the config's own words are refused here: %s", error)
     listed = sorted(layers)
     exact = set(filter(covering(listed), modules)) == layers
     target = listed if exact else "|".join(map(re.escape, listed))

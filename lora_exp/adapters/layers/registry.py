@@ -12,9 +12,9 @@ from typing import TypeVar
 
 from torch import nn
 
-from lora_exp.adapters.discovery import import_all
 from lora_exp.adapters.host import Host
 from lora_exp.errors import UserError
+from lora_exp.registry import import_all
 
 PARTS = "adapted_parameters"  # the child of a module under which adapted parts of it are
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
-from lora_exp.adapters.discovery import check_options, import_all
 from lora_exp.errors import UserError
+from lora_exp.registry import Registry, check_options
 
 if TYPE_CHECKING:
     from lora_exp.adapters.variants.lora import LoraAdapter
     from lora_exp.adapters.variants.peft_format import PeftFormat
 
-_VARIANTS: dict[str, type[LoraAdapter]] = {}
+_VARIANTS: Registry[type[LoraAdapter]] = Registry("variant", "lora_exp.adapters.variants")
 _Variant = TypeVar("_Variant", bound="type[LoraAdapter]")
 
 
@@ -20,10 +20,8 @@ def variant(name: str) -> Callable[[_Variant], _Variant]:
     """Class decorator: this class is what `LoraConfig(variant=name)` means."""
 
     def register(kind: _Variant) -> _Variant:
-        if (known := _VARIANTS.get(name)) is not None and known.__qualname__ != kind.__qualname__:
-            raise UserError(f"variant {name!r} is registered already, as {known.__module__}.{known.__qualname__}")
+        _VARIANTS.add(name)(kind)
         kind.variant = name
-        _VARIANTS[name] = kind
         return kind
 
     return register
@@ -31,21 +29,19 @@ def variant(name: str) -> Callable[[_Variant], _Variant]:
 
 def variant_named(name: str) -> type[LoraAdapter]:
     """Raises UserError for a name that is none."""
-    import_all("lora_exp.adapters.variants")
-    if name not in _VARIANTS:
+    if _VARIANTS.problem(name):
         raise UserError(f"variant={name!r} is no variant; choose one of {', '.join(variant_names())}")
     return _VARIANTS[name]
 
 
 def variant_names() -> list[str]:
-    import_all("lora_exp.adapters.variants")
-    return sorted(_VARIANTS)
+    return _VARIANTS.names()
 
 
 def peft_formats() -> dict[str, PeftFormat]:
     """How the variants are written in PEFT's folders, by PEFT's `peft_type`."""
-    import_all("lora_exp.adapters.variants")
-    return {kind.peft_format.peft_type: kind.peft_format for kind in _VARIANTS.values()}
+    kinds = [_VARIANTS[name] for name in _VARIANTS.names()]
+    return {kind.peft_format.peft_type: kind.peft_format for kind in kinds}
 
 
 def variant_class(name: str, options: Mapping[str, object]) -> type[LoraAdapter]:

@@ -300,7 +300,7 @@ def test_unknown_names_and_options_are_refused(tiny):
 
 
 def test_a_variant_that_does_not_say_so_keeps_its_own_way_to_begin(tiny, monkeypatch):
-    monkeypatch.setattr(variants, "_VARIANTS", dict(variants._VARIANTS))
+    monkeypatch.setattr(variants._VARIANTS, "_entries", dict(variants._VARIANTS._entries))
 
     @variant("begins_alone")
     class Alone(LoraAdapter):
@@ -312,7 +312,7 @@ def test_a_variant_that_does_not_say_so_keeps_its_own_way_to_begin(tiny, monkeyp
 
 
 def test_a_start_from_outside_is_one_class(tiny, tokens, monkeypatch):
-    monkeypatch.setattr(starts, "_STARTS", dict(starts._STARTS))
+    monkeypatch.setattr(starts._STARTS, "_entries", dict(starts._STARTS._entries))
 
     @start("ones_of")
     class Ones(Start):
