@@ -49,6 +49,25 @@ def test_a_linear_layers_input_is_not_retained(dtype, bf16, dropout, monkeypatch
     assert found["lora_fa"] <= 0.1 * found["lora"]
 
 
+@pytest.mark.parametrize("bf16", [NATIVE, FLOAT32])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_its_gradients_in_16_bits_are_loras(bf16, dropout, monkeypatch):
+    """With as many rows as float32 inside begins at: what B's gradient follows from must be there though x is not."""
+    monkeypatch.setattr(precision, "_told", Answers(bf16, BLAS))
+    x, found = torch.randn(256, 64, dtype=torch.bfloat16), []
+    base = nn.Sequential(nn.Linear(64, 64, dtype=torch.bfloat16))
+    for variant in ("lora", "lora_fa"):
+        torch.manual_seed(0)
+        model = model_of(copy.deepcopy(base), variant, lora_dropout=dropout)
+        layer, inputs = model.wrapped[0], x.clone().requires_grad_()
+        with torch.no_grad():
+            layer.lora_B.normal_()
+        model(inputs).square().sum().backward()
+        found.append((layer.lora_B.grad, inputs.grad))
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-2, atol=1e-2 * other.abs().max().item())
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_nor_is_a_convolutions(kernel, dropout):
