@@ -19,6 +19,7 @@ from lora_exp.data import kind_of
 from lora_exp.inputs import model_path_problem
 from lora_exp.models.kind import model_kind_of, model_kinds
 from lora_exp.training.metrics import metrics
+from lora_exp.training.trainer import trainers
 
 TASKS = ("train", "plan")
 QUANTIZATIONS = ("none", "nf4", "fp4", "int8")
@@ -50,7 +51,8 @@ def _adapter_problems(config: Config) -> list[str]:
     if config.targets is not None and not _is_names(config.targets):
         problems.append(f"targets={config.targets} must be a list of names, a regular expression or all-linear")
     problems += _not_among("bias", config.bias, BIASES)
-    for registry, name in ((backends, config.backend), (trained, config.adapter.trains)):
+    chosen = (backends, config.backend), (trained, config.adapter.trains), (trainers, config.trainer)
+    for registry, name in chosen:
         problem = registry.problem(name)
         problems += [problem] if problem else registry[name]().problems(config)
     if config.start.name != "default" and not config.adapter.is_added:

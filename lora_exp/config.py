@@ -228,6 +228,7 @@ class Config:
     targets: Any = None
     seed: int = 0
     backend: str = "native"
+    trainer: str = "native"
     device: str = "auto"
     plugins: list[str] = field(default_factory=list)
 

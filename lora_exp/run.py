@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gc
 import itertools
-import json
 import logging
 import time
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TextIO
 
 from torch import nn
 
@@ -20,27 +16,25 @@ from lora_exp import models
 from lora_exp.backends import Adapted, Origin, adapt
 from lora_exp.config import Config, flat_values
 from lora_exp.data import Data, Tokenizer, kind_of, load_data
-from lora_exp.job import METRICS_FILE, Job, Result, shown
+from lora_exp.job import Job, Result, shown
 from lora_exp.machine import signals
 from lora_exp.machine.cache import file_sha256
 from lora_exp.machine.memory import peak_gib, reset_peak
 from lora_exp.machine.place import Place, prepare_backends, resolve_device, resolve_place, set_seed
 from lora_exp.machine.precision import take_precision
-from lora_exp.machine.saving import recover, replace_folder
+from lora_exp.machine.saving import recover
 from lora_exp.models.dense_weights import DenseWeights
 from lora_exp.plan.precheck import check_fits, memory_errors_explained
-from lora_exp.progress import TrainingProgress
+from lora_exp.recording import Recorder, log_files
 from lora_exp.tracking import mlflow as tracking
 from lora_exp.tracking.lineage import data_facts
 from lora_exp.tracking.setup import log_setup, run_name, sweep_name
-from lora_exp.training.batches import check_evaluation, check_rows, evaluation_batches, training_batches
-from lora_exp.training.loop import DivergedError, Forward, Lane, Record, all_finite, train
-from lora_exp.training.metrics import chosen
-from lora_exp.training.optimizers import build_optimizer, build_schedule
+from lora_exp.training.batches import check_evaluation, check_rows, training_batches
+from lora_exp.training.loop import Record
+from lora_exp.training.trainer import Work, trainers
 from lora_exp.training.utilisation import Utilisation
 
 log = logging.getLogger(__name__)
-LANE = "default"
 
 
 def run(config: Config, job: Job) -> Result:
@@ -69,12 +63,14 @@ def run(config: Config, job: Job) -> Result:
                 with signals.at_once():
                     check_fits(config, place)
                 adapted, data = _prepare(tracked, config, place)
-                lane = _lane(adapted, data, config, place)
+                work = Work(adapted, data, kind_of(config.data), place, config.train, config.optimizer, config.seed)
                 rate = precision.rate(place.autocast or place.dtype)
                 share = Utilisation.of(adapted.model, rate, trains_base=not config.adapter.is_added)
-                records = _train(tracked, adapted, lane, config, job, place, share)
+                with Recorder(tracked, adapted, job, config.train.steps, share) as recorder:
+                    trainers[config.trainer]().train(work, recorder.keep)
+            records = recorder.records
             result = _summarise(tracked, adapted, records, job, place, time.monotonic() - started)
-            _log_files(tracked, job, records)
+            log_files(tracked, job, records)
             _log_result(tracked, result, records, job)
             tracked.log_model(f"{config.model.label}-{config.adapter.name}", flat_values(config), config.train.steps)
     except tracking.TrackingError as error:
@@ -146,91 +142,6 @@ def _resume_collection() -> None:
     gc.enable()
 
 
-def _lane(adapted: Adapted, data: Data, config: Config, place: Place) -> Lane:
-    section, pin = config.train, place.device.type == "cuda"
-    size, collate = section.micro_batch_size, kind_of(config.data).collate
-    optimizer = build_optimizer(adapted.parameters, config.optimizer, adapted.fast)
-    return Lane(
-        name=LANE,
-        parameters=adapted.parameters,
-        batches=training_batches(data.train, size, config.seed, pin, collate),
-        evaluation=evaluation_batches(data.validation, size, section.eval_blocks, pin, collate),
-        optimizer=optimizer,
-        schedule=build_schedule(optimizer, section),
-    )
-
-
-def _train(
-    tracked: tracking.Run,
-    adapted: Adapted,
-    lane: Lane,
-    config: Config,
-    job: Job,
-    place: Place,
-    share: Utilisation,
-) -> list[Record]:
-    kind = kind_of(config.data)
-    forward = Forward(
-        model=adapted.model,
-        losses=kind.losses,
-        count=kind.count,
-        device=place.device,
-        compute=place.compute,
-        check_gradients=adapted.check_gradients,
-        metrics=chosen(*kind.metrics, *config.train.metrics),
-        unit=kind.unit,
-        between_batches=signals.obey,
-    )
-    records: list[Record] = []
-    file = job.folder / METRICS_FILE
-    try:
-        with file.open("w") as stream, TrainingProgress(config.train.steps) as progress:
-            for record in train(forward, [lane], config.train):
-                record |= share.figures(record)
-                _keep(record, stream, tracked)
-                progress.show(record)
-                records.append(record)
-                if "eval/loss" in record and record["step"]:
-                    _save(adapted, job.folder / "adapter")  # what is earned so far outlives a later failure
-                signals.obey()
-    except BaseException:
-        with contextlib.suppress(Exception):  # the first error is the one to report
-            _log_files(tracked, job, records)
-        raise
-    return records
-
-
-def _keep(record: Record, stream: TextIO, tracked: tracking.Run) -> None:
-    stream.write(json.dumps(record) + "\n")
-    stream.flush()
-    metrics = {name: float(value) for name, value in record.items() if name not in ("lane", "step")}
-    if record["step"] == 0 and "eval/loss" in record:
-        metrics["eval/loss_before"] = metrics["eval/loss"]
-    tracked.log_metrics(metrics, step=int(record["step"]))
-
-
-def _save(adapted: Adapted, folder: Path) -> None:
-    """Replace the adapter in ``folder``, but never a good one by one that holds a NaN."""
-    if not all_finite(adapted.parameters):
-        raise DivergedError("A trained value is no longer finite: lower optimizer.lr; an adapter saved before is kept")
-    with signals.while_closing():
-        replace_folder(folder, adapted.save)
-
-
-def _log_files(tracked: tracking.Run, job: Job, records: list[Record]) -> None:
-    if not records:
-        return
-    from lora_exp.plots import loss_curve  # imports matplotlib, which the first step need not wait for
-
-    picture = job.folder / "loss_curve.png"
-    loss_curve(_points(records, "train/loss"), _points(records, "eval/loss"), picture)
-    has_saved = any("eval/loss" in record and record["step"] for record in records)  # else it is an earlier run's
-    adapter = [(job.folder / "adapter", "adapter")] if has_saved else []
-    for path, folder in ((job.folder / METRICS_FILE, None), (picture, None), *adapter):
-        if path.exists():
-            tracked.log_artifact(path, folder)
-
-
 def _summarise(
     tracked: tracking.Run, adapted: Adapted, records: list[Record], job: Job, place: Place, wall_s: float
 ) -> Result:
@@ -272,7 +183,3 @@ def _report(result: Result) -> None:
         f"{result.wall_s:.0f} s, peak memory {result.peak_memory_gib:.2f} GiB"
     )
     log.info(f"adapter {result.adapter} ({result.adapter_bytes / 1e6:.1f} MB)")
-
-
-def _points(records: Iterable[Record], name: str) -> list[tuple[float, float]]:
-    return [(float(record["step"]), float(record[name])) for record in records if name in record]

@@ -169,7 +169,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_running(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, os.strerror(28), "adapter_model.safetensors")
 
-    monkeypatch.setattr("lora_exp.run._save", full)
+    monkeypatch.setattr("lora_exp.recording.save_adapter", full)
     done = cli(*tiny_overrides)
     assert done.code == 1
     assert "No space left on device" in done.err
@@ -177,7 +177,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_running(
     assert unfinished(workplace) == []
 
 
-@pytest.mark.parametrize("where", ["lora_exp.run.train", "lora_exp.models.causal_lm.AutoModelForCausalLM"])
+@pytest.mark.parametrize("where", ["lora_exp.training.loop.train", "lora_exp.models.causal_lm.AutoModelForCausalLM"])
 def test_a_memory_that_is_full_comes_with_advice(
     cli: Cli, tiny_overrides: list[str], workplace: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
@@ -240,7 +240,7 @@ def _mismatched(*_: object, **__: object) -> None:
     list(zip([1, 2], [3], strict=True))  # a bug, and a ValueError, as every message is
 
 
-_WHERE = ("run.load_data", "backends.native.targeted", "run._lane", "checks._place_problems")
+_WHERE = ("run.load_data", "backends.native.targeted", "training.trainers.native.lane_of", "checks._place_problems")
 BUGS = [f"lora_exp.{name}" for name in _WHERE]
 
 

@@ -12,7 +12,7 @@ import torch
 from lora_exp.backends import Adapted
 from lora_exp.machine import saving
 from lora_exp.machine.saving import recover, replace_folder
-from lora_exp.run import _save
+from lora_exp.recording import save_adapter
 from lora_exp.training.loop import DivergedError
 
 
@@ -112,8 +112,8 @@ def test_an_adapter_that_holds_no_number_is_never_saved_over_a_good_one(value: f
     parameters = [torch.nn.Parameter(torch.ones(2, 2)) for _ in range(3)]
     adapted = Adapted(torch.nn.Module(), parameters, 12, 12, lambda new: write(str(parameters[1].sum().item()), new))
     folder = tmp_path / "adapter"
-    _save(adapted, folder)
+    save_adapter(adapted, folder)
     parameters[1].data[1, 0] = value
     with pytest.raises(DivergedError, match=r"lower optimizer\.lr"):
-        _save(adapted, folder)
+        save_adapter(adapted, folder)
     assert version_of(folder) == "4.0"

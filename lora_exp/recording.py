@@ -1,0 +1,84 @@
+"""What a job earns while it trains, kept as it comes: metrics on disk and in tracking, and the adapter."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+
+from lora_exp.backends import Adapted
+from lora_exp.job import METRICS_FILE, Job
+from lora_exp.machine import signals
+from lora_exp.machine.saving import replace_folder
+from lora_exp.progress import TrainingProgress
+from lora_exp.tracking import mlflow as tracking
+from lora_exp.training.loop import DivergedError, Record, all_finite
+from lora_exp.training.utilisation import Utilisation
+
+
+class Recorder:
+    """Takes a job's records. As a context manager it holds the file and the progress bar open."""
+
+    def __init__(self, tracked: tracking.Run, adapted: Adapted, job: Job, steps: int, share: Utilisation) -> None:
+        self.records: list[Record] = []
+        self._tracked, self._adapted, self._job, self._share = tracked, adapted, job, share
+        self._progress = TrainingProgress(steps)
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> Recorder:
+        self._stream = self._open.enter_context((self._job.folder / METRICS_FILE).open("w"))
+        self._open.enter_context(self._progress)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._open.close()
+        if error is not None:
+            with contextlib.suppress(Exception):  # the first error is the one to report
+                log_files(self._tracked, self._job, self.records)
+
+    def keep(self, record: Record) -> None:
+        """Take one record; after an evaluation save the adapter, as what is earned so far outlives a later failure."""
+        record |= self._share.figures(record)
+        self._stream.write(json.dumps(record) + "\n")
+        self._stream.flush()
+        self._track(record)
+        self._progress.show(record)
+        self.records.append(record)
+        if "eval/loss" in record and record["step"]:
+            save_adapter(self._adapted, self._job.folder / "adapter")
+        signals.obey()
+
+    def _track(self, record: Record) -> None:
+        metrics = {name: float(value) for name, value in record.items() if name not in ("lane", "step")}
+        if record["step"] == 0 and "eval/loss" in record:
+            metrics["eval/loss_before"] = metrics["eval/loss"]
+        self._tracked.log_metrics(metrics, step=int(record["step"]))
+
+
+def save_adapter(adapted: Adapted, folder: Path) -> None:
+    """Replace the adapter in ``folder``, but never a good one by one that holds a NaN."""
+    if not all_finite(adapted.parameters):
+        raise DivergedError("A trained value is no longer finite: lower optimizer.lr; an adapter saved before is kept")
+    with signals.while_closing():
+        replace_folder(folder, adapted.save)
+
+
+def log_files(tracked: tracking.Run, job: Job, records: list[Record]) -> None:
+    """Hand the job's files to tracking: its metrics, their picture, the adapter."""
+    if not records:
+        return
+    from lora_exp.plots import loss_curve  # imports matplotlib, which the first step need not wait for
+
+    picture = job.folder / "loss_curve.png"
+    loss_curve(_points(records, "train/loss"), _points(records, "eval/loss"), picture)
+    has_saved = any("eval/loss" in record and record["step"] for record in records)  # else it is an earlier run's
+    adapter = [(job.folder / "adapter", "adapter")] if has_saved else []
+    for path, folder in ((job.folder / METRICS_FILE, None), (picture, None), *adapter):
+        if path.exists():
+            tracked.log_artifact(path, folder)
+
+
+def _points(records: Iterable[Record], name: str) -> list[tuple[float, float]]:
+    return [(float(record["step"]), float(record[name])) for record in records if name in record]

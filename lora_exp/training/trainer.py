@@ -1,0 +1,51 @@
+"""What a trainer is: it takes a job's work and hands over a plain record of metrics a logged step.
+
+A file in ``trainers/`` says ``@trainer("name")`` above a class that follows ``Trainer``: ``trainer=name`` chooses it.
+Its file is imported to look at a config, so that what takes long to import is imported inside its methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lora_exp.config import Config, OptimizerConfig, TrainConfig
+from lora_exp.registry import Registry
+
+if TYPE_CHECKING:
+    from lora_exp.backends import Adapted
+    from lora_exp.data import Data, DataKind
+    from lora_exp.machine.place import Place
+    from lora_exp.training.loop import Record
+
+    Keep = Callable[[Record], object]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be trained, on which rows, by which objective, where, and the sections that say how."""
+
+    adapted: Adapted
+    data: Data
+    kind: DataKind
+    place: Place
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    seed: int
+
+
+class Trainer:
+    """Trains ``Work``. Its records are those of ``training.loop.train``, whoever's loop made them."""
+
+    def problems(self, config: Config) -> list[str]:
+        """What it cannot do of the config, as can be seen before anything is loaded."""
+        return []
+
+    def train(self, work: Work, keep: Keep) -> None:
+        """Train to the end. ``keep`` gets each record when it is known, and ends the training by an exception."""
+        raise NotImplementedError
+
+
+trainers: Registry[type[Trainer]] = Registry("trainer", "lora_exp.training.trainers")
+trainer = trainers.add

@@ -1,0 +1,61 @@
+"""The harness's own loop."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lora_exp.training.trainer import Trainer, Work, trainer
+
+if TYPE_CHECKING:
+    from lora_exp.training.loop import Forward, Lane
+    from lora_exp.training.trainer import Keep
+
+LANE = "default"
+
+
+@trainer("native")
+class Native(Trainer):
+    def train(self, work: Work, keep: Keep) -> None:
+        from lora_exp.training.loop import train
+
+        for record in train(forward_of(work), [lane_of(work)], work.train):
+            keep(record)
+
+
+def lane_of(work: Work) -> Lane:
+    """The one lane of a job."""
+    from lora_exp.training.batches import evaluation_batches, training_batches
+    from lora_exp.training.loop import Lane
+    from lora_exp.training.optimizers import build_optimizer, build_schedule
+
+    section, pin, collate = work.train, work.place.device.type == "cuda", work.kind.collate
+    optimizer = build_optimizer(work.adapted.parameters, work.optimizer, work.adapted.fast)
+    size = section.micro_batch_size
+    return Lane(
+        name=LANE,
+        parameters=work.adapted.parameters,
+        batches=training_batches(work.data.train, size, work.seed, pin, collate),
+        evaluation=evaluation_batches(work.data.validation, size, section.eval_blocks, pin, collate),
+        optimizer=optimizer,
+        schedule=build_schedule(optimizer, section),
+    )
+
+
+def forward_of(work: Work) -> Forward:
+    """How the job's batches become losses."""
+    from lora_exp.machine import signals
+    from lora_exp.training.loop import Forward
+    from lora_exp.training.metrics import chosen
+
+    kind = work.kind
+    return Forward(
+        model=work.adapted.model,
+        losses=kind.losses,
+        count=kind.count,
+        device=work.place.device,
+        compute=work.place.compute,
+        check_gradients=work.adapted.check_gradients,
+        metrics=chosen(*kind.metrics, *work.train.metrics),
+        unit=kind.unit,
+        between_batches=signals.obey,
+    )
