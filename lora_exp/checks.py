@@ -11,12 +11,13 @@ from lora_exp.config import (
     BLOCK_SIZES,
     Config,
     ConfigError,
+    DataConfig,
     QuantizationConfig,
     resolve_alpha,
 )
 from lora_exp.credentials import login_problems
 from lora_exp.data import kind_of
-from lora_exp.inputs import model_path_problem
+from lora_exp.inputs import model_path_problem, source_problems
 from lora_exp.models.kind import model_kind_of, model_kinds
 from lora_exp.training.metrics import metrics
 from lora_exp.training.trainer import trainers
@@ -70,7 +71,7 @@ def _place_problems(config: Config) -> list[str]:
     problems += _not_among("machine.float32", config.machine.float32, ("auto", "blas", "onednn"))
     if config.model.path and (problem := model_path_problem(config.model.path, config.task == "plan")):
         problems.append(problem)
-    if not (config.data.path or config.data.packaged):
+    if not (config.data.path or config.data.name or config.data.packaged):
         problems.append(f"data={config.data.label} names no files: add data.path=FILE_OR_FOLDER")
     problems += login_problems(asdict(config))
     return problems
@@ -79,7 +80,8 @@ def _place_problems(config: Config) -> list[str]:
 def _kind_problems(config: Config) -> list[str]:
     """What the kinds of model and data see in the config, and whether they go together."""
     model, data = config.model, kind_of(config.data)
-    problems = data.problems(config.task)
+    sources = source_problems(config.data, data.suffixes, config.task == "train") if data.suffixes else []
+    problems = [*sources, *data.problems(config.task)]
     if problem := model_kinds.problem(model.kind):
         return [*problems, problem]
     if model.kind not in data.learners:
@@ -132,8 +134,7 @@ def _number_problems(config: Config) -> list[str]:
         problems.append(f"train.warmup_steps={train.warmup_steps} is outside [0, train.steps={train.steps}]")
     if not train.max_grad_norm > 0:
         problems.append(f"train.max_grad_norm={train.max_grad_norm} must be above 0: use inf to switch clipping off")
-    if not 0 < data.val_fraction < 1:
-        problems.append(f"data.val_fraction={data.val_fraction} is outside (0, 1)")
+    problems += _fraction_problems(data)
     if not (optimizer.lr > 0 and math.isfinite(optimizer.lr)):
         problems.append(f"optimizer.lr={optimizer.lr} must be a finite number above 0")
     problems += _lora_plus_problems(config)
@@ -151,6 +152,20 @@ def _number_problems(config: Config) -> list[str]:
         problems.append(f"plan.reserve_gib={config.plan.reserve_gib} is below 0")
     problems += [problem for name in train.metrics if (problem := metrics.problem(name))]
     return problems + _not_among("train.schedule", train.schedule, SCHEDULES)
+
+
+def _fraction_problems(data: DataConfig) -> list[str]:
+    problems = []
+    if not 0 < data.val_fraction < 1:
+        problems.append(f"data.val_fraction={data.val_fraction} is outside (0, 1)")
+    if not 0 <= data.test_fraction < 1:
+        problems.append(f"data.test_fraction={data.test_fraction} is outside [0, 1)")
+    elif 0 < data.val_fraction < 1 <= data.val_fraction + data.test_fraction:
+        both = f"data.val_fraction={data.val_fraction} and data.test_fraction={data.test_fraction}"
+        problems.append(f"{both} leave nothing to train on: lower one")
+    if not 0 <= data.max_bad_fraction <= 1:
+        problems.append(f"data.max_bad_fraction={data.max_bad_fraction} is outside [0, 1]")
+    return problems
 
 
 def _lora_plus_problems(config: Config) -> list[str]:

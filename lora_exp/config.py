@@ -121,15 +121,36 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """Data to train on; ``val_fraction`` of it is held out. A ``kind`` has fields of its own (``data/kinds/``)."""
+    """Data to train on, validate with and test with. A ``kind`` has fields of its own (``data/kinds/``).
+
+    ``path``: a file or folder, a list of them, or {FILE: weight}: a training record occurs as often an epoch as its
+    weight says, of a fraction those that ``sample_seed`` draws. ``name``: a dataset of the hub, or a folder in hub
+    layout, with its ``subset``, ``revision`` and ``split`` (null: train). Each wins over ``packaged``.
+
+    ``val_fraction`` and ``test_fraction`` are held out, unless a path or a split of its own is named.
+    ``max_bad_fraction``: the largest share of broken records that is passed over.
+    """
 
     kind: str = "text"
     label: str = MISSING
-    path: str | None = None
+    path: Any = None
     packaged: PackagedConfig | None = None
+    name: str | None = None
+    subset: str | None = None
+    revision: str | None = None
+    split: str | None = None
+    validation_path: Any = None
+    test_path: Any = None
+    validation_split: str | None = None
+    test_split: str | None = None
     val_fraction: float = 0.05
+    test_fraction: float = 0.0
+    max_bad_fraction: float = 0.0
+    sample_seed: int = 0
     cache_dir: str | None = None
 
+
+_QUIET = {"test_fraction": 0.0, "max_bad_fraction": 0.0, "sample_seed": 0}  # not listed where nobody has set them
 
 data_kinds: Registry[type[DataConfig]] = Registry("data.kind", "lora_exp.data.kinds")
 
@@ -355,6 +376,8 @@ def _flat_section(group: str, section: dict[str, object]) -> dict[str, object]:
         section |= {"variant": None} if section["variant"] == section["name"] else {}
     if group == "layer" and section["types"] == [section["name"]]:
         return {group: section["name"]}
+    if group == "data":
+        section = {name: value for name, value in section.items() if name not in _QUIET or value != _QUIET[name]}
     if group == "quantization":  # what is at its default is left out, as none has no use for it
         section = {name: value for name, value in section.items() if value != getattr(QuantizationConfig, name, None)}
     skipped = {title, "kind", "packaged", "cache_dir", "targets", "architecture"}

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 
-from lora_exp.config import ModelConfig
+from lora_exp.config import DataConfig, ModelConfig
+from lora_exp.errors import UserError
 
-TEXT_SUFFIXES = (".txt", ".md", ".jsonl")
-_LISTED = ", ".join(TEXT_SUFFIXES)
-_CONVERSIONS = {
-    ".json": "print(*map(json.dumps, json.load(open({old!r}))), sep='\\n')",
-    ".csv": "print(*map(json.dumps, csv.DictReader(open({old!r}))), sep='\\n')",
-    ".tsv": "print(*map(json.dumps, csv.DictReader(open({old!r}), delimiter='\\t')), sep='\\n')",
-}
+RECORD_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+TEXT_SUFFIXES = (".txt", ".md")
 
 
 def model_path_problem(named: str, may_be_file: bool = False) -> str | None:
@@ -27,18 +25,61 @@ def model_path_problem(named: str, may_be_file: bool = False) -> str | None:
     return f"model.path={named} has no config.json: name {what}"
 
 
-def text_path_problem(named: str) -> str | None:
-    """A text file, or a folder that holds one, is asked for."""
-    path = Path(named).expanduser()
+def weights_of(named: object) -> dict[str, float]:
+    """A path, a list of paths or {path: weight}: each path with its weight. {} for None; UserError for others."""
+    paths = named if isinstance(named, dict) else dict.fromkeys(named if isinstance(named, list) else [named], 1.0)
+    if named is None:
+        return {}
+    if not paths:
+        raise UserError("it names no file")
+    for path, weight in paths.items():
+        is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        if not (isinstance(path, str) and path):
+            raise UserError(f"{path!r} is no path: name a file, a folder, a list of them, or {{FILE: weight}}")
+        if not (is_number and 0 < weight < math.inf):
+            raise UserError(f"{path} has the weight {weight}: give a number above 0, or leave the file out")
+    return {path: float(weight) for path, weight in paths.items()}
+
+
+def source_problems(section: DataConfig, suffixes: tuple[str, ...], is_read: bool) -> list[str]:
+    """What can be seen to be wrong with the sources that ``section`` names; of files only where they are to be read."""
+    found = []
+    for split in ("", "validation_", "test_"):
+        key, named = f"data.{split}path", getattr(section, f"{split}path")
+        try:
+            for path in weights_of(named) if is_read else ():
+                find_files(path, suffixes, key)
+            weights_of(named)
+        except UserError as error:
+            found.append(str(error) if str(error).startswith(key) else f"{key}={named}: {error}")
+    if section.path is not None and section.name:
+        found.append(f"data.path={section.path} and data.name={section.name} are two sources: leave one out")
+    for key in ("subset", "revision", "split", "validation_split", "test_split"):
+        if getattr(section, key) and not section.name:
+            found.append(f"data.{key}={getattr(section, key)} is of a dataset of the hub: add data.name=ORG/NAME")
+    return found
+
+
+def find_files(named: str, suffixes: tuple[str, ...], key: str = "data.path") -> tuple[list[Path], list[Path]]:
+    """The files of a folder that have one of ``suffixes``, in order, and its others but hidden ones; of a file, itself.
+
+    Raises UserError if there is none.
+    """
+    path, listed = Path(named).expanduser(), ", ".join(suffixes)
     if not path.exists():
-        return f"data.path={named} does not exist: name a file or a folder"
-    if path.is_dir():
-        files, skipped = text_files(path)
-        others = f", but {len(skipped)} others: {_conversion(skipped[0])}" if skipped else ""
-        return None if files else f"data.path={named} holds no {_LISTED} file{others}"
-    if path.suffix.lower() not in TEXT_SUFFIXES:
-        return f"data.path={named} is none of the kinds that are read as text ({_LISTED}): {_conversion(path)}"
-    return None
+        hub = f", or a dataset of the hub by data.name={named}" if re.fullmatch(r"[\w.-]+/[\w.-]+", named) else ""
+        raise UserError(f"{key}={named} does not exist: name a file or a folder{hub}")
+    if path.is_file():
+        if path.suffix.lower() not in suffixes:
+            raise UserError(f"{key}={named} is none of the kinds that are read ({listed}){_renaming(path, suffixes)}")
+        return [path], []
+    files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
+    found = [file for file in files if file.suffix.lower() in suffixes]
+    others = [file for file in files if file.suffix.lower() not in suffixes]
+    if not found:
+        those = f", but {len(others)} others{_renaming(others[0], suffixes)}" if others else ""
+        raise UserError(f"{key}={named} holds no {listed} file{those}")
+    return found, others
 
 
 def image_path_problem(named: str) -> str | None:
@@ -46,16 +87,6 @@ def image_path_problem(named: str) -> str | None:
     if Path(named).expanduser().is_file():
         return None
     return f"data.path={named} is no file: name a .csv or .csv.gz of pixels and a label"
-
-
-def text_files(path: Path) -> tuple[list[Path], list[Path]]:
-    """The text files of a folder in order, and its other files but hidden ones; of a file, itself."""
-    if path.is_file():
-        return [path], []
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    found = [file for file in files if file.suffix.lower() in TEXT_SUFFIXES]
-    others = [file for file in files if file.suffix.lower() not in TEXT_SUFFIXES]
-    return found, [file for file in others if not file.name.startswith(".")]
 
 
 def architecture_facts(section: ModelConfig) -> dict[str, object]:
@@ -70,9 +101,5 @@ def architecture_facts(section: ModelConfig) -> dict[str, object]:
     return facts if isinstance(facts, dict) else {}
 
 
-def _conversion(file: Path) -> str:
-    code = _CONVERSIONS.get(file.suffix.lower())
-    if code is None:
-        return f"if {file.name} is plain text, rename it to {file.stem}.txt"
-    line = f'python -c "import csv, json; {code.format(old=str(file))}" > {file.with_suffix(".jsonl")}'
-    return f"make JSON Lines of it ({line}) and name its field by data.text_field"
+def _renaming(file: Path, suffixes: tuple[str, ...]) -> str:
+    return f": if {file.name} is plain text, rename it to {file.stem}.txt" if ".txt" in suffixes else ""

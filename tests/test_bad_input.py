@@ -65,8 +65,13 @@ def test_one_clear_error(cli: Cli, tiny_overrides: list[str], workplace: Path, o
     ("overrides", "says"),
     [
         (["data.path=nowhere.txt"], "data.path=nowhere.txt does not exist"),
-        (["data.path=data.csv"], "none of the kinds that are read as text"),
-        (["data.path=alpaca.json"], "none of the kinds that are read as text"),
+        (["data.path=notes.pdf"], "none of the kinds that are read"),
+        (["data.path=[]"], "data.path=[]: it names no file"),
+        (["data.path={data.csv: 0}"], "data.csv has the weight 0"),
+        (["data.validation_path=[data.csv,nowhere.csv]"], "data.validation_path=nowhere.csv does not exist"),
+        (["data.name=org/name"], "are two sources: leave one out"),
+        (["data.test_split=test"], "data.test_split=test is of a dataset of the hub: add data.name"),
+        (["data.test_fraction=0.96"], "leave nothing to train on"),
         (["model.path=nowhere"], "model.path=nowhere has no config.json, as it does not exist"),
         (["model.path=."], "model.path=. has no config.json"),
         (["data.path=nowhere.txt", "model.path=nowhere"], "The config has 2 problems"),
@@ -76,7 +81,7 @@ def test_a_path_that_cannot_be_used_leaves_no_run_behind(
     cli: Cli, tiny_overrides: list[str], workplace: Path, overrides: list[str], says: str
 ) -> None:
     (workplace / "data.csv").write_text("text\nwords")
-    (workplace / "alpaca.json").write_text("[]")
+    (workplace / "notes.pdf").write_text("[]")
     done = cli(*tiny_overrides, *overrides)
     assert done.code == 1
     assert says in done.err

@@ -30,15 +30,21 @@ _Kind = TypeVar("_Kind", bound="type[DataKind]")
 
 @dataclass(frozen=True)
 class Data:
-    """Training and validation rows, which share nothing. ``rows`` says what one is.
+    """Training, validation and test rows, which share nothing. ``rows`` says what one is.
 
-    ``shape``: what the model must be made to fit, such as its number of classes.
+    ``shape``: what the model must be made to fit, such as its number of classes. ``fingerprint``: the hash of all that
+    the rows follow from, ``sources.fingerprint``. ``said``: what a person must hear of them, such as how many records
+    are left out. ``example``: a row in words, ANSI-dimmed where it is not learnt.
     """
 
     train: Dataset[Row]
     validation: Dataset[Row]
     rows: str
     shape: Mapping[str, int] = field(default_factory=dict)
+    test: Dataset[Row] | None = None
+    fingerprint: str = ""
+    said: list[str] = field(default_factory=list)
+    example: str = ""
 
 
 @dataclass
@@ -47,16 +53,18 @@ class DataKind(DataConfig):
 
     ``learners``: the kinds of model that learn from it. ``unit``: what ``labels`` holds, for the speed of training.
     ``metrics``: of each evaluation, beside ``loss``. ``needs_tokenizer``: whether what is trained is saved with one.
+    ``suffixes``: the files that it reads by ``data.sources``; empty where it finds its data by itself.
     """
 
-    name: ClassVar[str] = ""
+    kind_name: ClassVar[str] = ""
     learners: ClassVar[tuple[str, ...]] = ()
     unit: ClassVar[str] = "rows"
     metrics: ClassVar[tuple[str, ...]] = ()
     needs_tokenizer: ClassVar[bool] = False
+    suffixes: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        self.kind = self.name or self.kind
+        self.kind = self.kind_name or self.kind
 
     # Before anything is loaded
 
@@ -118,7 +126,7 @@ def data_kind(name: str) -> Callable[[_Kind], _Kind]:
 
     def register(kind: _Kind) -> _Kind:
         dataclass(kind)
-        kind.name = name
+        kind.kind_name = name
         return data_kinds.add(name)(kind)
 
     return register

@@ -1,100 +1,45 @@
-"""Documents out of JSON Lines, every line looked at: what is wrong is named with its file, line, field and value."""
+"""What is wrong with a field of a record: a reason in words, with the next move, for ``BadRecords`` or ``Broken``."""
 
 from __future__ import annotations
 
-import codecs
 import difflib
-import itertools
-import json
-from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from lora_exp.errors import UserError
-
-if TYPE_CHECKING:
-    from lora_exp.data.kinds.text import Text
-
-Record = dict[str, object]
-_MOST_SHOWN = 60
-_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+from lora_exp.data.formats import Record
+from lora_exp.data.values import in_words
 
 
-def read_documents(file: Path, section: Text) -> list[str]:
-    """The ``text_field`` of each line, or, with ``group_by``, of neighbouring lines that share those fields.
-
-    Without the empty ones. Raises UserError for a line that has no such text.
-    """
-    return [text for text in _documents(file, section) if text.strip()]
-
-
-def read_text(file: Path) -> str:
-    """A UTF-8 file, with or without a byte order mark. Raises UserError for another encoding."""
-    raw = file.read_bytes()
-    if raw.startswith(_UTF16):
-        raise UserError(f"{file} is UTF-16, not UTF-8: convert it (iconv -f UTF-16 -t UTF-8 OLD > NEW)")
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}): convert it first") from None
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _documents(file: Path, section: Text) -> Iterator[str]:
-    records = _records(file, section)
-    if not section.group_by:
-        yield from (str(record[section.text_field]) for record in records)
-        return
-    for shared, group in itertools.groupby(records, key=lambda record: tuple(record[n] for n in section.group_by)):
-        texts = [text for record in group if (text := str(record[section.text_field])).strip()]
-        if texts:
-            yield "\n".join([" ".join(map(str, shared)), *texts])
-
-
-def _records(file: Path, section: Text) -> Iterable[Record]:
-    for number, line in enumerate(read_text(file).split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{file}, line {number}"
-        try:
-            record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise UserError(f"{where} is not JSON ({error}): mend or remove it") from None
-        if not isinstance(record, dict):
-            raise UserError(f'{where} is {_kind(record)}, and must be an object such as {{"text": "…"}}')
-        _check_text(record, section, where)
-        for name in section.group_by:
-            _check_group(record, name, where)
-        yield record
-
-
-def _check_text(record: Record, section: Text, where: str) -> None:
-    name, texts = section.text_field, [key for key, value in record.items() if isinstance(value, str)]
+def text_problem(record: Record, name: str, key: str, may_be_empty: bool = False) -> str | None:
+    """Why ``record`` has no text under ``name``, which the config key ``key`` (data.text_field) has named."""
+    texts = [field for field, value in record.items() if isinstance(value, str)]
     if name not in record:
-        raise UserError(_lacks(record, name, where, "data.text_field=", texts))
+        return missing_field(record, name, key, texts)
     text = record[name]
     if not isinstance(text, str):
-        others = f", or set data.text_field to what holds it ({', '.join(texts[:20])})" if texts else ""
-        raise UserError(f"{where}: {name} is {_kind(text)}, and must be text: mend or remove the line{others}")
+        others = f", or set {key} to what holds it ({', '.join(texts[:20])})" if texts else ""
+        return f"{name} is {in_words(text)}, and must be text: mend or remove it{others}"
     if not _is_encodable(text):
-        raise UserError(f"{where}: {name} holds half of a surrogate pair, which is no character: mend the line")
+        return f"{name} holds half of a surrogate pair, which is no character: mend it"
+    return None if may_be_empty or text.strip() else f"{name} is empty"
 
 
-def _check_group(record: Record, name: str, where: str) -> None:
+def group_problem(record: Record, name: str) -> str | None:
+    """Why records cannot be grouped by this one's ``name``."""
     if name not in record:
-        raise UserError(_lacks(record, name, where, "data.group_by=", list(record)))
+        return missing_field(record, name, "data.group_by", list(record), "[{}]")
     if record[name] is None or isinstance(record[name], (list, dict)):
-        raise UserError(
-            f"{where}: {name} is {_kind(record[name])}, and lines are grouped by text or numbers: "
-            "mend the line, or leave the field out of data.group_by"
+        return (
+            f"{name} is {in_words(record[name])}, and lines are grouped by text or numbers: "
+            "mend it, or leave the field out of data.group_by"
         )
+    return None
 
 
-def _lacks(record: Record, name: str, where: str, key: str, fitting: list[str]) -> str:
+def missing_field(record: Record, name: str, key: str, fitting: list[str], shape: str = "{}") -> str:
+    """That ``record`` lacks ``name``, and which of the ``fitting`` fields may be meant; ``shape`` is the value's."""
     near = difflib.get_close_matches(name, fitting, n=1) or (fitting if len(fitting) == 1 else [])
-    value = f"[{near[0]}]" if near and "group_by" in key else near[0] if near else "FIELD"
+    value = shape.format(near[0]) if near else "FIELD"
     has = f"it has {', '.join(map(str, list(record)[:20]))}" if record else "it is empty"
-    return f"{where} lacks {name} ({has}): set {key}{value}, or mend the line"
+    return f"lacks {name} ({has}): set {key}={value}, or mend it"
 
 
 def _is_encodable(text: str) -> bool:
@@ -103,11 +48,3 @@ def _is_encodable(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _kind(value: object) -> str:
-    """A JSON value in words, such as "null", "the number 3", "the list [1, 2]"."""
-    shown = json.dumps(value, ensure_ascii=False)
-    shown = shown if len(shown) <= _MOST_SHOWN else f"{shown[:_MOST_SHOWN]}…"
-    names = {list: "the list ", dict: "the object ", int: "the number ", float: "the number ", str: "the text "}
-    return f"{names.get(type(value), '')}{shown}"

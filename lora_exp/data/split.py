@@ -6,6 +6,8 @@ from fractions import Fraction
 
 from lora_exp.errors import UserError
 
+SPLITS = ("train", "validation", "test")
+VALIDATION, TEST = 1, 2
 _NEAR = 0.1  # of the smaller side: how far a cut may be moved to fall between lines, or words
 
 
@@ -26,10 +28,29 @@ def held_out(count: int, fraction: float) -> list[bool]:
     return [index in chosen for index in range(count)]
 
 
+def shares(count: int, validation: float, test: float) -> bytearray:
+    """Which of ``SPLITS`` each of ``count`` things is in, each held-out fraction of all evenly spread.
+
+    What is held out for validation does not depend on ``test``.
+    """
+    found = bytearray(count)
+    if validation:
+        found = bytearray(VALIDATION if is_held_out else 0 for is_held_out in held_out(count, validation))
+    rest = [place for place, share in enumerate(found) if not share]
+    if test:
+        for place, is_held_out in zip(rest, held_out(len(rest), min(test * count / len(rest), 1.0)), strict=True):
+            found[place] = TEST if is_held_out else 0
+    return found
+
+
 def cut(text: str, fraction: float) -> int:
     """Where the last ``fraction`` of a text starts: at a line if one starts near there, else at a word, else there."""
     position = len(text) - round(len(text) * fraction)
-    within = _NEAR * min(position, len(text) - position)
+    return near_break(text, position, _NEAR * min(position, len(text) - position))
+
+
+def near_break(text: str, position: int, within: float) -> int:
+    """The start of a line, else of a word, nearest to ``position`` and not further off than ``within``; else it."""
     for separator in ("\n", " "):
         before, after = text.rfind(separator, 0, position) + 1, text.find(separator, position) + 1
         nearest = min((before, after), key=lambda start: abs(start - position))

@@ -5,57 +5,64 @@ Letters: N blocks, B of a batch, T tokens a block (``data.block_size``).
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
-import logging
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import datasets
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
 
-from lora_exp.data.records import read_documents, read_text
-from lora_exp.data.split import cut, held_out
+from lora_exp.data.broken import BadRecords
+from lora_exp.data.documents import Texts
+from lora_exp.data.rows import RowWriter, read_rows, tokenizer_identity
+from lora_exp.data.sources import fingerprint, source_name
+from lora_exp.data.split import SPLITS
 from lora_exp.errors import UserError
-from lora_exp.inputs import text_files, text_path_problem
-from lora_exp.machine.cache import cache_folder, file_sha256, made_once
-from lora_exp.machine.packaged import find_packaged, install_line
+from lora_exp.machine.cache import cache_folder, made_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from lora_exp.data.kinds.text import Text
 
-log = logging.getLogger(__name__)
 datasets.disable_progress_bars()
 
 # Raised when blocks made by an older version of this file would differ.
-_FORMAT = 2
+_FORMAT = 3
+_FACTS = "facts.json"
+_BATCH = 2**20  # characters that are tokenised at once
+_SHOWN = 300  # characters of the example
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Training and validation blocks, each a Dataset of N rows with ``input_ids`` (T,). They share no token."""
+    """Training, validation and test blocks, each a Dataset of N rows with ``input_ids`` (T,). They share no token."""
 
     train: Dataset
     validation: Dataset
+    test: Dataset | None = None
+    fingerprint: str = ""
+    said: list[str] = field(default_factory=list)
 
 
 def load_blocks(section: Text, tokenizer: PreTrainedTokenizerBase) -> Blocks:
-    """Read, split, tokenise and cut the text, or take the result from the cache.
+    """Read, split, tokenise and cut the text, or take the result from the cache, where it is read from while in use.
 
-    Of JSON Lines whole documents are held out, evenly spread over all files; of a text file its last part.
-    Raises UserError for a path that is missing, empty or too short for one block on each side.
+    Of records whole documents are held out, evenly spread over all files; of a text file its last part.
+    Raises UserError for sources that are missing, broken or too short for one block on each side.
     """
-    files = _find_files(section)
-    folder = cache_folder("datasets", section.label, _key(section, files, tokenizer), section.cache_dir)
-    made_once(folder, lambda temporary: _tokenise(section, files, tokenizer, temporary))
-    splits = datasets.load_from_disk(str(folder)).with_format("torch")
-    return Blocks(splits["train"], splits["validation"])
+    key = fingerprint(section, _FORMAT, tokenizer_identity(tokenizer))
+    folder = cache_folder("datasets", section.label, key, section.cache_dir)
+    made_once(folder, lambda temporary: _tokenise(section, tokenizer, temporary))
+    splits = {split: read_rows(file) for split in SPLITS if (file := folder / f"{split}.arrow").exists()}
+    facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+    return Blocks(splits["train"], splits["validation"], splits.get("test"), key, facts["said"])
 
 
 def collate_blocks(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -64,85 +71,64 @@ def collate_blocks(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {"input_ids": tokens, "labels": tokens}
 
 
-def _find_files(section: Text) -> list[Path]:
-    if section.path:
-        if problem := text_path_problem(section.path):
-            raise UserError(problem)
-        files, skipped = text_files(Path(section.path).expanduser())
-        if skipped:
-            named = ", ".join(file.name for file in skipped[:5]) + (", …" if len(skipped) > 5 else "")
-            log.info(f"data   {len(skipped)} files in {section.path} are not read: {named}")
-        return files
-    assert section.packaged is not None
-    packaged = find_packaged(section.packaged)
-    if packaged is None:
+def example(blocks: Dataset, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The beginning of the first block, decoded."""
+    text = str(tokenizer.decode(blocks[0]["input_ids"]))
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def _tokenise(section: Text, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    bad = BadRecords(section.max_bad_fraction)
+    texts = Texts(section, bad)
+    for split in texts.splits:
+        _write_blocks(texts.of(split), split, section, tokenizer, folder / f"{split}.arrow")
+    facts = {"said": [*texts.said, *bad.said()]}
+    (folder / _FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_blocks(
+    texts: Iterator[tuple[str, bool]], split: str, section: Text, tokenizer: PreTrainedTokenizerBase, file: Path
+) -> None:
+    size, count, rest = section.block_size, 0, np.empty(0, np.int32)
+    with RowWriter(file, "input_ids") as rows:
+        for tokens in _tokens(texts, tokenizer):
+            count += len(tokens)
+            rest = np.concatenate([rest, tokens])
+            if whole := len(rest) // size * size:
+                rows.write({"input_ids": rest[:whole].reshape(-1, size)})
+                rest = rest[whole:]
+    if count < size:
+        name = "training" if split == "train" else split
         raise UserError(
-            f"data={section.label} is not installed: {install_line(section.packaged)}, "
-            "or take your own text with data=text data.path=FILE_OR_FOLDER"
+            f"The {name} text of data={section.label} ({source_name(section)}) has {count} "
+            f"tokens, fewer than one block of {size}: {_remedy(split, section)}"
         )
-    return [packaged]
 
 
-def _key(section: Text, files: list[Path], tokenizer: PreTrainedTokenizerBase) -> str:
-    fast = getattr(tokenizer, "backend_tokenizer", None) if tokenizer.is_fast else None
-    parts = [
-        _FORMAT,
-        [(file_sha256(file), file.suffix.lower()) for file in files],
-        sorted(tokenizer.get_vocab().items()) if fast is None else fast.to_str(),
-        tokenizer.eos_token_id,
-        [section.text_field, list(section.group_by), section.block_size, section.val_fraction],
-    ]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
-
-
-def _tokenise(section: Text, files: list[Path], tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    train, validation = _split(section, files)
-    splits = {
-        "train": _blocks(train, "training", section, tokenizer),
-        "validation": _blocks(validation, "validation", section, tokenizer),
-    }
-    datasets.DatasetDict(splits).save_to_disk(str(folder))
-
-
-def _split(section: Text, files: list[Path]) -> tuple[list[str], list[str]]:
-    """The texts to train on, and those held out."""
-    train: list[str] = []
-    validation: list[str] = []
-    documents: list[str] = []
-    for file in files:
-        if file.suffix.lower() == ".jsonl":
-            documents += read_documents(file, section)
-        else:
-            text = read_text(file)
-            position = cut(text, section.val_fraction)
-            train.append(text[:position])
-            validation.append(text[position:])
-    if len(documents) == 1 and not train:
-        raise UserError(
-            f"data={section.label} ({section.path or 'packaged'}) is a single document, of which none can be held out: "
-            "give more lines (data.group_by makes one document of many), or a .txt file, whose last part is held out"
-        )
-    chosen = held_out(len(documents), section.val_fraction) if len(documents) > 1 else [False] * len(documents)
-    train += [text for text, is_held_out in zip(documents, chosen, strict=True) if not is_held_out]
-    validation += [text for text, is_held_out in zip(documents, chosen, strict=True) if is_held_out]
-    return train, validation
-
-
-def _blocks(texts: list[str], split: str, section: Text, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    encoded = tokenizer([text for text in texts if text.strip()] or [""], add_special_tokens=False)["input_ids"]
+def _tokens(texts: Iterator[tuple[str, bool]], tokenizer: PreTrainedTokenizerBase) -> Iterator[np.ndarray]:
+    """Tokens of many texts at once, (anything,), with the end of a document behind each that ends one."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    tokens = list(itertools.chain.from_iterable(ids + end for ids in encoded if ids))
-    size = section.block_size
-    if len(tokens) < size:
-        raise UserError(
-            f"The {split} text of data={section.label} ({section.path or 'packaged'}) has {len(tokens)} tokens, "
-            f"fewer than one block of {size}: {_remedy(split)}"
-        )
-    rows = [tokens[start : start + size] for start in range(0, len(tokens) - size + 1, size)]
-    features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
-    return Dataset.from_dict({"input_ids": rows}, features=features)
+    for batch in _batches(texts):
+        encoded = tokenizer([text for text, _ in batch], add_special_tokens=False, verbose=False)["input_ids"]
+        ended = (ids + end if ends else ids for ids, (_, ends) in zip(encoded, batch, strict=True) if ids)
+        yield np.fromiter(itertools.chain.from_iterable(ended), np.int32)
 
 
-def _remedy(split: str) -> str:
-    share = "raise" if split == "validation" else "lower"
-    return f"give more text, lower data.block_size, or {share} data.val_fraction"
+def _batches(texts: Iterator[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
+    batch: list[tuple[str, bool]] = []
+    length = 0
+    for text, ends in texts:
+        batch.append((text, ends))
+        length += len(text) + 1
+        if length >= _BATCH:
+            yield batch
+            batch, length = [], 0
+    if batch:
+        yield batch
+
+
+def _remedy(split: str, section: Text) -> str:
+    if split != "train" and (getattr(section, f"{split}_path") or getattr(section, f"{split}_split")):
+        return "give more text, or lower data.block_size"
+    share = "data.test_fraction" if split == "test" else "data.val_fraction"
+    return f"give more text, lower data.block_size, or {'lower' if split == 'train' else 'raise'} {share}"

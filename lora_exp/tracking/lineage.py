@@ -32,7 +32,7 @@ def origin_tags() -> dict[str, str]:
 def data_facts(section: DataConfig, rows: Mapping[str, int]) -> dict[str, str]:
     """A dataset as MLflow lists it: its name, the hash of its files, where they come from, how many rows it has."""
     packaged = section.packaged
-    if section.path:
+    if isinstance(section.path, str):
         digest, source = _digest_of(Path(section.path).expanduser()), {"path": section.path}
     elif packaged:
         digest = packaged.sha256[:_DIGEST]

@@ -6,7 +6,7 @@ from dataclasses import field
 from typing import TYPE_CHECKING, ClassVar
 
 from lora_exp.data.kind import Batch, Data, DataKind, Row, Tokenizer, data_kind
-from lora_exp.inputs import text_path_problem
+from lora_exp.inputs import RECORD_SUFFIXES, TEXT_SUFFIXES
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @data_kind("text")
 class Text(DataKind):
-    """``text_field`` of each line of JSON Lines is a document, or what neighbours of the same ``group_by`` fields
+    """``text_field`` of each record is a document, or what neighbours of the same ``group_by`` fields
     have in it; a block is ``block_size`` tokens."""
 
     text_field: str = "text"
@@ -27,12 +27,12 @@ class Text(DataKind):
     unit: ClassVar[str] = "tokens"
     metrics: ClassVar[tuple[str, ...]] = ("perplexity",)
     needs_tokenizer: ClassVar[bool] = True
+    suffixes: ClassVar[tuple[str, ...]] = TEXT_SUFFIXES + RECORD_SUFFIXES
 
     def problems(self, task: str) -> list[str]:
-        found = [text_path_problem(self.path) if self.path and task == "train" else None]
         if self.block_size < 2:
-            found.append(f"data.block_size={self.block_size} is below 2: a block needs a token to predict from")
-        return [problem for problem in found if problem]
+            return [f"data.block_size={self.block_size} is below 2: a block needs a token to predict from"]
+        return []
 
     @property
     def positions(self) -> int | None:
@@ -56,12 +56,21 @@ class Text(DataKind):
         return {"input_ids": torch.zeros(self.block_size, dtype=torch.long)}
 
     def load(self, tokenizer: Tokenizer) -> Data:
-        from lora_exp.data.text import load_blocks
+        from lora_exp.data.text import example, load_blocks
 
         loaded = tokenizer()
         assert loaded is not None
         blocks = load_blocks(self, loaded)
-        return Data(blocks.train, blocks.validation, f"{self.rows} tokens", {"block_size": self.block_size})
+        return Data(
+            blocks.train,
+            blocks.validation,
+            f"{self.rows} tokens",
+            {"block_size": self.block_size},
+            test=blocks.test,
+            fingerprint=blocks.fingerprint,
+            said=blocks.said,
+            example=example(blocks.train, loaded),
+        )
 
     def collate(self, rows: list[Row]) -> Batch:
         from lora_exp.data.text import collate_blocks
