@@ -32,13 +32,15 @@ _Kind = TypeVar("_Kind", bound="type[DataKind]")
 class Data:
     """Training and validation rows, which share nothing. ``rows`` says what one is.
 
-    ``shape``: what the model must be made to fit, such as its number of classes.
+    ``shape``: what the model must be made to fit, such as its number of classes. ``test``: rows that nothing is chosen
+    by, looked at once at the end.
     """
 
     train: Dataset[Row]
     validation: Dataset[Row]
     rows: str
     shape: Mapping[str, int] = field(default_factory=dict)
+    test: Dataset[Row] | None = None
 
 
 @dataclass
