@@ -19,7 +19,7 @@ from lora_exp.credentials import login_problems
 from lora_exp.data import kind_of
 from lora_exp.inputs import model_path_problem, source_problems
 from lora_exp.models.kind import model_kind_of, model_kinds
-from lora_exp.training.metrics import metrics
+from lora_exp.training.checks import train_problems
 from lora_exp.training.trainer import trainers
 
 TASKS = ("train", "plan")
@@ -27,7 +27,6 @@ QUANTIZATIONS = ("none", "nf4", "fp4", "int8")
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
 BIASES = ("none", "all", "lora_only")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-SCHEDULES = ("cosine", "linear", "constant")
 
 
 def check(config: Config) -> None:
@@ -120,20 +119,8 @@ def _missing_library(config: Config) -> list[str]:
 
 
 def _number_problems(config: Config) -> list[str]:
-    train, data, optimizer = config.train, config.data, config.optimizer
-    at_least_one = {
-        "train.steps": train.steps,
-        "train.micro_batch_size": train.micro_batch_size,
-        "train.grad_accum_steps": train.grad_accum_steps,
-        "train.eval_every": train.eval_every,
-        "train.eval_blocks": train.eval_blocks,
-        "train.log_every": train.log_every,
-    }
-    problems = [f"{key}={value} is below 1" for key, value in at_least_one.items() if value < 1]
-    if not 0 <= train.warmup_steps <= train.steps:
-        problems.append(f"train.warmup_steps={train.warmup_steps} is outside [0, train.steps={train.steps}]")
-    if not train.max_grad_norm > 0:
-        problems.append(f"train.max_grad_norm={train.max_grad_norm} must be above 0: use inf to switch clipping off")
+    data, optimizer = config.data, config.optimizer
+    problems = train_problems(config.train, kind_of(data).metrics)
     problems += _fraction_problems(data)
     if not (optimizer.lr > 0 and math.isfinite(optimizer.lr)):
         problems.append(f"optimizer.lr={optimizer.lr} must be a finite number above 0")
@@ -150,8 +137,7 @@ def _number_problems(config: Config) -> list[str]:
         )
     if not config.plan.reserve_gib >= 0:
         problems.append(f"plan.reserve_gib={config.plan.reserve_gib} is below 0")
-    problems += [problem for name in train.metrics if (problem := metrics.problem(name))]
-    return problems + _not_among("train.schedule", train.schedule, SCHEDULES)
+    return problems
 
 
 def _fraction_problems(data: DataConfig) -> list[str]:

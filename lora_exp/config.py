@@ -20,6 +20,7 @@ from lora_exp.errors import UserError
 from lora_exp.registry import Registry
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes'
+DEFAULT_STEPS, DEFAULT_WARMUP_STEPS = 24, 2
 KNOBS = ("rank", "alpha", "scale", "dropout", "bias", "start")  # of the factors: without them they have no meaning
 
 
@@ -157,22 +158,44 @@ data_kinds: Registry[type[DataConfig]] = Registry("data.kind", "lora_exp.data.ki
 
 @dataclass
 class TrainConfig:
-    """``steps``, ``eval_every`` and ``log_every`` count optimizer steps, ``eval_blocks`` rows (blocks, images).
+    """How long to train: ``steps`` (optimizer steps) or ``epochs``; neither: 24 steps. How, and what to keep.
 
+    ``eval_every``, ``log_every`` and ``save_every`` are optimizer steps (12) or epochs ("0.5 epoch"); 0: never between
+    the start and the end. ``eval_blocks`` counts rows (blocks, images). ``drop_last``: of each epoch, a last micro
+    batch that is not full. ``warmup_steps`` or ``warmup_ratio``, of all steps; neither: 2 steps.
+
+    ``keep``: the adapter of the ``last`` evaluation or of the ``best`` by ``best_metric``; null: the last, with early
+    stopping the best. ``early_stopping``: after so many evaluations in a row that are not better by ``min_delta``.
     ``metrics``: of each evaluation, beside those that the kind of data has.
     """
 
-    steps: int = 24
+    steps: int | None = field(default=None, metadata={"such_as": DEFAULT_STEPS})
+    epochs: float | None = field(default=None, metadata={"such_as": 3})
     micro_batch_size: int = 4
     grad_accum_steps: int = 1
-    warmup_steps: int = 2
+    drop_last: bool = False
+    warmup_steps: int | None = field(default=None, metadata={"such_as": DEFAULT_WARMUP_STEPS})
+    warmup_ratio: float | None = field(default=None, metadata={"such_as": 0.03})
     schedule: str = "cosine"
+    schedule_options: dict[str, Any] = field(default_factory=dict)
     max_grad_norm: float = 1.0
-    eval_every: int = 12
+    eval_every: Any = 12
     eval_blocks: int = 32
-    log_every: int = 1
+    log_every: Any = 1
+    save_every: Any = 12
+    keep_checkpoints: int = 2
+    best_metric: str = "eval/loss"
+    keep: str | None = None
+    early_stopping: int | None = field(default=None, metadata={"such_as": 3})
+    min_delta: float = 0.0
     gradient_checkpointing: bool = False
     metrics: list[str] = field(default_factory=list)
+    system_metrics: bool | None = None
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the adapter that stays is the best evaluation's, not the last's."""
+        return self.keep == "best" or (self.keep is None and self.early_stopping is not None)
 
 
 @dataclass
@@ -300,6 +323,8 @@ def to_config(composed: DictConfig) -> Config:
     config = Config(**vars(config) | {"data": data_section(composed.data)})
     model = config.model
     model.label = model.label or model.name or (Path(model.path).name if model.path else None)
+    if config.train.steps is None and config.train.epochs is None:
+        config.train.steps = DEFAULT_STEPS
     return config
 
 

@@ -38,7 +38,9 @@ class Job:
 class Result:
     """What a finished training found. Losses are in nats a prediction; ``adapter`` is the folder of the saved adapter.
 
-    ``metrics``: what the last evaluation found beside the loss, by name.
+    ``eval_loss`` and ``metrics``, what was found beside it, by name, are the saved adapter's, after optimizer step
+    ``step``. ``best_loss`` and ``best_step``: of the best evaluation by ``train.best_metric``, whether it was saved or
+    not. ``test``: what the saved adapter's test rows gave, if there are any.
     """
 
     eval_loss: float
@@ -52,6 +54,10 @@ class Result:
     adapter: str
     run_id: str | None
     base_weight_bytes: int | None = None
+    step: int = 0
+    best_loss: float | None = None
+    best_step: int | None = None
+    test: dict[str, float] = field(default_factory=dict)
 
     @property
     def objective(self) -> float:

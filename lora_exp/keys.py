@@ -169,6 +169,8 @@ def _looked_up(path: str) -> tuple[object, object]:
 
 
 def _default(field: Field[object]) -> object:
+    if "such_as" in field.metadata:  # null is what stands there, and no example
+        return field.metadata["such_as"]
     if field.default_factory is not NO_DEFAULT:
         made = field.default_factory()
         return None if is_dataclass(made) or not made else made

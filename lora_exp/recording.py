@@ -5,26 +5,26 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterable
-from pathlib import Path
 from types import TracebackType
 
-from lora_exp.backends import Adapted
 from lora_exp.job import METRICS_FILE, Job
+from lora_exp.keeping import Keeping
 from lora_exp.machine import signals
-from lora_exp.machine.saving import replace_folder
 from lora_exp.progress import TrainingProgress
 from lora_exp.tracking import mlflow as tracking
-from lora_exp.training.loop import DivergedError, Record, all_finite
+from lora_exp.training.loop import Record
+from lora_exp.training.trainer import Work
 from lora_exp.training.utilisation import Utilisation
 
 
 class Recorder:
     """Takes a job's records. As a context manager it holds the file and the progress bar open."""
 
-    def __init__(self, tracked: tracking.Run, adapted: Adapted, job: Job, steps: int, share: Utilisation) -> None:
+    def __init__(self, tracked: tracking.Run, work: Work, job: Job, share: Utilisation) -> None:
         self.records: list[Record] = []
-        self._tracked, self._adapted, self._job, self._share = tracked, adapted, job, share
-        self._progress = TrainingProgress(steps)
+        self._tracked, self._job, self._share = tracked, job, share
+        self._keeping = Keeping(work, job.folder)
+        self._progress = TrainingProgress(work.timetable.steps)
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Recorder:
@@ -46,8 +46,7 @@ class Recorder:
         self._track(record)
         self._progress.show(record)
         self.records.append(record)
-        if "eval/loss" in record and record["step"]:
-            save_adapter(self._adapted, self._job.folder / "adapter")
+        self._keeping.consider(record)
         signals.obey()
 
     def _track(self, record: Record) -> None:
@@ -55,14 +54,6 @@ class Recorder:
         if record["step"] == 0 and "eval/loss" in record:
             metrics["eval/loss_before"] = metrics["eval/loss"]
         self._tracked.log_metrics(metrics, step=int(record["step"]))
-
-
-def save_adapter(adapted: Adapted, folder: Path) -> None:
-    """Replace the adapter in ``folder``, but never a good one by one that holds a NaN."""
-    if not all_finite(adapted.parameters):
-        raise DivergedError("A trained value is no longer finite: lower optimizer.lr; an adapter saved before is kept")
-    with signals.while_closing():
-        replace_folder(folder, adapted.save)
 
 
 def log_files(tracked: tracking.Run, job: Job, records: list[Record]) -> None:

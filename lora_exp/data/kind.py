@@ -32,9 +32,10 @@ _Kind = TypeVar("_Kind", bound="type[DataKind]")
 class Data:
     """Training, validation and test rows, which share nothing. ``rows`` says what one is.
 
-    ``shape``: what the model must be made to fit, such as its number of classes. ``fingerprint``: the hash of all that
-    the rows follow from, ``sources.fingerprint``. ``said``: what a person must hear of them, such as how many records
-    are left out. ``example``: a row in words, ANSI-dimmed where it is not learnt.
+    ``shape``: what the model must be made to fit, such as its number of classes. ``test``: rows that nothing is chosen
+    by, looked at once at the end. ``fingerprint``: the hash of all that the rows follow from, ``sources.fingerprint``.
+    ``said``: what a person must hear of them, such as how many records are left out. ``example``: a row in words,
+    ANSI-dimmed where it is not learnt.
     """
 
     train: Dataset[Row]

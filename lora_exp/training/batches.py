@@ -31,11 +31,16 @@ def check_evaluation(rows: Rows) -> None:
         raise UserError("No row is held out for validation: raise data.val_fraction, or give more data")
 
 
-def training_batches(rows: Rows, size: int, seed: int, pin: bool, collate: Collate) -> Iterator[Batch]:
-    """Micro batches of ``size`` rows for ever, each epoch in a new order drawn from ``seed``."""
+def training_batches(
+    rows: Rows, size: int, seed: int, pin: bool, collate: Collate, drop_last: bool = False
+) -> Iterator[Batch]:
+    """Micro batches of ``size`` rows for ever, each epoch in a new order drawn from ``seed``.
+
+    An epoch's last one holds the rows that are left, or with ``drop_last`` is left out if they are fewer.
+    """
     check_rows(rows, size)
     order = RandomSampler(rows, generator=torch.Generator().manual_seed(seed))  # type: ignore[arg-type]
-    loader = DataLoader(rows, batch_size=size, sampler=order, collate_fn=collate, drop_last=True, pin_memory=pin)
+    loader = DataLoader(rows, batch_size=size, sampler=order, collate_fn=collate, drop_last=drop_last, pin_memory=pin)
     while True:
         yield from loader
 

@@ -1,7 +1,7 @@
 """The one training loop: lanes over a frozen base, a plain dict of metrics a lane and logged step.
 
-It knows nothing of LoRA, Hydra or MLflow. A lane is what is trained together: parameters, data order, optimizer
-and schedule. Several lanes share a forward pass: their micro batches are concatenated, ``route`` sends
+It knows nothing of LoRA, Hydra or MLflow. A lane is what is trained together: parameters, data order, optimizer,
+schedule and timetable. Several lanes share a forward pass: their micro batches are concatenated, ``route`` sends
 each slice of rows its own way, and the loss is the sum of the lanes' means.
 """
 
@@ -16,27 +16,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
 
-from lora_exp.config import TrainConfig
 from lora_exp.errors import UserError
+from lora_exp.training.lane import Lane, LaneState
 from lora_exp.training.metrics import Metric, RowLosses, Sums, chosen
 from lora_exp.training.objectives import Batch
+from lora_exp.training.watch import DivergedError, Seen, Watch
+
+__all__ = ["Context", "DivergedError", "Forward", "Lane", "LaneState", "Record", "evaluate", "train"]
 
 Context = contextlib.AbstractContextManager[object]
 Record = dict[str, Any]
-
-
-@dataclass
-class Lane:
-    """One set of parameters in training. Records carry its ``name``."""
-
-    name: str
-    parameters: list[nn.Parameter]
-    batches: Iterator[Batch]
-    evaluation: list[Batch]
-    optimizer: torch.optim.Optimizer
-    schedule: LRScheduler
 
 
 @dataclass(frozen=True)
@@ -45,7 +35,8 @@ class Forward:
 
     ``count`` tells a batch's predictions a row, (B,), before the pass. ``route`` gets rows by lane name;
     ``check_gradients`` is called after the first backward pass, ``between_batches`` before every micro batch and every
-    evaluation batch: it may raise to end the training. ``metrics`` are an evaluation's, by name.
+    evaluation batch, ``after_step`` when all of an optimizer step is done and yielded, so that the lanes' states are
+    whole: both may raise to end the training. ``metrics`` are an evaluation's, by name.
     """
 
     model: nn.Module
@@ -58,101 +49,139 @@ class Forward:
     metrics: Mapping[str, Metric] = field(default_factory=chosen)
     unit: str = "tokens"
     between_batches: Callable[[], object] = lambda: None
+    after_step: Callable[[], object] = lambda: None
 
 
-class DivergedError(UserError):
-    """A loss that is no longer finite."""
+def train(forward: Forward, lanes: list[Lane]) -> Iterator[Record]:
+    """Train every lane to its end, and yield its metrics as they become known.
 
-
-def train(forward: Forward, lanes: list[Lane], section: TrainConfig) -> Iterator[Record]:
-    """Train every lane for ``section.steps`` optimizer steps and yield its metrics as they become known.
-
-    Yields ``eval/*`` records at step 0, each ``eval_every`` steps and at the end, ``train/*`` records each
-    ``log_every`` steps. Between these nothing is copied from the device. Raises ``DivergedError`` that names the first
-    step whose loss or gradient norm is not finite: on the CPU before that step changes a parameter, elsewhere before
-    the next record.
+    Yields ``eval/*`` records before the first step, as each lane's timetable says and after its last step, ``train/*``
+    records as the timetable says. Between these nothing is copied from the device. A lane ends early where its
+    ``state.best`` says so. Raises ``DivergedError`` that names the first step whose loss or gradient norm is not
+    finite: on the CPU before that step changes a parameter, elsewhere before the next record or checkpoint.
     """
-    yield from (_evaluated(forward, lane, 0) for lane in lanes)
+    yield from (_evaluated(forward, lane) for lane in lanes if not lane.state.step)
     forward.model.train()
-    clock, watches = _Clock(), [_Watch(lane) for lane in lanes]
-    for step in range(1, section.steps + 1):
-        losses, tokens = _accumulate(forward, lanes, section.grad_accum_steps)
-        if step == 1:
+    clock, watches = _Clock(), {lane.name: Watch(lane) for lane in lanes}
+    is_first = True
+    while active := [lane for lane in lanes if not lane.is_over]:
+        losses, units = _accumulate(forward, active)
+        if is_first:
             forward.check_gradients()
-        clock.count(tokens)
-        rates = [float(lane.schedule.get_last_lr()[0]) for lane in lanes]
-        norms = [nn.utils.clip_grad_norm_(lane.parameters, section.max_grad_norm) for lane in lanes]
-        for watch, loss, norm in zip(watches, losses, norms, strict=True):
-            watch.note(step, loss, norm)
-        is_logged = step % section.log_every == 0 or step == section.steps
-        is_evaluated = step % section.eval_every == 0 or step == section.steps
-        if is_logged or is_evaluated or _answers_at_once(forward.device):
-            for watch in watches:
-                watch.check()
-        for lane in lanes:
-            _update(lane)
-        if is_logged:
-            logged = zip(lanes, losses, norms, rates, strict=True)
-            records = [_trained(lane, step, loss, norm, rate) for lane, loss, norm, rate in logged]
-            speed = clock.lap() / len(lanes)
-            yield from ({**record, f"train/{forward.unit}_per_s": speed} for record in records)
-        if is_evaluated:
-            clock.pause()
-            yield from (_evaluated(forward, lane, step) for lane in lanes)
-            forward.model.train()
-            clock.resume()
+            is_first = False
+        clock.count(sum(units))
+        seen = [_clipped(lane, loss) for lane, loss in zip(active, losses, strict=True)]
+        for lane, found in zip(active, seen, strict=True):
+            _look(forward, lane, watches[lane.name], found)
+        for lane, count in zip(active, units, strict=True):
+            _update(lane, count)
+        yield from _records(forward, active, seen, clock)
+        forward.after_step()
 
 
 @torch.no_grad()
-def evaluate(forward: Forward, lane: Lane) -> dict[str, float]:
-    """The metrics over the lane's evaluation batches; ``loss`` is the mean in nats a prediction."""
+def evaluate(forward: Forward, batches: list[Batch], name: str) -> dict[str, float]:
+    """The metrics over ``batches`` by the lane ``name``; ``loss`` is the mean in nats a prediction."""
     forward.model.eval()
     sums = Sums()
-    for batch in lane.evaluation:
+    for batch in batches:
         forward.between_batches()
         here = _to_device(batch, forward.device)
-        with forward.compute(), forward.route({lane.name: _rows(batch)}):
+        with forward.compute(), forward.route({name: _rows(batch)}):
             sums = sums.plus(forward.losses(forward.model, here))
     return {name: metric(sums) for name, metric in forward.metrics.items()}
 
 
-def _accumulate(forward: Forward, lanes: list[Lane], micro_steps: int) -> tuple[list[Tensor], int]:
-    """Gradients of one optimizer step. Each lane's loss is the mean over all its tokens of the step."""
-    drawn = [[next(lane.batches) for lane in lanes] for _ in range(micro_steps)]
-    counts = [sum(int(forward.count(micro[i]).sum()) for micro in drawn) for i in range(len(lanes))]
+def _accumulate(forward: Forward, lanes: list[Lane]) -> tuple[list[Tensor], list[int]]:
+    """Gradients of one optimizer step. Each lane's loss is the mean over all its predictions of the step.
+
+    Returns the losses and how many tokens (images, rows) each lane saw.
+    """
+    drawn = [[next(lane.batches) for _ in range(lane.timetable.micro_batches(lane.state.step + 1))] for lane in lanes]
+    counts = [sum(int(forward.count(batch).sum()) for batch in micro) for micro in drawn]
     losses = [torch.zeros((), device=forward.device) for _ in lanes]
-    for micro in drawn:
-        forward.between_batches()
-        rows = {lane.name: _rows(batch) for lane, batch in zip(lanes, micro, strict=True)}
-        batch = _to_device(_concatenate(micro), forward.device)
-        with forward.compute(), forward.route(rows):
-            totals = forward.losses(forward.model, batch).total.split(list(rows.values()))
-        means = [total.sum() / count for total, count in zip(totals, counts, strict=True)]
-        loss = torch.stack(means).sum()
-        if not loss.requires_grad:
-            raise UserError(
-                "The loss depends on no trained parameter: the model reads the targeted weights without calling their "
-                "layers, or gradients are cut off on the way. Choose targets that the model calls"
-            )
-        loss.backward()
-        losses = [so_far + mean.detach() for so_far, mean in zip(losses, means, strict=True)]
-    return losses, sum(_tokens(batch) for micro in drawn for batch in micro)
+    for turn in range(max(map(len, drawn))):
+        having = [number for number, micro in enumerate(drawn) if turn < len(micro)]  # an epoch's end takes fewer
+        batches = {lanes[number].name: drawn[number][turn] for number in having}
+        totals = _row_totals(forward, batches)
+        means = [total.sum() / max(counts[number], 1) for number, total in zip(having, totals, strict=True)]
+        scaled = [_scaled(lanes[number], mean) for number, mean in zip(having, means, strict=True)]
+        torch.stack(scaled).sum().backward()
+        for number, mean in zip(having, means, strict=True):
+            losses[number] = losses[number] + mean.detach()
+    return losses, [sum(_tokens(batch) for batch in micro) for micro in drawn]
 
 
-def _update(lane: Lane) -> None:
-    lane.optimizer.step()
-    lane.schedule.step()
+def _row_totals(forward: Forward, batches: Mapping[str, Batch]) -> tuple[Tensor, ...]:
+    """One pass over the lanes' batches: each one's losses by row."""
+    forward.between_batches()
+    rows = {name: _rows(batch) for name, batch in batches.items()}
+    batch = _to_device(_concatenate(list(batches.values())), forward.device)
+    with forward.compute(), forward.route(rows):
+        total: Tensor = forward.losses(forward.model, batch).total
+    if not total.requires_grad:
+        raise UserError(
+            "The loss depends on no trained parameter: the model reads the targeted weights without calling their "
+            "layers, or gradients are cut off on the way. Choose targets that the model calls"
+        )
+    parts: tuple[Tensor, ...] = total.split(list(rows.values()))
+    return parts
+
+
+def _scaled(lane: Lane, loss: Tensor) -> Tensor:
+    return loss if lane.scaler is None else lane.scaler.scale(loss)
+
+
+def _clipped(lane: Lane, loss: Tensor) -> Seen:
+    """The step's loss, gradient norm and learning rate, once the gradients are clipped."""
+    if lane.scaler is not None:
+        lane.scaler.unscale_(lane.optimizer)
+    norm = nn.utils.clip_grad_norm_(lane.parameters, lane.max_grad_norm)
+    return Seen(lane.state.step + 1, loss, norm, float(lane.schedule.get_last_lr()[0]))
+
+
+def _look(forward: Forward, lane: Lane, watch: Watch, found: Seen) -> None:
+    """Check what the lane's last steps found, where somebody asks for it or it costs nothing."""
+    watch.note(found)
+    times = lane.timetable
+    is_asked = times.logs(found.step) or times.evaluates(found.step) or times.saves(found.step)
+    if is_asked or watch.is_full or _answers_at_once(forward.device):
+        watch.check()
+
+
+def _update(lane: Lane, units: int) -> None:
+    """Change the lane's parameters; a step whose scaled gradients overflowed is left out, and its schedule waits."""
+    if lane.scaler is None:
+        lane.optimizer.step()
+        lane.schedule.step()
+    else:
+        before = lane.scaler.get_scale()
+        lane.scaler.step(lane.optimizer)
+        lane.scaler.update()
+        if lane.scaler.get_scale() >= before:
+            lane.schedule.step()
     lane.optimizer.zero_grad(set_to_none=True)
+    lane.state.step += 1
+    lane.state.units += units
 
 
-def _trained(lane: Lane, step: int, loss: Tensor, norm: Tensor, rate: float) -> Record:
-    values = {"train/loss": loss.item(), "train/grad_norm": norm.item(), "train/lr": rate}
-    return {"lane": lane.name, "step": step, **values}
+def _records(forward: Forward, lanes: list[Lane], seen: list[Seen], clock: _Clock) -> Iterator[Record]:
+    """What the step just made is logged by, and the evaluations that are due."""
+    if logged := [pair for pair in zip(lanes, seen, strict=True) if pair[0].timetable.logs(pair[1].step)]:
+        speed = clock.lap() / len(lanes)
+        yield from ({**_trained(*pair), f"train/{forward.unit}_per_s": speed} for pair in logged)
+    if evaluated := [lane for lane in lanes if lane.timetable.evaluates(lane.state.step)]:
+        clock.pause()
+        yield from (_evaluated(forward, lane) for lane in evaluated)
+        forward.model.train()
+        clock.resume()
 
 
-def all_finite(parameters: list[nn.Parameter]) -> bool:
-    """Whether no value is a NaN or infinite. One copy from the device."""
-    return bool(torch.stack([parameter.detach().isfinite().all() for parameter in parameters]).all().item())
+def _trained(lane: Lane, seen: Seen) -> Record:
+    values = {"train/loss": seen.loss.item(), "train/grad_norm": seen.norm.item(), "train/lr": seen.rate}
+    epochs = lane.timetable.epochs(seen.step)
+    values |= {} if epochs is None else {"train/epoch": epochs}
+    return {"lane": lane.name, "step": seen.step, **values}
 
 
 def _answers_at_once(device: torch.device) -> bool:
@@ -160,33 +189,8 @@ def _answers_at_once(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-class _Watch:
-    """A lane's losses and gradient norms since the last ``check``, left on the device until then."""
-
-    def __init__(self, lane: Lane) -> None:
-        self._lane = lane
-        self._steps: list[int] = []
-        self._values: list[Tensor] = []
-
-    def note(self, step: int, loss: Tensor, norm: Tensor) -> None:
-        self._steps.append(step)
-        self._values += [loss.detach(), norm.detach()]
-
-    def check(self) -> None:
-        values = torch.stack([value.float() for value in self._values]).tolist()
-        for step, loss, norm in zip(self._steps, values[::2], values[1::2], strict=True):
-            bad = {name: value for name, value in (("loss", loss), ("grad_norm", norm)) if not math.isfinite(value)}
-            for name, value in bad.items():
-                raise DivergedError(
-                    f"train/{name} became {value} at optimizer step {step} (lane {self._lane.name}): "
-                    f"lower optimizer.lr (it is {self._lane.optimizer.defaults['lr']:g}) or train.max_grad_norm, "
-                    "or use model.dtype=float32"
-                )
-        self._steps, self._values = [], []
-
-
-def _evaluated(forward: Forward, lane: Lane, step: int) -> Record:
-    figures = evaluate(forward, lane)
+def _evaluated(forward: Forward, lane: Lane) -> Record:
+    step, figures = lane.state.step, evaluate(forward, lane.evaluation, lane.name)
     loss = figures["loss"]
     if not math.isfinite(loss) and not step:
         raise DivergedError(
@@ -195,7 +199,9 @@ def _evaluated(forward: Forward, lane: Lane, step: int) -> Record:
         )
     if not math.isfinite(loss):
         raise DivergedError(f"eval/loss became {loss} at optimizer step {step} (lane {lane.name}): lower optimizer.lr")
-    return {"lane": lane.name, "step": step} | {f"eval/{name}": value for name, value in figures.items()}
+    record = {"lane": lane.name, "step": step} | {f"eval/{name}": value for name, value in figures.items()}
+    lane.state.best.note(record)
+    return record
 
 
 class _Clock:

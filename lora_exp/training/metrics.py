@@ -5,16 +5,19 @@ Letters: B rows.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from lora_exp.errors import UserError
 from lora_exp.registry import Registry
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Better = Literal["lower", "higher"]
 
 
 @dataclass(frozen=True)
@@ -54,24 +57,43 @@ class Sums:
         return self.counted[name] / self.count
 
 
-Metric = Callable[[Sums], float]
+class Metric:
+    """A function of an evaluation's sums. ``better``: whether a ``lower`` or a ``higher`` one is; None: nobody said."""
+
+    def __init__(self, function: Callable[[Sums], float], better: Better | None) -> None:
+        functools.update_wrapper(self, function)
+        self._function = function
+        self.better = better
+
+    def __call__(self, sums: Sums) -> float:
+        return self._function(sums)
+
+
 metrics: Registry[Metric] = Registry("train.metrics", __name__)
-metric = metrics.add
 
 
-@metric("loss")
+def metric(name: str, better: Better | None = None) -> Callable[[Callable[[Sums], float]], Metric]:
+    """Decorator: this function is what ``train.metrics=[name]`` means. With ``better``, ``train.best_metric``, too."""
+
+    def register(function: Callable[[Sums], float]) -> Metric:
+        return metrics.add(name)(Metric(function, better))
+
+    return register
+
+
+@metric("loss", better="lower")
 def mean_loss(sums: Sums) -> float:
     """Nats a prediction; of none nan, which no comparison takes for the best."""
     return sums.loss / sums.count if sums.count else math.nan
 
 
-@metric("perplexity")
+@metric("perplexity", better="lower")
 def perplexity(sums: Sums) -> float:
     """e to the mean loss; above e^709 a float overflows."""
     return math.exp(min(mean_loss(sums), 700.0))
 
 
-@metric("accuracy")
+@metric("accuracy", better="higher")
 def accuracy(sums: Sums) -> float:
     """The share of predictions that are right."""
     return sums.share("hits")
@@ -80,3 +102,15 @@ def accuracy(sums: Sums) -> float:
 def chosen(*names: str) -> dict[str, Metric]:
     """The metrics of these names, ``loss`` first and each once. Raises UserError for one that there is not."""
     return {name: metrics[name] for name in dict.fromkeys(("loss", *names))}
+
+
+def higher_is_better(best_metric: str) -> bool:
+    """Whether of ``eval/NAME`` a higher one is better. Raises UserError for a metric that does not say so."""
+    name = best_metric.removeprefix("eval/")
+    better = metrics[name].better
+    if better is None:
+        raise UserError(
+            f"train.best_metric={best_metric}: {name} does not say which is better: register it with "
+            f'@metric("{name}", better="higher") or better="lower"'
+        )
+    return better == "higher"

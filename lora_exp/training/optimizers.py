@@ -1,34 +1,40 @@
-"""Optimizer and learning-rate schedule of a lane."""
+"""A lane's optimizer, and what scales its gradients."""
 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 
-from lora_exp.config import OptimizerConfig, TrainConfig
+from lora_exp.config import OptimizerConfig
 from lora_exp.errors import UserError
+
+if TYPE_CHECKING:
+    from lora_exp.machine.place import Place
 
 log = logging.getLogger(__name__)
 
 
 def build_optimizer(
-    parameters: Iterable[nn.Parameter], section: OptimizerConfig, fast: Mapping[str, nn.Parameter] | None = None
+    parameters: Iterable[nn.Parameter],
+    section: OptimizerConfig,
+    fast: Mapping[str, nn.Parameter] | None = None,
+    plain: Collection[nn.Parameter] = (),
 ) -> torch.optim.Optimizer:
     """AdamW over one lane's parameters; by bitsandbytes with states in 8 bits (tensors below 4096 values: in 32).
 
-    ``fast``: those of them, by name, whose learning rate is ``lora_plus_ratio`` times as high.
+    ``fast``: those of them, by name, whose learning rate is ``lora_plus_ratio`` times as high. ``plain``: those that
+    do not decay, biases and norms.
     """
     parameters = list(parameters)
     build: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
     if section.name != "adamw":
         build = _eight_bit(section.name, parameters[0].device)
     betas = (section.betas[0], section.betas[1])
-    groups = _groups(parameters, section, fast or {})
+    groups = [part for group in _groups(parameters, section, fast or {}) for part in _by_decay(group, plain, section)]
     return build(groups, lr=section.lr, betas=betas, eps=section.eps, weight_decay=section.weight_decay)
 
 
@@ -53,6 +59,19 @@ def _groups(
     return [group for group in groups if group["params"]]
 
 
+def _by_decay(
+    group: dict[str, object], plain: Collection[nn.Parameter], section: OptimizerConfig
+) -> list[dict[str, object]]:
+    """The group in two where some of it decays and some does not."""
+    parameters, exempt = cast("list[nn.Parameter]", group["params"]), {id(parameter) for parameter in plain}
+    decayed = [parameter for parameter in parameters if id(parameter) not in exempt]
+    if not section.weight_decay or len(decayed) == len(parameters):
+        return [group]
+    left = [parameter for parameter in parameters if id(parameter) in exempt]
+    parts = [group | {"params": decayed}, group | {"params": left, "weight_decay": 0.0}]
+    return [part for part in parts if part["params"]]
+
+
 def _eight_bit(name: str, device: torch.device) -> Callable[..., torch.optim.Optimizer]:
     from bitsandbytes.optim import adamw as optim
 
@@ -65,19 +84,17 @@ def _eight_bit(name: str, device: torch.device) -> Callable[..., torch.optim.Opt
     return optim.AdamW8bit
 
 
-def build_schedule(optimizer: torch.optim.Optimizer, section: TrainConfig) -> LambdaLR:
-    """Linear warm-up over ``warmup_steps``, then cosine, linear or no decay to 0 at ``steps``.
+def undecayed(model: nn.Module) -> list[nn.Parameter]:
+    """The biases and the norms' weights, which weight decay leaves alone as transformers' ``Trainer`` does."""
+    return [
+        parameter
+        for place, module in model.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if "bias" in name or "norm" in f"{place.rpartition('.')[2]}.{type(module).__name__}".lower()
+    ]
 
-    The factors are those of transformers' ``get_*_schedule_with_warmup``.
-    """
-    warmup, steps = section.warmup_steps, section.steps
 
-    def factor(step: int) -> float:
-        if step < warmup:
-            return step / max(1, warmup)
-        progress = (step - warmup) / max(1, steps - warmup)
-        if section.schedule == "cosine":
-            return max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))
-        return max(0.0, 1 - progress) if section.schedule == "linear" else 1.0
-
-    return LambdaLR(optimizer, factor)
+def gradient_scaler(place: Place) -> torch.amp.GradScaler | None:
+    """Where products are in float16, whose smallest number gradients fall below: scaled up until they are applied."""
+    computes_in = place.autocast or place.dtype
+    return torch.amp.GradScaler(place.device.type) if computes_in == torch.float16 else None

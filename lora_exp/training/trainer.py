@@ -17,14 +17,20 @@ if TYPE_CHECKING:
     from lora_exp.backends import Adapted
     from lora_exp.data import Data, DataKind
     from lora_exp.machine.place import Place
+    from lora_exp.training.best import Best
     from lora_exp.training.loop import Record
+    from lora_exp.training.timetable import Timetable
 
     Keep = Callable[[Record], object]
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be trained, on which rows, by which objective, where, and the sections that say how."""
+    """What is to be trained, on which rows, by which objective, where, and the sections that say how.
+
+    ``timetable``: what ``train`` says of its length and intervals, for these rows. ``best`` is fed with each record
+    that is kept: a trainer ends when it says ``should_stop``.
+    """
 
     adapted: Adapted
     data: Data
@@ -33,6 +39,8 @@ class Work:
     train: TrainConfig
     optimizer: OptimizerConfig
     seed: int
+    timetable: Timetable
+    best: Best
 
 
 class Trainer:

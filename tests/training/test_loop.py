@@ -19,7 +19,9 @@ from lora_exp import LoraConfig, LoraModel
 from lora_exp.config import OptimizerConfig, TrainConfig
 from lora_exp.training.loop import DivergedError, Forward, Lane, Record, evaluate, train
 from lora_exp.training.objectives import causal_lm_losses, count_predictions
-from lora_exp.training.optimizers import build_optimizer, build_schedule
+from lora_exp.training.optimizers import build_optimizer
+from lora_exp.training.schedules import build_schedule
+from lora_exp.training.timetable import Timetable
 
 STEPS, ROWS, LENGTH = 20, 2, 12
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -40,8 +42,18 @@ def micro_batches(seed: int, count: int) -> list[dict[str, torch.Tensor]]:
 
 
 def lane(name: str, parameters: list[torch.nn.Parameter], batches: list[Any], plan: TrainConfig) -> Lane:
+    times = Timetable.of(plan, None)
     optimizer = build_optimizer(parameters, OptimizerConfig("adamw", lr=2e-2, weight_decay=0.01))
-    return Lane(name, parameters, itertools.cycle(batches), batches[:2], optimizer, build_schedule(optimizer, plan))
+    return Lane(
+        name,
+        parameters,
+        itertools.cycle(batches),
+        batches[:2],
+        optimizer,
+        build_schedule(optimizer, plan, times),
+        times,
+        plan.max_grad_norm,
+    )
 
 
 def forward(model: torch.nn.Module, **changes: Any) -> Forward:
@@ -110,9 +122,9 @@ def test_native_peft_and_hf_trainer_agree(tiny_llama: Path, tmp_path: Path, accu
     by_trainer = trainer_losses(copy.deepcopy(theirs), batches, accumulate, tmp_path)
     plan = section(grad_accum_steps=accumulate)
     on_peft = [p for p in theirs.parameters() if p.requires_grad]
-    by_peft = losses(train(forward(theirs), [lane("default", on_peft, batches, plan)], plan))
+    by_peft = losses(train(forward(theirs), [lane("default", on_peft, batches, plan)]))
     mine = list(native.adapter_parameters().values())
-    by_native = losses(train(forward(native), [lane("default", mine, batches, plan)], plan))
+    by_native = losses(train(forward(native), [lane("default", mine, batches, plan)]))
     assert len(by_trainer) == len(by_native) == STEPS
     assert by_native[-1] < by_native[0]
     assert by_native == pytest.approx(by_trainer, abs=1e-5)
@@ -125,7 +137,7 @@ def test_the_same_seed_gives_the_same_losses_to_the_bit(tiny_llama: Path) -> Non
         config = LoraConfig(rank=4, target_modules=TARGETS, lora_dropout=0.2)
         model = LoraModel(base(tiny_llama), config, verbose=False)
         parameters = list(model.adapter_parameters().values())
-        return losses(train(forward(model), [lane("default", parameters, micro_batches(1, 5), section())], section()))
+        return losses(train(forward(model), [lane("default", parameters, micro_batches(1, 5), section())]))
 
     assert once() == once()
 
@@ -143,11 +155,11 @@ def test_lanes_trained_together_equal_lanes_trained_alone(tiny_llama: Path) -> N
 
     together_model = fresh()
     routed = forward(together_model, route=lambda rows: together_model.route(dict(rows)))
-    together = list(train(routed, build(together_model, "ab"), section()))
+    together = list(train(routed, build(together_model, "ab")))
     for name in "ab":
         alone_model = fresh()
         alone_model.set_adapter(name)
-        alone = losses(train(forward(alone_model), build(alone_model, name), section()), name)
+        alone = losses(train(forward(alone_model), build(alone_model, name)), name)
         assert losses(iter(together), name) == pytest.approx(alone, abs=1e-5)
 
 
@@ -171,7 +183,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_what_to_do(tiny_llama
 
     records: list[Record] = []
     with pytest.raises(DivergedError, match=r"nan at optimizer step 2 .*lower optimizer\.lr"):
-        records.extend(train(forward(model, check_gradients=poison), [broken], section()))
+        records.extend(train(forward(model, check_gradients=poison), [broken]))
     assert [r["step"] for r in records if "train/loss" in r] == [1]
 
 
@@ -181,12 +193,11 @@ def test_evaluation_weighs_tokens_not_batches(tiny_llama: Path) -> None:
     masked = second.clone()
     masked[:, 4:] = -100
     batches = [{"input_ids": first, "labels": first}, {"input_ids": second, "labels": masked}]
-    uneven = Lane("default", [], iter([]), batches, None, None)  # type: ignore[arg-type]
     with torch.no_grad():
         means = [model(**batch).loss.item() for batch in batches]
     weights = [ROWS * (LENGTH - 1), ROWS * 3]
     expected = sum(m * w for m, w in zip(means, weights, strict=True)) / sum(weights)
-    assert evaluate(forward(model), uneven)["loss"] == pytest.approx(expected, rel=1e-5)
+    assert evaluate(forward(model), batches, "default")["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_nothing_is_read_from_the_device_between_logged_steps(
@@ -204,9 +215,7 @@ def test_nothing_is_read_from_the_device_between_logged_steps(
         reads += sys._getframe(1).f_globals["__name__"].startswith("lora_exp")
         return item(tensor)
 
-    with contextlib.closing(
-        train(forward(model), [lane("default", parameters, micro_batches(0, 3), plan)], plan)
-    ) as run:
+    with contextlib.closing(train(forward(model), [lane("default", parameters, micro_batches(0, 3), plan)])) as run:
         next(run)  # the baseline evaluation
         monkeypatch.setattr(torch.Tensor, "item", counted)
         assert next(run)["step"] == 6
@@ -217,7 +226,7 @@ def test_a_loss_that_nothing_trained_reaches_is_an_error(tiny_llama: Path) -> No
     model = base(tiny_llama).requires_grad_(False)
     idle = torch.nn.Parameter(torch.zeros(1))
     with pytest.raises(ValueError, match="The loss depends on no trained parameter"):
-        list(train(forward(model), [lane("default", [idle], micro_batches(0, 2), section())], section()))
+        list(train(forward(model), [lane("default", [idle], micro_batches(0, 2), section())]))
 
 
 def poisoned(model: LoraModel, after: int, count: int) -> Iterator[Any]:
@@ -243,7 +252,7 @@ def test_the_step_that_diverged_is_named_before_anything_can_be_saved(
     here.batches = poisoned(model, bad_step, 12)
     seen: list[Record] = []
     with pytest.raises(DivergedError, match=rf"nan at optimizer step {bad_step} \(lane a\)"):
-        seen.extend(train(forward(model), [here], plan))
+        seen.extend(train(forward(model), [here]))
     evaluated = [record["step"] for record in seen if "eval/loss" in record]
     assert max(evaluated) < bad_step
     steps = {int(here.optimizer.state[p]["step"]) for p in parameters if p in here.optimizer.state} or {0}
@@ -256,11 +265,11 @@ def test_between_records_nothing_is_read_from_a_device_that_does_not_answer_at_o
 ) -> None:
     monkeypatch.setattr("lora_exp.training.loop._answers_at_once", lambda device: False)
     checks: list[int] = []
-    monkeypatch.setattr("lora_exp.training.loop._Watch.check", lambda watch: checks.append(len(watch._steps)))
+    monkeypatch.setattr("lora_exp.training.loop.Watch.check", lambda watch: checks.append(len(watch._unseen)))
     model = LoraModel(base(tiny_llama), LoraConfig(rank=2, target_modules=TARGETS), verbose=False)
     plan = section(steps=9, log_every=4, eval_every=9, warmup_steps=0)
     here = lane("a", list(model.adapter_parameters().values()), micro_batches(1, 9), plan)
-    list(train(forward(model), [here], plan))
+    list(train(forward(model), [here]))
     assert checks == [4, 8, 9]  # (what this stand-in for `check` does not empty)
 
 
@@ -283,7 +292,7 @@ def test_batches_are_where_a_training_may_be_ended(tiny_llama: Path) -> None:
         here = lane("a", list(model.adapter_parameters().values()), micro_batches(1, 9), plan)
         seen: list[Record] = []
         with contextlib.suppress(Ended):
-            seen.extend(train(forward(model, between_batches=lambda: count(most)), [here], plan))
+            seen.extend(train(forward(model, between_batches=lambda: count(most)), [here]))
         return seen
 
     run(1000)

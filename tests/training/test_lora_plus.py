@@ -14,7 +14,9 @@ from torch import nn
 from lora_exp import LoraConfig, LoraModel
 from lora_exp.config import OptimizerConfig, TrainConfig
 from lora_exp.errors import UserError
-from lora_exp.training.optimizers import build_optimizer, build_schedule
+from lora_exp.training.optimizers import build_optimizer
+from lora_exp.training.schedules import build_schedule
+from lora_exp.training.timetable import Timetable
 
 LR, RATIO, DECAY = 1e-2, 16.0, 0.1
 
@@ -89,7 +91,7 @@ def test_groups_and_losses_are_pefts(case: str) -> None:
 
     assert groups(made[0]) == groups(made[1])
     tokens = torch.randint(0, 11, (8, 5))
-    schedules = [build_schedule(optimizer, TrainConfig(steps=8, warmup_steps=2)) for optimizer in made]
+    schedules = [build_schedule(optimizer, TrainConfig(), Timetable(8, warmup_steps=2)) for optimizer in made]
     for _ in range(8):
         losses = []
         for model, optimizer, schedule in zip((ours, theirs), made, schedules, strict=True):

@@ -1,32 +1,42 @@
-"""Schedules against transformers', which everyone compares with."""
+"""What decays, against HF's Trainer."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from transformers import get_scheduler
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from lora_exp.config import OptimizerConfig, TrainConfig
-from lora_exp.training.optimizers import build_optimizer, build_schedule
+from lora_exp.config import OptimizerConfig
+from lora_exp.training.optimizers import build_optimizer, undecayed
 
-
-def rates(schedule: torch.optim.lr_scheduler.LRScheduler, steps: int) -> list[float]:
-    seen = []
-    for _ in range(steps):
-        seen.append(schedule.get_last_lr()[0])
-        schedule.optimizer.step()
-        schedule.step()
-    return seen
+SMALL = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
-@pytest.mark.parametrize(
-    ("name", "theirs"), [("cosine", "cosine"), ("linear", "linear"), ("constant", "constant_with_warmup")]
-)
-@pytest.mark.parametrize("warmup", [0, 3])
-def test_schedules_are_those_of_transformers(name: str, theirs: str, warmup: int) -> None:
-    def optimizer() -> torch.optim.Optimizer:
-        return build_optimizer([torch.nn.Parameter(torch.zeros(1))], OptimizerConfig("adamw", lr=0.1))
+def llama() -> torch.nn.Module:
+    return LlamaForCausalLM(LlamaConfig(**SMALL, intermediate_size=16, attention_bias=True))
 
-    mine = build_schedule(optimizer(), TrainConfig(steps=10, warmup_steps=warmup, schedule=name))
-    expected = get_scheduler(theirs, optimizer(), num_warmup_steps=warmup, num_training_steps=10)
-    assert rates(mine, 12) == pytest.approx(rates(expected, 12))
+
+def gpt2() -> torch.nn.Module:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=16))
+
+
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_biases_and_norms_do_not_decay_as_with_hf_trainer(build: type, tmp_path: str) -> None:
+    model = build()
+    theirs = Trainer(model, TrainingArguments(str(tmp_path), report_to=[], use_cpu=True))
+    decaying = set(theirs.get_decay_parameter_names(model))
+    expected = {name for name, _ in model.named_parameters() if name in decaying}
+    section = OptimizerConfig("adamw", weight_decay=0.1)
+    made = build_optimizer(list(model.parameters()), section, plain=undecayed(model))
+    mine = {id(each) for group in made.param_groups if group["weight_decay"] for each in group["params"]}
+    assert {name for name, each in model.named_parameters() if id(each) in mine} == expected
+    assert len(expected) < len(list(model.parameters()))
+
+
+def test_without_decay_or_biases_there_is_one_group() -> None:
+    model = llama()
+    everything = list(model.parameters())
+    assert len(build_optimizer(everything, OptimizerConfig("adamw"), plain=undecayed(model)).param_groups) == 1
+    factors = [torch.nn.Parameter(torch.zeros(2, 2))]
+    section = OptimizerConfig("adamw", weight_decay=0.1)
+    assert len(build_optimizer(factors, section, plain=undecayed(model)).param_groups) == 1

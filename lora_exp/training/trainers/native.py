@@ -18,26 +18,32 @@ class Native(Trainer):
     def train(self, work: Work, keep: Keep) -> None:
         from lora_exp.training.loop import train
 
-        for record in train(forward_of(work), [lane_of(work)], work.train):
+        for record in train(forward_of(work), [lane_of(work)]):
             keep(record)
 
 
 def lane_of(work: Work) -> Lane:
     """The one lane of a job."""
     from lora_exp.training.batches import evaluation_batches, training_batches
-    from lora_exp.training.loop import Lane
-    from lora_exp.training.optimizers import build_optimizer, build_schedule
+    from lora_exp.training.lane import Lane, LaneState
+    from lora_exp.training.optimizers import build_optimizer, gradient_scaler, undecayed
+    from lora_exp.training.schedules import build_schedule
 
     section, pin, collate = work.train, work.place.device.type == "cuda", work.kind.collate
-    optimizer = build_optimizer(work.adapted.parameters, work.optimizer, work.adapted.fast)
+    adapted, plain = work.adapted, undecayed(work.adapted.model)
+    optimizer = build_optimizer(adapted.parameters, work.optimizer, adapted.fast, plain)
     size = section.micro_batch_size
     return Lane(
         name=LANE,
-        parameters=work.adapted.parameters,
-        batches=training_batches(work.data.train, size, work.seed, pin, collate),
+        parameters=adapted.parameters,
+        batches=training_batches(work.data.train, size, work.seed, pin, collate, section.drop_last),
         evaluation=evaluation_batches(work.data.validation, size, section.eval_blocks, pin, collate),
         optimizer=optimizer,
-        schedule=build_schedule(optimizer, section),
+        schedule=build_schedule(optimizer, section, work.timetable),
+        timetable=work.timetable,
+        max_grad_norm=section.max_grad_norm,
+        scaler=gradient_scaler(work.place),
+        state=LaneState(best=work.best),
     )
 
 
