@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,7 +45,8 @@ class Forward:
 
     ``count`` tells a batch's predictions a row, (B,), before the pass. ``route`` gets rows by lane name;
     ``check_gradients`` is called after the first backward pass, ``between_batches`` before every micro batch and every
-    evaluation batch: it may raise to end the training. ``metrics`` are an evaluation's, by name.
+    evaluation batch: it may raise to end the training. ``metrics`` are an evaluation's, by name. ``join`` makes one batch
+    of the lanes'.
     """
 
     model: nn.Module
@@ -58,6 +59,7 @@ class Forward:
     metrics: Mapping[str, Metric] = field(default_factory=chosen)
     unit: str = "tokens"
     between_batches: Callable[[], object] = lambda: None
+    join: Callable[[Sequence[Batch]], Batch] = field(default=lambda batches: _concatenate(batches))
 
 
 class DivergedError(UserError):
@@ -124,7 +126,7 @@ def _accumulate(forward: Forward, lanes: list[Lane], micro_steps: int) -> tuple[
     for micro in drawn:
         forward.between_batches()
         rows = {lane.name: _rows(batch) for lane, batch in zip(lanes, micro, strict=True)}
-        batch = _to_device(_concatenate(micro), forward.device)
+        batch = _to_device(micro[0] if len(micro) == 1 else forward.join(micro), forward.device)
         with forward.compute(), forward.route(rows):
             totals = forward.losses(forward.model, batch).total.split(list(rows.values()))
         means = [total.sum() / count for total, count in zip(totals, counts, strict=True)]
@@ -230,9 +232,7 @@ def _tokens(batch: Batch) -> int:
     return batch["labels"].numel()
 
 
-def _concatenate(batches: list[Batch]) -> Batch:
-    if len(batches) == 1:
-        return batches[0]
+def _concatenate(batches: Sequence[Batch]) -> Batch:
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
