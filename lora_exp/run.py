@@ -100,6 +100,7 @@ def _prepare(tracked: tracking.Run, config: Config, place: Place) -> tuple[Adapt
     with signals.at_once():
         base = models.load_base(source, config.model, place, data.shape, config.quantization)
         digest = models.base_files_sha256(base, source)
+    kind_of(config.data).check_model(base, place.device)
     tracked.log_tags({"base_files_sha256": digest})
     dtype = str(place.dtype).removeprefix("torch.")
     stored = dtype if config.quantization.name == "none" else f"{config.quantization.name} and {dtype}"

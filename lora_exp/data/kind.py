@@ -8,7 +8,7 @@ Letters: B rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
@@ -16,6 +16,7 @@ from lora_exp.config import DataConfig, data_kinds
 from lora_exp.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
     from torch.utils.data import Dataset
     from transformers import PreTrainedTokenizerBase
@@ -103,11 +104,20 @@ class DataKind(DataConfig):
         """The rows; ``tokenizer()`` loads the model's. Raises UserError for data that cannot be had or used."""
         raise NotImplementedError
 
+    def check_model(self, model: nn.Module, device: torch.device) -> None:
+        """Raise UserError if a loaded model cannot learn from such rows, as only the model itself can tell."""
+
     def collate(self, rows: list[Row]) -> Batch:
         """Rows as one batch, stacked as they are."""
         import torch
 
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def join(self, batches: Sequence[Batch]) -> Batch:
+        """Batches of several lanes as one."""
+        import torch
+
+        return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
     # The objective
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, Subset
 
 from lora_exp.errors import UserError
 from lora_exp.training.objectives import Batch
 
 Rows = Dataset[dict[str, Tensor]]
+_POOLED = 50  # batches whose rows are sorted together: fewer would pad more, more would repeat the same company
 Collate = Callable[[list[dict[str, Tensor]]], Batch]
 
 
@@ -39,10 +40,39 @@ def training_batches(
     An epoch's last one holds the rows that are left, or with ``drop_last`` is left out if they are fewer.
     """
     check_rows(rows, size)
-    order = RandomSampler(rows, generator=torch.Generator().manual_seed(seed))  # type: ignore[arg-type]
+    order = training_order(rows, size, torch.Generator().manual_seed(seed))
     loader = DataLoader(rows, batch_size=size, sampler=order, collate_fn=collate, drop_last=drop_last, pin_memory=pin)
     while True:
         yield from loader
+
+
+def training_order(rows: Rows, size: int, generator: torch.Generator) -> Sampler[int]:
+    """A new order of all rows an epoch; of rows that know their ``lengths``, those of a batch are about as long."""
+    lengths = getattr(rows, "lengths", None)
+    if lengths is None:
+        return RandomSampler(rows, generator=generator)  # type: ignore[arg-type]
+    return LengthGrouped(lengths, size, generator)
+
+
+class LengthGrouped(Sampler[int]):
+    """Batches of ``size`` rows of about the same length, in a random order; which rows meet is drawn anew each epoch."""
+
+    def __init__(self, lengths: Sequence[int], size: int, generator: torch.Generator) -> None:
+        self._lengths, self._size, self._generator = lengths, size, generator
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        drawn = torch.randperm(len(self), generator=self._generator).tolist()
+        pool = self._size * _POOLED
+        pools = (drawn[start : start + pool] for start in range(0, len(drawn), pool))
+        ordered = [index for each in pools for index in sorted(each, key=lambda index: -self._lengths[index])]
+        batches = [ordered[start : start + self._size] for start in range(0, len(ordered), self._size)]
+        whole = [batch for batch in batches if len(batch) == self._size]
+        last = [batch for batch in batches if len(batch) < self._size]
+        order = torch.randperm(len(whole), generator=self._generator).tolist()
+        yield from (index for batch in [*(whole[place] for place in order), *last] for index in batch)
 
 
 def evaluation_batches(rows: Rows, size: int, most: int, pin: bool, collate: Collate) -> list[Batch]:

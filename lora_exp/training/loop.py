@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +36,8 @@ class Forward:
     ``count`` tells a batch's predictions a row, (B,), before the pass. ``route`` gets rows by lane name;
     ``check_gradients`` is called after the first backward pass, ``between_batches`` before every micro batch and every
     evaluation batch, ``after_step`` when all of an optimizer step is done and yielded, so that the lanes' states are
-    whole: both may raise to end the training. ``metrics`` are an evaluation's, by name.
+    whole: both may raise to end the training. ``metrics`` are an evaluation's, by name. ``join`` makes one batch of the
+    lanes'.
     """
 
     model: nn.Module
@@ -50,6 +51,7 @@ class Forward:
     unit: str = "tokens"
     between_batches: Callable[[], object] = lambda: None
     after_step: Callable[[], object] = lambda: None
+    join: Callable[[Sequence[Batch]], Batch] = field(default=lambda batches: _concatenate(batches))
 
 
 def train(forward: Forward, lanes: list[Lane]) -> Iterator[Record]:
@@ -116,7 +118,8 @@ def _row_totals(forward: Forward, batches: Mapping[str, Batch]) -> tuple[Tensor,
     """One pass over the lanes' batches: each one's losses by row."""
     forward.between_batches()
     rows = {name: _rows(batch) for name, batch in batches.items()}
-    batch = _to_device(_concatenate(list(batches.values())), forward.device)
+    here = list(batches.values())
+    batch = _to_device(here[0] if len(here) == 1 else forward.join(here), forward.device)
     with forward.compute(), forward.route(rows):
         total: Tensor = forward.losses(forward.model, batch).total
     if not total.requires_grad:
@@ -236,9 +239,7 @@ def _tokens(batch: Batch) -> int:
     return batch["labels"].numel()
 
 
-def _concatenate(batches: list[Batch]) -> Batch:
-    if len(batches) == 1:
-        return batches[0]
+def _concatenate(batches: Sequence[Batch]) -> Batch:
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 

@@ -64,4 +64,5 @@ def forward_of(work: Work) -> Forward:
         metrics=chosen(*kind.metrics, *work.train.metrics),
         unit=kind.unit,
         between_batches=signals.obey,
+        join=kind.join,
     )

@@ -1,0 +1,172 @@
+"""Conversations as text, with the stretches of it that are answers.
+
+Where an answer lies is found by writing out the conversation up to it, never by a template's own ``generation`` marks:
+stock templates have none.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_exp.data.chat.conversations import ANSWERS, BadRecordError, Conversation, Message
+from lora_exp.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_DAY = datetime.date(2024, 7, 26)  # what templates take for today: the same data must give the same tokens tomorrow
+
+
+@dataclass(frozen=True)
+class Laid:
+    """``text``, and the ``(start, end)`` of the answers in it."""
+
+    text: str
+    answers: list[tuple[int, int]]
+
+
+Layout = Callable[[Conversation], "list[Laid]"]
+Render = Callable[["list[Message]", bool], str]
+
+
+def plain(tokenizer: PreTrainedTokenizerBase) -> Layout:
+    """``### Instruction:``, ``### Input:`` and ``### Response:`` (github.com/tatsu-lab/stanford_alpaca)."""
+    heads = {"user": "### Instruction:\n", ANSWERS: "### Response:\n"}
+    begin, end = _ends(tokenizer)
+
+    def lay(conversation: Conversation) -> list[Laid]:
+        text, answers = begin, []
+        for index, message in enumerate(conversation.messages):
+            text += ("\n\n" if index else "") + heads.get(message["role"], "")
+            start = len(text)
+            text += message["content"]
+            if message.get("input"):
+                text += f"\n\n### Input:\n{message['input']}"
+            if message["role"] == ANSWERS:
+                text += end
+                answers.append((start, len(text)))
+        return [Laid(text, answers)]
+
+    return lay
+
+
+def raw(tokenizer: PreTrainedTokenizerBase) -> Layout:
+    """The messages one after another as they are, an answer with its end: for prompts that are laid out already."""
+    begin, end = _ends(tokenizer)
+
+    def lay(conversation: Conversation) -> list[Laid]:
+        text, answers = begin, []
+        for message in conversation.messages:
+            start = len(text)
+            text += message["content"] + message.get("input", "")
+            if message["role"] == ANSWERS:
+                text += end
+                answers.append((start, len(text)))
+        return [Laid(text, answers)]
+
+    return lay
+
+
+def by_template(tokenizer: PreTrainedTokenizerBase, template: str | None, options: Mapping[str, Any]) -> Layout:
+    """By the ``template``, or the tokenizer's own. ``options``: what it reads beside messages and tools.
+
+    Where it writes an earlier answer otherwise once there is a later one (Qwen3 drops its thoughts), each answer
+    becomes a text of its own, which ends with it: what the model will see before it, and writes.
+    """
+
+    def lay(conversation: Conversation) -> list[Laid]:
+        messages = [_joined(message) for message in conversation.messages]
+        render = _renderer(tokenizer, template, {**options, "tools": conversation.tools})
+        return _laid(messages, render)
+
+    return lay
+
+
+def read_template(named: str) -> str:
+    """The Jinja template in a file. Raises UserError for one that cannot be read."""
+    try:
+        return Path(named).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"data.template={named} cannot be read ({error}): name a Jinja file of a chat template"
+        ) from None
+
+
+def _laid(messages: list[Message], render: Render) -> list[Laid]:
+    places = [index for index, message in enumerate(messages) if message["role"] == ANSWERS]
+    text = render(messages, False)
+    found = [_answer(text, messages[: place + 1], render) for place in places]
+    if all(found):
+        return [Laid(text, [answer for answer in found if answer])]
+    return [_last_alone(messages[: place + 1], render) for place in places]
+
+
+def _last_alone(messages: list[Message], render: Render) -> Laid:
+    text = render(messages, False)
+    answer = _answer(text, messages, render)
+    if answer is None:
+        raise BadRecordError("the chat template writes an answer's beginning otherwise than what it is asked for with")
+    return Laid(text, [answer])
+
+
+def _answer(text: str, messages: list[Message], render: Render) -> tuple[int, int] | None:
+    """Where in ``text`` the last of ``messages`` is; None where ``text`` does not begin as they do alone.
+
+    A prompt that opens what the answer then leaves out, such as a thought, is followed as far as both agree.
+    """
+    until = render(messages, False)
+    before, prompt = render(messages[:-1], False) if messages[:-1] else "", _prompt(messages[:-1], render)
+    start = len(os.path.commonprefix((prompt, until)))
+    if not text.startswith(until) or start < len(before):
+        return None
+    return start, len(until)
+
+
+def _prompt(messages: list[Message], render: Render) -> str:
+    return render(messages, True) if messages else ""
+
+
+def _joined(message: Message) -> Message:
+    """With an instruction's input below it."""
+    rest = {key: value for key, value in message.items() if key != "input"}
+    return {**rest, "content": f"{message['content']}\n\n{message['input']}"} if message.get("input") else rest
+
+
+def _renderer(tokenizer: PreTrainedTokenizerBase, template: str | None, options: Mapping[str, Any]) -> Render:
+    import jinja2
+
+    chosen = _dated(tokenizer.get_chat_template(template, options.get("tools")))
+
+    def render(messages: list[Message], asks: bool) -> str:
+        try:
+            text = tokenizer.apply_chat_template(
+                messages,
+                chat_template=chosen,
+                add_generation_prompt=asks,
+                tokenize=False,
+                **options,
+            )
+        except (jinja2.TemplateError, TypeError, KeyError, IndexError, ValueError) as error:
+            raise BadRecordError(f"the chat template refuses it ({type(error).__name__}: {error})") from None
+        assert isinstance(text, str)
+        return text
+
+    return render
+
+
+def _dated(template: str) -> str:
+    """With a fixed day wherever it writes today's, which no argument may set."""
+    return re.sub(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""", lambda found: repr(_DAY.strftime(found[2])), template)
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """What the tokenizer itself puts before a text, and the end of an answer."""
+    first = tokenizer("a")["input_ids"][:1]
+    begins = tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
+    return str(tokenizer.bos_token) if begins else "", str(tokenizer.eos_token or "")
