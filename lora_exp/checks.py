@@ -88,7 +88,7 @@ def _kind_problems(config: Config) -> list[str]:
             f"model={model.label or model.name} ({model.kind}) does not learn from data={data.label} ({data.kind}): "
             f"choose a model of kind {' or '.join(data.learners)}, or other data"
         )
-    return problems + model_kind_of(model).problems(model, data.positions)
+    return problems + model_kind_of(model).problems(model, data.positions, data.length_field)
 
 
 def _quantization_problems(config: Config) -> list[str]:

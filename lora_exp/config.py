@@ -10,7 +10,7 @@ import math
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -81,7 +81,7 @@ class QuantizationConfig:
 
 @dataclass
 class PackagedConfig:
-    """A file that a Python package carries: ``file`` is its path below site-packages.
+    """A file that a Python package carries, or a folder: ``file`` is its path below site-packages.
 
     ``extra`` names the extra of this package that installs it, if one does.
     """
@@ -130,8 +130,11 @@ class DataConfig:
 
     ``val_fraction`` and ``test_fraction`` are held out, unless a path or a split of its own is named.
     ``max_bad_fraction``: the largest share of broken records that is passed over.
+
+    ``new_head``: whether a language model gets a new head for it, of an output a class.
     """
 
+    new_head: ClassVar[bool] = False
     kind: str = "text"
     label: str = MISSING
     path: Any = None

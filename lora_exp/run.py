@@ -97,10 +97,12 @@ def _prepare(tracked: tracking.Run, config: Config, place: Place) -> tuple[Adapt
     check_rows(data.train, config.train.micro_batch_size)
     check_evaluation(data.validation)
     _resume_collection()
+    set_seed(config.seed)  # of a new head, which must not depend on what reading the data has drawn
     with signals.at_once():
         base = models.load_base(source, config.model, place, data.shape, config.quantization)
         digest = models.base_files_sha256(base, source)
     kind_of(config.data).check_model(base, place.device)
+    config = replace(config, model=models.with_new_modules(config.model, base))
     tracked.log_tags({"base_files_sha256": digest})
     dtype = str(place.dtype).removeprefix("torch.")
     stored = dtype if config.quantization.name == "none" else f"{config.quantization.name} and {dtype}"
@@ -108,7 +110,7 @@ def _prepare(tracked: tracking.Run, config: Config, place: Place) -> tuple[Adapt
     if config.train.gradient_checkpointing:
         models.checkpoint_layers(base)
     set_seed(config.seed)  # again: loading may have drawn numbers, and the adapter's first values must not depend on it
-    origin = _origin(config, digest, tokenizer)
+    origin = replace(_origin(config, digest, tokenizer), class_names=data.shape.get("class_names", ()))
     show = functools.partial(_show, data, config, place)
     origin = replace(origin, dense_weights=DenseWeights(source, base), show=show)
     adapted = adapt(base, config, origin)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
+from lora_exp.backends.class_names import save_class_names
 from lora_exp.backends.registry import Adapted, Origin, Way, backend, backends, trained, trains
 from lora_exp.config import Config
 
@@ -34,6 +35,8 @@ def adapt(base: nn.Module, config: Config, origin: Origin | None = None) -> Adap
         adapted.save(folder)
         if origin.tokenizer is not None and (tokenizer := origin.tokenizer()) is not None:
             tokenizer.save_pretrained(folder)
+        if origin.class_names:
+            save_class_names(base, origin.class_names, folder)
         _open_as_umask_says(folder)
 
     return replace(adapted, base_weight_bytes=stored, base_parameters=count, save=save)

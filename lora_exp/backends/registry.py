@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -42,7 +42,7 @@ class Origin:
     ``name``: the hub's, where the weights lie in a folder that nobody else has; None: the name it was loaded by
     stands. ``files_sha256``: the digest of its weight files. ``tokenizer()`` loads the one to save beside.
     ``dense_weights(layer)``: a layer's weight as it was before it was quantised. ``show(model, rows)``: has a model
-    see that many rows of the training data.
+    see that many rows of the training data. ``class_names``: what a new head's outputs stand for.
     """
 
     name: str | None = None
@@ -50,6 +50,7 @@ class Origin:
     tokenizer: Callable[[], PreTrainedTokenizerBase | None] | None = None
     dense_weights: Callable[[str], Tensor] | None = None
     show: Callable[[nn.Module, int], None] | None = None
+    class_names: Sequence[str] = ()
 
 
 class Way:

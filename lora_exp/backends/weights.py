@@ -38,7 +38,7 @@ class ModulesToSave(Way):
 
     def problems(self, config: Config) -> list[str]:
         label = config.model.label or config.model.name
-        if not config.model.modules_to_save:
+        if not (config.model.modules_to_save or config.data.new_head):
             return [
                 f"adapter=head trains model.modules_to_save alone, and model={label} has none: name them, or use lora"
             ]

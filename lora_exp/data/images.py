@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lora_exp.data.kind import Data
-from lora_exp.data.split import held_out
+from lora_exp.data.split import held_out_by_class
 from lora_exp.errors import UserError
 from lora_exp.inputs import image_path_problem
 from lora_exp.machine.cache import cache_folder, file_sha256, made_once
 from lora_exp.machine.packaged import find_packaged, install_line
+from lora_exp.training.classes import class_losses
 from lora_exp.training.metrics import RowLosses
 
 if TYPE_CHECKING:
@@ -73,19 +74,14 @@ def split(labels: Tensor, section: Images) -> tuple[Tensor, Tensor]:
     """Indices (N_train,) and (N_validation,) into ``labels`` (N,), each class in its share."""
     if len(labels) < 2:
         raise UserError(f"data={section.label} has {len(labels)} images, of which none can be held out: give more")
-    by_class = torch.argsort(labels, stable=True)
-    is_held_out = torch.tensor(held_out(len(labels), section.val_fraction))
-    train, validation = by_class[~is_held_out], by_class[is_held_out]
+    train, validation = map(torch.tensor, held_out_by_class(labels.tolist(), section.val_fraction))
     most = min(section.train_images or len(train), len(train))
     return train[torch.arange(most) * len(train) // max(most, 1)], validation
 
 
 def image_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> RowLosses:
     """Cross-entropy of ``pixels`` (B, 3, S, S) against classes ``labels`` (B,), in float32; one prediction an image."""
-    labels = batch["labels"]
-    logits = model(batch["pixels"]).float()  # (B, classes)
-    losses = F.cross_entropy(logits, labels, reduction="none")
-    return RowLosses(losses, torch.ones_like(labels), {"hits": (logits.argmax(1) == labels).long()})
+    return class_losses(model(batch["pixels"]), batch["labels"])
 
 
 def collate_images(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from lora_exp.config import DataConfig, data_kinds
 from lora_exp.errors import UserError
@@ -33,16 +33,16 @@ _Kind = TypeVar("_Kind", bound="type[DataKind]")
 class Data:
     """Training, validation and test rows, which share nothing. ``rows`` says what one is.
 
-    ``shape``: what the model must be made to fit, such as its number of classes. ``test``: rows that nothing is chosen
-    by, looked at once at the end. ``fingerprint``: the hash of all that the rows follow from, ``sources.fingerprint``.
-    ``said``: what a person must hear of them, such as how many records are left out. ``example``: a row in words,
-    ANSI-dimmed where it is not learnt.
+    ``shape``: what the model must be made to fit, such as its number of classes; ``class_names``: those of a language
+    model that is to have a head for them. ``test``: rows that nothing is chosen by, looked at once at the end.
+    ``fingerprint``: the hash of all that the rows follow from, ``sources.fingerprint``. ``said``: what a person must
+    hear of them, such as how many records are left out. ``example``: a row in words, ANSI-dimmed where it is not learnt.
     """
 
     train: Dataset[Row]
     validation: Dataset[Row]
     rows: str
-    shape: Mapping[str, int] = field(default_factory=dict)
+    shape: Mapping[str, Any] = field(default_factory=dict)
     test: Dataset[Row] | None = None
     fingerprint: str = ""
     said: list[str] = field(default_factory=list)
@@ -56,6 +56,7 @@ class DataKind(DataConfig):
     ``learners``: the kinds of model that learn from it. ``unit``: what ``labels`` holds, for the speed of training.
     ``metrics``: of each evaluation, beside ``loss``. ``needs_tokenizer``: whether what is trained is saved with one.
     ``suffixes``: the files that it reads by ``data.sources``; empty where it finds its data by itself.
+    ``length_field``: which of its fields says how many positions a row takes.
     """
 
     kind_name: ClassVar[str] = ""
@@ -64,6 +65,7 @@ class DataKind(DataConfig):
     metrics: ClassVar[tuple[str, ...]] = ()
     needs_tokenizer: ClassVar[bool] = False
     suffixes: ClassVar[tuple[str, ...]] = ()
+    length_field: ClassVar[str] = "block_size"
 
     def __post_init__(self) -> None:
         self.kind = self.kind_name or self.kind
@@ -93,6 +95,10 @@ class DataKind(DataConfig):
     def remedies(self) -> list[str]:
         """What makes a row smaller, where memory is short."""
         return []
+
+    def plan_shape(self) -> Mapping[str, Any]:
+        """``Data.shape`` for a plan, which has no tokenizer; read from the data only where the model depends on it."""
+        return {}
 
     def row(self) -> Row:
         """A row as ``collate`` takes it, to plan with: its shapes and dtypes count, not its values."""

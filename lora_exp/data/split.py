@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
 
 from lora_exp.errors import UserError
@@ -41,6 +42,17 @@ def shares(count: int, validation: float, test: float) -> bytearray:
         for place, is_held_out in zip(rest, held_out(len(rest), min(test * count / len(rest), 1.0)), strict=True):
             found[place] = TEST if is_held_out else 0
     return found
+
+
+def held_out_by_class(labels: Sequence[int], fraction: float) -> tuple[list[int], list[int]]:
+    """Indices to train on and indices held out, each class in its share, in the order of the classes.
+
+    Raises UserError for fewer than two.
+    """
+    by_class = sorted(range(len(labels)), key=lambda index: labels[index])  # stable
+    chosen = held_out(len(labels), fraction)
+    train = [index for index, is_held_out in zip(by_class, chosen, strict=True) if not is_held_out]
+    return train, [index for index, is_held_out in zip(by_class, chosen, strict=True) if is_held_out]
 
 
 def cut(text: str, fraction: float) -> int:

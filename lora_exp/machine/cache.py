@@ -98,6 +98,12 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def folder_sha256(folder: Path) -> str:
+    """SHA-256 of the sorted lines "DIGEST  PATH" of a folder's files, which ``sha256sum`` prints; none hidden counts."""
+    lines = [f"{file_sha256(folder / name)}  {name}\n" for name in _files(folder)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 def _damage(folder: Path) -> str | None:
     """What is wrong with a folder; None if every file is what was written, and there is no other."""
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""Model and data files that a Python package carries: found without importing it, checked before use."""
+"""Model and data files that a Python package carries, or folders: found without importing it, checked before use."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from omegaconf import OmegaConf
 
 from lora_exp.config import PackagedConfig, conf_folder
 from lora_exp.errors import UserError
-from lora_exp.machine.cache import file_sha256
+from lora_exp.machine.cache import file_sha256, folder_sha256
 
 
 def find_packaged(packaged: PackagedConfig) -> Path | None:
-    """The file's path, or None if the package is not installed.
+    """The path of the file or folder, or None if the package is not installed.
 
-    Raises UserError when the installed file is not the one whose SHA-256 the config names.
+    Raises UserError when what is installed is not the one whose SHA-256 the config names.
     """
     path = locate_packaged(packaged)
     if path is None:
         return None
-    found = file_sha256(path)
+    found = folder_sha256(path) if path.is_dir() else file_sha256(path)
     if found != packaged.sha256:
         raise UserError(
             f"{path} has SHA-256 {found}, but {packaged.sha256} was expected: "
@@ -30,12 +30,12 @@ def find_packaged(packaged: PackagedConfig) -> Path | None:
 
 
 def locate_packaged(packaged: PackagedConfig) -> Path | None:
-    """The file's path, unread; None if the package is not installed."""
+    """The path of the file or folder, unread; None if the package is not installed."""
     try:
         path = Path(str(metadata.distribution(packaged.distribution).locate_file(packaged.file)))
     except metadata.PackageNotFoundError:
         return None
-    return path if path.is_file() else None
+    return path if path.exists() else None
 
 
 def install_line(packaged: PackagedConfig, flags: str = "") -> str:

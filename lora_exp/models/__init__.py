@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_exp.config import ModelConfig, PackagedConfig, QuantizationConfig
 from lora_exp.errors import UserError, is_bug
@@ -31,6 +32,7 @@ __all__ = [
     "load_tokenizer",
     "prepare_source",
     "unpacked",
+    "with_new_modules",
 ]
 
 
@@ -86,7 +88,7 @@ def load_base(
     source: Source,
     section: ModelConfig,
     place: Place,
-    shape: Mapping[str, int] | None = None,
+    shape: Mapping[str, Any] | None = None,
     quantization: QuantizationConfig | None = None,
 ) -> nn.Module:
     """The model on ``place``, in its dtype, with what the data asks of its ``shape`` (how many classes, say).
@@ -97,6 +99,13 @@ def load_base(
     """
     stored = quantization or QuantizationConfig("none")
     return model_kind_of(section).load(source, section, place, shape or {}, stored)
+
+
+def with_new_modules(section: ModelConfig, base: nn.Module) -> ModelConfig:
+    """The section with what is new in ``base``, its head, among the modules that are trained in full."""
+    from lora_exp.models.heads import new_modules
+
+    return replace(section, modules_to_save=list(dict.fromkeys([*section.modules_to_save, *new_modules(base)])))
 
 
 def _folder(section: ModelConfig, packaged: PackagedConfig) -> Path:

@@ -1,4 +1,4 @@
-"""Causal language models and their tokenizers, by transformers."""
+"""Language models and their tokenizers, by transformers: causal ones, and classifiers of text."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -18,6 +19,13 @@ from lora_exp.config import ModelConfig, QuantizationConfig
 from lora_exp.errors import UserError, is_bug
 from lora_exp.machine.place import Place
 from lora_exp.models.attention import take_attention
+from lora_exp.models.heads import (
+    auto_class,
+    check_not_quantised,
+    head_options,
+    note_new_modules,
+    unknown_to_transformers,
+)
 from lora_exp.models.positions import length_problem, trained_positions
 from lora_exp.models.quantised import CannotQuantiseError, has_quantised, prepare, quantising
 from lora_exp.models.source import Source, cannot_be_had
@@ -37,9 +45,9 @@ def load_tokenizer(source: Source, section: ModelConfig) -> PreTrainedTokenizerB
 
 
 def load(
-    source: Source, section: ModelConfig, place: Place, shape: Mapping[str, int], quantization: QuantizationConfig
+    source: Source, section: ModelConfig, place: Place, shape: Mapping[str, Any], quantization: QuantizationConfig
 ) -> nn.Module:
-    """The causal language model on ``place``, in its dtype or quantised.
+    """The causal language model on ``place``, in its dtype or quantised; for data of classes with a head for them.
 
     Raises UserError when it cannot be had, or blocks of ``shape`` are too long for it.
     """
@@ -47,13 +55,15 @@ def load(
         facts = AutoConfig.from_pretrained(source.name, **source.options)
     except Exception as error:
         raise _said(section, error) from error
-    _check_length(facts.to_dict(), shape.get("block_size"), section)
+    _check_length(facts.to_dict(), shape, section)
     try:
         with quantising(quantization, place) as quantised:
-            model = AutoModelForCausalLM.from_pretrained(
+            model, found = auto_class(shape).from_pretrained(
                 source.name,
                 dtype=place.dtype,
                 use_safetensors=True,
+                output_loading_info=True,
+                **head_options(facts, shape),
                 **attention_option(section),
                 **quantised,
                 **source.options,
@@ -61,8 +71,13 @@ def load(
     except CannotQuantiseError:
         raise
     except Exception as error:
+        if (unknown := unknown_to_transformers(section, shape, error)) and not is_bug(error):
+            raise UserError(unknown) from error
         raise _said(section, error) from error
     _say_attention(model, section)
+    if "class_names" in shape:
+        note_new_modules(model, section, {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
+        check_not_quantised(model)
     model.config.use_cache = False
     nn.Module.to(model, place.device)
     if has_quantised(model):
@@ -98,15 +113,16 @@ def _say_attention(model: PreTrainedModel, section: ModelConfig) -> None:
         log.info(f"model  {type(model).__name__} has no sdpa: model.attention={chosen} is used")
 
 
-def _check_length(facts: dict[str, object], block_size: int | None, section: ModelConfig) -> None:
-    if block_size is None:
+def _check_length(facts: dict[str, object], shape: Mapping[str, Any], section: ModelConfig) -> None:
+    """Of whatever field of ``data`` says how long rows are."""
+    field = next((name for name in ("block_size", "max_length") if name in shape), None)
+    if field is None:
         return
-    label = section.label or section.name
-    if problem := length_problem(facts, block_size, label):
+    size, label, trained = shape[field], section.label or section.name, trained_positions(facts)
+    if problem := length_problem(facts, size, label, field):
         raise UserError(problem)
-    trained = trained_positions(facts)
-    if trained is not None and block_size > trained:
-        log.warning(f"data.block_size={block_size} is more than the {trained} positions that {label} was trained on")
+    if trained is not None and size > trained:
+        log.warning(f"data.{field}={size} is more than the {trained} positions that {label} was trained on")
 
 
 def convert(gguf: Path, folder: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_exp.config import ModelConfig, QuantizationConfig
 from lora_exp.errors import UserError
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lora_exp.machine.place import Place
     from lora_exp.models.source import Source
 
-Shape = Mapping[str, int]
+Shape = Mapping[str, Any]  # what the data asks of a model, by name: such as its classes, the length of its rows
 Outline = Callable[["torch.dtype"], "nn.Module"]
 
 
@@ -33,8 +33,9 @@ class ModelKind:
     quantises: ClassVar[bool] = False
     planned_early: ClassVar[bool] = False
 
-    def problems(self, section: ModelConfig, positions: int | None) -> list[str]:
-        """What can be seen to be wrong with rows of as many ``positions`` (None: they are not of that sort)."""
+    def problems(self, section: ModelConfig, positions: int | None, length_field: str) -> list[str]:
+        """What can be seen to be wrong with rows of as many ``positions`` (None: they are not of that sort), as many as
+        ``data.LENGTH_FIELD`` says."""
         return []
 
     def convert(self, packaged: Path, folder: Path) -> None:

@@ -34,9 +34,9 @@ def trained_positions(facts: Mapping[str, object]) -> int | None:
     return next((value for value in values if isinstance(value, int) and value > 0), None)
 
 
-def length_problem(facts: Mapping[str, object], block_size: int, label: str | None) -> str | None:
-    """Why blocks of this size cannot be trained on; None if they can."""
+def length_problem(facts: Mapping[str, object], size: int, label: str | None, field: str = "block_size") -> str | None:
+    """Why rows of this ``size``, which ``data.FIELD`` sets, cannot be trained on; None if they can."""
     most = most_positions(facts)
-    if most is None or block_size <= most:
+    if most is None or size <= most:
         return None
-    return f"data.block_size={block_size} is more than the {most} positions of model={label}: set it to {most} or less"
+    return f"data.{field}={size} is more than the {most} positions of model={label}: set it to {most} or less"

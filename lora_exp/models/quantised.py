@@ -16,6 +16,7 @@ from lora_exp.adapters.surgery.targets import matching
 from lora_exp.config import BLOCK_SIZES, QuantizationConfig
 from lora_exp.errors import UserError
 from lora_exp.machine.place import Place, supported_dtype
+from lora_exp.models.heads import heads_of
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -163,8 +164,11 @@ def _check_blocks(layers: dict[str, _Layer], section: QuantizationConfig) -> Non
 
 
 def _skipped(model: nn.Module, suffixes: list[str] | None) -> list[str]:
-    """The output head, what is tied to it, and every module that ``suffixes`` name, as transformers' patterns."""
+    """The output head, what is tied to it, a classifier's new head, and every module that ``suffixes`` name.
+
+    As transformers' patterns.
+    """
     from transformers.quantizers.base import get_keys_to_not_convert
 
     named = matching(suffixes, dict(model.named_modules()), "quantization.skip_modules") if suffixes else ()
-    return [re.escape(name) for name in (*get_keys_to_not_convert(model), *sorted(named))]
+    return [re.escape(name) for name in (*get_keys_to_not_convert(model), *heads_of(model), *sorted(named))]

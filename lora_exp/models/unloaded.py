@@ -1,22 +1,24 @@
-"""A causal language model on the meta device, which has shapes and no memory, from architecture facts alone."""
+"""A language model on the meta device, which has shapes and no memory, from architecture facts alone."""
 
 from __future__ import annotations
 
 import copy
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from lora_exp.config import ModelConfig
 from lora_exp.errors import UserError, is_bug
 from lora_exp.models.causal_lm import attention_option, attention_problem
+from lora_exp.models.heads import auto_class, note_new_modules, set_classes, unknown_to_transformers
 from lora_exp.models.kind import Outline
 from lora_exp.models.positions import length_problem
 from lora_exp.models.source import Source
@@ -24,15 +26,16 @@ from lora_exp.models.source import Source
 transformers.utils.logging.set_verbosity_error()
 
 
-def outline(section: ModelConfig, positions: int | None) -> Outline:
-    """What makes a new model on the meta device, in a given dtype, as training would load it.
+def outline(section: ModelConfig, positions: int | None, shape: Mapping[str, Any]) -> Outline:
+    """What makes a new model on the meta device, in a given dtype, as training would load it for such data.
 
     Raises UserError for facts that cannot be had, or rows of more ``positions`` than it has.
     """
     facts = facts_of(section)
-    if positions is not None and (problem := length_problem(facts.to_dict(), positions, section.label or section.name)):
+    label, field = section.label or section.name, "max_length" if "max_length" in shape else "block_size"
+    if positions is not None and (problem := length_problem(facts.to_dict(), positions, label, field)):
         raise UserError(problem)
-    return lambda dtype: meta_model(copy.deepcopy(facts), section, dtype)
+    return lambda dtype: meta_model(copy.deepcopy(facts), section, dtype, shape)
 
 
 def facts_of(section: ModelConfig) -> PreTrainedConfig:
@@ -56,11 +59,18 @@ def facts_of(section: ModelConfig) -> PreTrainedConfig:
         ) from error
 
 
-def meta_model(facts: PreTrainedConfig, section: ModelConfig, dtype: torch.dtype) -> nn.Module:
-    """The causal language model in ``dtype`` on the meta device. Raises UserError if transformers has none such."""
+def meta_model(
+    facts: PreTrainedConfig, section: ModelConfig, dtype: torch.dtype, shape: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """The language model in ``dtype`` on the meta device, for data of classes with a head for them.
+
+    Raises UserError if transformers has none such.
+    """
+    shape = shape or {}
+    set_classes(facts, shape)
     try:
         with torch.device("meta"), _Unfilled():
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            model: PreTrainedModel = auto_class(shape).from_config(
                 facts,
                 dtype=dtype,
                 trust_remote_code=section.trust_remote_code,
@@ -69,8 +79,10 @@ def meta_model(facts: PreTrainedConfig, section: ModelConfig, dtype: torch.dtype
     except Exception as error:
         if is_bug(error):
             raise
-        said = attention_problem(section, error)
-        raise UserError(said or f"{section.label} cannot be planned ({error}): name a causal language model") from error
+        said = unknown_to_transformers(section, shape, error) or attention_problem(section, error)
+        raise UserError(said or f"{section.label} cannot be planned ({error}): name a language model") from error
+    if "class_names" in shape:
+        note_new_modules(model, section)
     model.config.use_cache = False
     return model
 

@@ -7,7 +7,8 @@ from torch import nn
 
 from lora_exp.adapters.surgery.targets import matching
 from lora_exp.config import DataConfig, ModelConfig, QuantizationConfig
-from lora_exp.data import kind_of, load_data
+from lora_exp.data import kind_of
+from lora_exp.models.heads import new_modules
 from lora_exp.models.kind import Outline, model_kind_of
 
 
@@ -17,7 +18,7 @@ def outline_of(section: ModelConfig, data: DataConfig) -> Outline:
     Raises UserError for facts, a package or data that cannot be had.
     """
     positions = kind_of(data).positions
-    return model_kind_of(section).outline(section, positions, lambda: load_data(data, lambda: None).shape)
+    return model_kind_of(section).outline(section, positions, kind_of(data).plan_shape)
 
 
 def quantised_names(model: nn.Module, section: QuantizationConfig) -> set[str]:
@@ -27,11 +28,12 @@ def quantised_names(model: nn.Module, section: QuantizationConfig) -> set[str]:
     ask = getattr(model, "get_output_embeddings", None)
     head, modules = ask() if callable(ask) else None, dict(model.named_modules())
     skipped = matching(section.skip_modules, modules, "quantization.skip_modules") if section.skip_modules else set()
+    new = tuple(new_modules(model))
     chosen = set()
     for name, module in modules.items():
         if not isinstance(module, (nn.Linear, transformers.pytorch_utils.Conv1D)):
             continue
-        if module is not head and name not in skipped:
+        if module is not head and name not in skipped and not name.startswith(new):
             chosen.add(f"{name}.weight")
     return chosen
 

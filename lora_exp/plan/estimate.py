@@ -15,6 +15,7 @@ from lora_exp.backends import Adapted, adapt
 from lora_exp.config import Config
 from lora_exp.data import kind_of
 from lora_exp.machine.place import Place, resolve_place
+from lora_exp.models import with_new_modules
 from lora_exp.models.kind import Outline
 from lora_exp.plan.architecture import outline_of, prepare_for_kbit, quantised_names
 from lora_exp.plan.bound import upper_bound
@@ -123,6 +124,7 @@ def _plan(config: Config, outline: Outline, place: Place) -> Plan:
     if quantised:
         prepare_for_kbit(model, quantised)
     weights = dict(model.named_parameters()) | dict(model.named_buffers())
+    config = replace(config, model=with_new_modules(config.model, model))
     adapted = adapt(model, config)
     trained = _named(adapted)
     stored_with, adds = _in_file(adapted), config.adapter.is_added
@@ -231,7 +233,9 @@ def _warnings(config: Config, model: nn.Module, step: Step) -> list[str]:
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     wanted = kind_of(config.data).positions
     if isinstance(positions, int) and wanted is not None and wanted > positions:
-        found.append(f"data.block_size={wanted} is above the model's {positions} positions: lower it")
+        found.append(
+            f"data.{kind_of(config.data).length_field}={wanted} is above the model's {positions} positions: lower it"
+        )
     if step.all_logits:
         found.append(f"The loss holds all logits of a micro batch at once: {step.all_logits}.")
     return found

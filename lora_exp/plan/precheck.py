@@ -38,7 +38,8 @@ def check_fits(config: Config, place: Place) -> None:
     unless ``plan.strict`` asks for certainty.
     """
     section = config.plan
-    if not (section.check or section.strict) or not model_kind_of(config.model).planned_early:
+    reads_data = config.data.new_head or not model_kind_of(config.model).planned_early
+    if reads_data or not (section.check or section.strict):
         return
     available = section.gpu_gib or memory_gib(place.device)
     try:

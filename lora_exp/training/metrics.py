@@ -1,6 +1,6 @@
 """What an evaluation is summed up by: metrics by name, functions of the sums over its rows.
 
-Letters: B rows.
+Letters: B rows, K classes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ Better = Literal["lower", "higher"]
 class RowLosses:
     """``total`` (B,): the sum of a row's losses in nats. ``count`` (B,): how many predictions it holds.
 
-    ``counted``: what else is counted a row, (B,) each, such as the ``hits`` among its predictions.
+    ``counted``: what else is counted a row, (B,) each, such as the ``hits`` among its predictions, or (B, K) for each
+    of K classes.
     """
 
     total: Tensor
@@ -38,23 +39,39 @@ class Sums:
 
     loss: float = 0.0
     count: int = 0
-    counted: Mapping[str, float] = field(default_factory=dict)
+    counted: Mapping[str, float | list[float]] = field(default_factory=dict)
 
     def plus(self, rows: RowLosses) -> Sums:
         """Sums with these rows added."""
-        here = {name: values.double().sum().item() for name, values in rows.counted.items()}
-        counted = {name: self.counted.get(name, 0.0) + here.get(name, 0.0) for name in {**self.counted, **here}}
+        here = {name: values.double().sum(0).tolist() for name, values in rows.counted.items()}
+        counted = {**self.counted, **{name: _sum(self.counted.get(name), value) for name, value in here.items()}}
         loss = self.loss + rows.total.double().sum().item()
         return Sums(loss, self.count + int(rows.count.sum().item()), counted)
+
+    def of(self, name: str) -> float | list[float]:
+        """What was counted under ``name``, a class each where it was so. Raises UserError if nothing was."""
+        if name not in self.counted:
+            known = f"it counts {', '.join(self.counted)}" if self.counted else "it counts nothing else than losses"
+            raise UserError(f"a metric needs {name!r}, which this kind of data does not count ({known}): leave it out")
+        return self.counted[name]
 
     def share(self, name: str) -> float:
         """What was counted under ``name``, a prediction; of no predictions nan. Raises UserError if nothing was."""
         if not self.count:
             return math.nan
-        if name not in self.counted:
-            known = f"it counts {', '.join(self.counted)}" if self.counted else "it counts nothing else than losses"
-            raise UserError(f"a metric needs {name!r}, which this kind of data does not count ({known}): leave it out")
-        return self.counted[name] / self.count
+        value = self.of(name)
+        assert isinstance(value, float)
+        return value / self.count
+
+
+def _sum(before: float | list[float] | None, here: float | list[float]) -> float | list[float]:
+    if before is None:
+        return here
+    if isinstance(before, list) and isinstance(here, list):
+        return [one + other for one, other in zip(before, here, strict=True)]
+    assert isinstance(before, float)
+    assert isinstance(here, float)
+    return before + here
 
 
 class Metric:
@@ -97,6 +114,20 @@ def perplexity(sums: Sums) -> float:
 def accuracy(sums: Sums) -> float:
     """The share of predictions that are right."""
     return sums.share("hits")
+
+
+@metric("macro_f1")
+def macro_f1(sums: Sums) -> float:
+    """The mean of the classes' F1, of those that are among the labels or the predictions; as scikit-learn has it."""
+    if not sums.count:
+        return math.nan
+    right, predicted, labelled = (sums.of(f"class_{name}") for name in ("hits", "predicted", "labelled"))
+    assert isinstance(right, list)
+    assert isinstance(predicted, list)
+    assert isinstance(labelled, list)
+    both = [(2 * hits, said + given) for hits, said, given in zip(right, predicted, labelled, strict=True)]
+    scores = [twice / total for twice, total in both if total]
+    return sum(scores) / len(scores)
 
 
 def chosen(*names: str) -> dict[str, Metric]:

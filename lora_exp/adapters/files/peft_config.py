@@ -34,8 +34,9 @@ if TYPE_CHECKING:
     from lora_exp.adapters.model import LoraModel
 
 log = logging.getLogger(__name__)
-# Not SEQ_CLS and the like: PEFT would look for a saved head in the file.
 _TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
+_CLASSIFIER = "ForSequenceClassification"
+_HEADS = ("classifier", "score")  # which PEFT looks for in the file of a classifier's adapter
 
 
 def to_peft(model: LoraModel, name: str) -> Json:
@@ -45,10 +46,10 @@ def to_peft(model: LoraModel, name: str) -> Json:
     modules = dict(base_modules(model.wrapped))
     stacks = {n for n, layer in adapted.items() if layer.is_stack}
     saved = [n for n, switch in saved_modules(model.wrapped) if name in switch.copies]
-    kind, method = type(model.wrapped).__name__, variant_named(config.variant).peft_format
+    method = variant_named(config.variant).peft_format
     return {
         "peft_type": method.peft_type,
-        "task_type": next((task for ending, task in _TASKS.items() if kind.endswith(ending)), None),
+        "task_type": _task(type(model.wrapped).__name__, saved),
         **base_name(model.wrapped),
         **method.fields(config),
         "modules_to_save": saved or None,
@@ -59,6 +60,12 @@ def to_peft(model: LoraModel, name: str) -> Json:
         # PEFT refuses dropout beside target_parameters; what was asked for stands in our notes.
         **({"target_parameters": shortest_targets(stacks, modules), "lora_dropout": 0.0} if stacks else {}),
     }
+
+
+def _task(kind: str, saved: list[str]) -> str | None:
+    if kind.endswith(_CLASSIFIER):
+        return "SEQ_CLS" if any(name in _HEADS for name in saved) else None
+    return next((task for ending, task in _TASKS.items() if kind.endswith(ending)), None)
 
 
 def base_name(base: nn.Module) -> dict[str, str | None]:

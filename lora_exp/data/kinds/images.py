@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_exp.data.kind import Batch, Data, DataKind, Row, Tokenizer, data_kind
 from lora_exp.inputs import image_path_problem
@@ -39,6 +40,11 @@ class Images(DataKind):
     @property
     def remedies(self) -> list[str]:
         return ["a smaller data.image_size"]
+
+    def plan_shape(self) -> Mapping[str, Any]:
+        from lora_exp.data.images import load_table
+
+        return load_table(self).shape
 
     def row(self) -> Row:
         import torch

@@ -1,4 +1,4 @@
-"""Causal language models of transformers."""
+"""Causal language models of transformers; for data of classes with a head for them in place of the vocabulary's."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ class CausalLM(ModelKind):
     quantises: ClassVar[bool] = True
     planned_early: ClassVar[bool] = True
 
-    def problems(self, section: ModelConfig, positions: int | None) -> list[str]:
+    def problems(self, section: ModelConfig, positions: int | None, length_field: str) -> list[str]:
         if positions is None:
             return []
-        problem = length_problem(architecture_facts(section), positions, section.label or section.name)
+        label = section.label or section.name
+        problem = length_problem(architecture_facts(section), positions, label, length_field)
         return [problem] if problem else []
 
     def convert(self, packaged: Path, folder: Path) -> None:
@@ -50,4 +51,4 @@ class CausalLM(ModelKind):
     def outline(self, section: ModelConfig, positions: int | None, shape: Callable[[], Shape]) -> Outline:
         from lora_exp.models import unloaded
 
-        return unloaded.outline(section, positions)
+        return unloaded.outline(section, positions, shape())
