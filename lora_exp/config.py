@@ -193,7 +193,6 @@ class TrainConfig:
     min_delta: float = 0.0
     gradient_checkpointing: bool = False
     metrics: list[str] = field(default_factory=list)
-    system_metrics: bool | None = None
 
     @property
     def keeps_best(self) -> bool:
@@ -243,12 +242,17 @@ class OptimizerConfig:
 
 @dataclass
 class TrackingConfig:
-    """Where MLflow runs go. ``uri`` null: MLFLOW_TRACKING_URI, else ``outputs/mlflow.db``."""
+    """Where MLflow runs go. ``uri`` null: MLFLOW_TRACKING_URI, else ``outputs/mlflow.db``.
+
+    ``system_metrics``: what the machine does meanwhile, under ``system/``; null: as
+    MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING says, and else it is logged.
+    """
 
     enabled: bool = True
     uri: str | None = None
     experiment: str = "lora_exp"
     run_name: str | None = None
+    system_metrics: bool | None = None
 
 
 @dataclass

@@ -8,7 +8,6 @@ import itertools
 import logging
 import time
 from dataclasses import replace
-from pathlib import Path
 
 from torch import nn
 
@@ -16,23 +15,23 @@ from lora_exp import models
 from lora_exp.backends import Adapted, Origin, adapt
 from lora_exp.config import Config, TrainConfig, flat_values
 from lora_exp.data import Data, Tokenizer, kind_of, load_data
-from lora_exp.job import Job, Result, shown
+from lora_exp.job import Job, Result
 from lora_exp.keeping import take_back_kept
 from lora_exp.machine import signals
-from lora_exp.machine.cache import file_sha256
-from lora_exp.machine.memory import peak_gib, reset_peak
+from lora_exp.machine.memory import reset_peak
 from lora_exp.machine.place import Place, prepare_backends, resolve_device, resolve_place, set_seed
 from lora_exp.machine.precision import take_precision
 from lora_exp.machine.saving import recover
 from lora_exp.models.dense_weights import DenseWeights
 from lora_exp.plan.precheck import check_fits, memory_errors_explained
 from lora_exp.recording import Recorder, log_files
+from lora_exp.results import log_result, report, saved_evaluation, summed_up
 from lora_exp.tracking import mlflow as tracking
 from lora_exp.tracking.lineage import data_facts
 from lora_exp.tracking.setup import log_setup, run_name, sweep_name
 from lora_exp.training.batches import check_evaluation, check_rows, evaluation_batches, training_batches
 from lora_exp.training.best import Best
-from lora_exp.training.loop import Record, evaluate
+from lora_exp.training.loop import evaluate
 from lora_exp.training.metrics import higher_is_better
 from lora_exp.training.timetable import Timetable, micro_batches_of
 from lora_exp.training.trainer import Work, trainers
@@ -75,14 +74,14 @@ def run(config: Config, job: Job) -> Result:
                     trainers[config.trainer]().train(work, recorder.keep)
                     _test(work, job, recorder)
             records = recorder.records
-            result = _summarise(tracked, work, records, job, time.monotonic() - started)
+            result = summed_up(tracked, work, records, job, time.monotonic() - started)
             log_files(tracked, job, records)
-            _log_result(tracked, result, records, job)
+            log_result(tracked, result, records, job)
             tracked.log_model(f"{config.model.label}-{config.adapter.name}", flat_values(config), result.step)
     except tracking.TrackingError as error:
         error.result = result  # what was trained is trained, though the server did not take it
         raise
-    _report(result)
+    report(result)
     return result
 
 
@@ -153,19 +152,8 @@ def _test(work: Work, job: Job, recorder: Recorder) -> None:
     rows = len(work.data.test)  # type: ignore[arg-type]
     batches = evaluation_batches(work.data.test, size, rows, pin, work.kind.collate)
     figures = evaluate(forward_of(work), batches, LANE)
-    step = int(_saved(work, recorder.records)["step"])
+    step = int(saved_evaluation(work, recorder.records)["step"])
     recorder.keep({"lane": LANE, "step": step} | {f"test/{name}": value for name, value in figures.items()})
-
-
-def _saved(work: Work, records: list[Record]) -> Record:
-    """The evaluation whose adapter is in the job's folder."""
-    evaluated = [record for record in records if "eval/loss" in record]
-    best = _best(work, evaluated)
-    return best if best is not None and work.train.keeps_best else evaluated[-1]
-
-
-def _best(work: Work, records: list[Record]) -> Record | None:
-    return next((each for each in records if work.best.metric in each and each["step"] == work.best.step), None)
 
 
 def _show(data: Data, config: Config, place: Place, model: nn.Module, rows: int) -> None:
@@ -192,62 +180,3 @@ def _resume_collection() -> None:
     if not gc.get_freeze_count():
         gc.freeze()
     gc.enable()
-
-
-def _summarise(tracked: tracking.Run, work: Work, records: list[Record], job: Job, wall_s: float) -> Result:
-    evaluated = [record for record in records if "eval/loss" in record]
-    saved, best = _saved(work, records), _best(work, records) or evaluated[-1]
-    adapted = work.adapted
-    return Result(
-        eval_loss=float(saved["eval/loss"]),
-        eval_loss_before=float(evaluated[0]["eval/loss"]),
-        metrics=_beside_loss(saved),
-        trainable=adapted.trainable,
-        total=adapted.total,
-        adapter_bytes=sum(file.stat().st_size for file in _weights(job)),
-        peak_memory_gib=peak_gib(work.place.device),
-        wall_s=wall_s,
-        adapter=str(job.folder / "adapter"),
-        run_id=tracked.run_id,
-        base_weight_bytes=adapted.base_weight_bytes,
-        step=int(saved["step"]),
-        best_loss=float(best["eval/loss"]),
-        best_step=int(best["step"]),
-        test={name: value for record in records for name, value in _below("test/", record).items()},
-    )
-
-
-def _beside_loss(record: Record) -> dict[str, float]:
-    return {name: value for name, value in _below("eval/", record).items() if name != "loss"}
-
-
-def _below(prefix: str, record: Record) -> dict[str, float]:
-    return {name.removeprefix(prefix): float(record[name]) for name in record if name.startswith(prefix)}
-
-
-def _log_result(tracked: tracking.Run, result: Result, records: list[Record], job: Job) -> None:
-    sizes = {name: getattr(result, name) for name in ("adapter_bytes", "peak_memory_gib", "wall_s")}
-    best = next(each for each in reversed(records) if "eval/loss" in each and each["step"] == result.best_step)
-    figures = {f"best/{name}": value for name, value in _below("eval/", best).items()}
-    sizes |= {**figures, "best/step": float(result.best_step or 0)}
-    tracked.log_metrics(sizes, step=int(records[-1]["step"]))
-    tracked.log_tags({"adapter_sha256": ",".join(file_sha256(file) for file in _weights(job))})
-
-
-def _weights(job: Job) -> list[Path]:
-    return sorted((job.folder / "adapter").glob("*.safetensors"))
-
-
-def _report(result: Result) -> None:
-    others = "".join(f"{name} {shown(value)}, " for name, value in result.metrics.items())
-    log.info(
-        f"validation loss {result.eval_loss_before:.4f} → {result.eval_loss:.4f}, {others}"
-        f"{result.wall_s:.0f} s, peak memory {result.peak_memory_gib:.2f} GiB"
-    )
-    if result.best_step != result.step:
-        log.info(
-            f"best    validation loss {result.best_loss:.4f} at step {result.best_step}: keep that with train.keep=best"
-        )
-    if result.test:
-        log.info("test " + ", ".join(f"{name} {shown(value)}" for name, value in result.test.items()))
-    log.info(f"adapter {result.adapter} (step {result.step}, {result.adapter_bytes / 1e6:.1f} MB)")

@@ -174,7 +174,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_running(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, os.strerror(28), "adapter_model.safetensors")
 
-    monkeypatch.setattr("lora_exp.recording.save_adapter", full)
+    monkeypatch.setattr("lora_exp.keeping.save_adapter", full)
     done = cli(*tiny_overrides)
     assert done.code == 1
     assert "No space left on device" in done.err

@@ -20,8 +20,6 @@ from lora_exp.tracking import mlflow as tracking
 # Each with how a result shows it; metrics come behind the loss. A column that is empty for every job is left out.
 RESULT_COLUMNS: dict[str, Callable[[Result], str]] = {
     "eval/loss": lambda result: f"{result.eval_loss:.4f}",
-    "best/loss": lambda result: _best_if_lost(result),
-    "test/loss": lambda result: f"{result.test['loss']:.4f}" if "loss" in result.test else "",
     "trainable": lambda result: f"{result.trainable:,}",
     "base MB": lambda result: "" if result.base_weight_bytes is None else f"{result.base_weight_bytes / 1e6:.1f}",
     "adapter MB": lambda result: f"{result.adapter_bytes / 1e6:.2f}",
@@ -161,17 +159,14 @@ def _row(job: JobReport, varying: list[str], columns: list[str]) -> list[str]:
     return [*settings, *(_cells(result).get(name, "") for name in columns), outcome.status]
 
 
-def _best_if_lost(result: Result) -> str:
-    """The best evaluation, where it is not the one whose adapter is there."""
-    if result.best_loss is None or result.best_step == result.step:
-        return ""
-    return f"{result.best_loss:.4f} @{result.best_step}"
-
-
 def _cells(result: Result | PlanResult) -> dict[str, str]:
     if isinstance(result, PlanResult):
         return {name: show(result) for name, show in PLAN_COLUMNS.items()}
-    metrics = {name: shown(value) for name, value in result.metrics.items()}
+    found = {}
+    if result.best_loss is not None and result.best_step != result.step:  # else its adapter is the one that is there
+        found["best/loss"] = f"{result.best_loss:.4f} @{result.best_step}"
+    found |= {f"test/{name}": shown(value) for name, value in result.test.items()}
+    metrics = found | {name: shown(value) for name, value in result.metrics.items()}
     return {name: show(result) for name, show in RESULT_COLUMNS.items()} | metrics
 
 

@@ -205,7 +205,7 @@ def open_run(
         run = MlflowRun(client, created.info.run_id, section)
         try:
             with signals.between_steps():
-                with system_metrics.sampled(run.log_metrics):
+                with system_metrics.sampled(run.log_metrics, section.system_metrics):
                     yield run
                 run.flush()
         except BaseException as error:

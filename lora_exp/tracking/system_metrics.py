@@ -24,12 +24,14 @@ _CLASSES = {"cpu": "CPU", "gpu": "GPU"}
 
 
 @contextlib.contextmanager
-def sampled(send: Send) -> Iterator[None]:
+def sampled(send: Send, is_wanted: bool | None = None) -> Iterator[None]:
     """Send a sample every ten seconds (MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL) of a block, and one at its end.
 
-    MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING=false switches it off.
+    Unless ``is_wanted`` says so, MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING=false switches it off.
     """
-    if os.environ.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true").lower() in ("false", "0"):
+    if is_wanted is None:
+        is_wanted = os.environ.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true").lower() not in ("false", "0")
+    if not is_wanted:
         yield
         return
     sampler = _Sampler(send, float(os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL") or _INTERVAL_S))

@@ -21,21 +21,27 @@ if TYPE_CHECKING:
 class LaneState:
     """How far a lane is: what the loop keeps of it beside its tensors, its generators and its batches' position.
 
-    ``units``: how many tokens (images, rows) it has been trained on. To start at another step than the first, set it
-    before the loop starts; the batches must then be those that follow.
+    Whenever the loop yields or calls ``between_steps``, it is true of the lane's parameters and the records so far.
+
+    ``is_evaluated``: whether the evaluation due after ``step``, if any, is done and recorded. ``units``: how many
+    tokens (images, rows) the lane has been trained on. To go on from another step than the first, restore it before
+    the loop starts; the batches must then be those that follow.
     """
 
     step: int = 0
+    is_evaluated: bool = False
     units: int = 0
     best: Best = field(default_factory=Best)
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON."""
-        return {"step": self.step, "units": self.units, "best": self.best.state()}
+        plain = {"step": self.step, "is_evaluated": self.is_evaluated, "units": self.units}
+        return {**plain, "best": self.best.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``to_json`` gave."""
-        self.step, self.units = int(state["step"]), int(state["units"])
+        self.step, self.is_evaluated = int(state["step"]), bool(state["is_evaluated"])
+        self.units = int(state["units"])
         self.best.restore(state["best"])
 
 
@@ -61,3 +67,9 @@ class Lane:
     def is_over(self) -> bool:
         """Whether nothing is left to train: all steps are done, or more of them would not pay."""
         return self.state.step >= self.timetable.steps or self.state.best.should_stop
+
+    @property
+    def is_evaluation_due(self) -> bool:
+        """Whether what it has come to is to be evaluated: before the first step, and as its timetable says."""
+        step = self.state.step
+        return not self.state.is_evaluated and (step == 0 or self.timetable.evaluates(step))

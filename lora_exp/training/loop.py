@@ -34,10 +34,9 @@ class Forward:
     """How a batch becomes losses: the model, the objective, and the contexts around a pass.
 
     ``count`` tells a batch's predictions a row, (B,), before the pass. ``route`` gets rows by lane name;
-    ``check_gradients`` is called after the first backward pass, ``between_batches`` before every micro batch and every
-    evaluation batch, ``after_step`` when all of an optimizer step is done and yielded, so that the lanes' states are
-    whole: both may raise to end the training. ``metrics`` are an evaluation's, by name. ``join`` makes one batch of the
-    lanes'.
+    ``check_gradients`` is called after the first backward pass, ``between_steps`` before every optimizer step and after
+    the last, ``between_batches`` before every evaluation batch: both may raise to end the training, where its state is
+    whole. ``metrics`` are an evaluation's, by name. ``join`` makes one batch of the lanes'.
     """
 
     model: nn.Module
@@ -50,7 +49,7 @@ class Forward:
     metrics: Mapping[str, Metric] = field(default_factory=chosen)
     unit: str = "tokens"
     between_batches: Callable[[], object] = lambda: None
-    after_step: Callable[[], object] = lambda: None
+    between_steps: Callable[[], object] = lambda: None
     join: Callable[[Sequence[Batch]], Batch] = field(default=lambda batches: _concatenate(batches))
 
 
@@ -62,11 +61,12 @@ def train(forward: Forward, lanes: list[Lane]) -> Iterator[Record]:
     ``state.best`` says so. Raises ``DivergedError`` that names the first step whose loss or gradient norm is not
     finite: on the CPU before that step changes a parameter, elsewhere before the next record or checkpoint.
     """
-    yield from (_evaluated(forward, lane) for lane in lanes if not lane.state.step)
+    yield from _evaluations(forward, lanes)
     forward.model.train()
     clock, watches = _Clock(), {lane.name: Watch(lane) for lane in lanes}
     is_first = True
     while active := [lane for lane in lanes if not lane.is_over]:
+        forward.between_steps()
         losses, units = _accumulate(forward, active)
         if is_first:
             forward.check_gradients()
@@ -77,8 +77,13 @@ def train(forward: Forward, lanes: list[Lane]) -> Iterator[Record]:
             _look(forward, lane, watches[lane.name], found)
         for lane, count in zip(active, units, strict=True):
             _update(lane, count)
-        yield from _records(forward, active, seen, clock)
-        forward.after_step()
+        yield from _trained(forward, active, seen, clock)
+        if any(lane.is_evaluation_due for lane in active):
+            clock.pause()
+            yield from _evaluations(forward, active)
+            forward.model.train()
+            clock.resume()
+    forward.between_steps()
 
 
 @torch.no_grad()
@@ -116,7 +121,6 @@ def _accumulate(forward: Forward, lanes: list[Lane]) -> tuple[list[Tensor], list
 
 def _row_totals(forward: Forward, batches: Mapping[str, Batch]) -> tuple[Tensor, ...]:
     """One pass over the lanes' batches: each one's losses by row."""
-    forward.between_batches()
     rows = {name: _rows(batch) for name, batch in batches.items()}
     here = list(batches.values())
     batch = _to_device(here[0] if len(here) == 1 else forward.join(here), forward.device)
@@ -164,32 +168,36 @@ def _update(lane: Lane, units: int) -> None:
         if lane.scaler.get_scale() >= before:
             lane.schedule.step()
     lane.optimizer.zero_grad(set_to_none=True)
-    lane.state.step += 1
+    lane.state.step, lane.state.is_evaluated = lane.state.step + 1, False
     lane.state.units += units
 
 
-def _records(forward: Forward, lanes: list[Lane], seen: list[Seen], clock: _Clock) -> Iterator[Record]:
-    """What the step just made is logged by, and the evaluations that are due."""
-    if logged := [pair for pair in zip(lanes, seen, strict=True) if pair[0].timetable.logs(pair[1].step)]:
-        speed = clock.lap() / len(lanes)
-        yield from ({**_trained(*pair), f"train/{forward.unit}_per_s": speed} for pair in logged)
-    if evaluated := [lane for lane in lanes if lane.timetable.evaluates(lane.state.step)]:
-        clock.pause()
-        yield from (_evaluated(forward, lane) for lane in evaluated)
-        forward.model.train()
-        clock.resume()
-
-
-def _trained(lane: Lane, seen: Seen) -> Record:
-    values = {"train/loss": seen.loss.item(), "train/grad_norm": seen.norm.item(), "train/lr": seen.rate}
-    epochs = lane.timetable.epochs(seen.step)
-    values |= {} if epochs is None else {"train/epoch": epochs}
-    return {"lane": lane.name, "step": seen.step, **values}
+def _trained(forward: Forward, lanes: list[Lane], seen: list[Seen], clock: _Clock) -> Iterator[Record]:
+    """What the step just made found, of the lanes whose timetable has it logged."""
+    logged = [(lane, found) for lane, found in zip(lanes, seen, strict=True) if lane.timetable.logs(found.step)]
+    if not logged:
+        return
+    speed = clock.lap() / len(lanes)
+    for lane, found in logged:
+        values = {"train/loss": found.loss.item(), "train/grad_norm": found.norm.item(), "train/lr": found.rate}
+        epochs = lane.timetable.epochs(found.step)
+        values |= {} if epochs is None else {"train/epoch": epochs}
+        yield {"lane": lane.name, "step": found.step, **values, f"train/{forward.unit}_per_s": speed}
 
 
 def _answers_at_once(device: torch.device) -> bool:
     """Whether to read a value costs nothing: elsewhere the host would wait for the device at each step."""
     return device.type == "cpu"
+
+
+def _evaluations(forward: Forward, lanes: list[Lane]) -> Iterator[Record]:
+    """Those that are due."""
+    for lane in lanes:
+        if lane.is_evaluation_due:
+            record = _evaluated(forward, lane)
+            lane.state.is_evaluated = True
+            lane.state.best.note(record)
+            yield record
 
 
 def _evaluated(forward: Forward, lane: Lane) -> Record:
@@ -202,9 +210,7 @@ def _evaluated(forward: Forward, lane: Lane) -> Record:
         )
     if not math.isfinite(loss):
         raise DivergedError(f"eval/loss became {loss} at optimizer step {step} (lane {lane.name}): lower optimizer.lr")
-    record = {"lane": lane.name, "step": step} | {f"eval/{name}": value for name, value in figures.items()}
-    lane.state.best.note(record)
-    return record
+    return {"lane": lane.name, "step": step} | {f"eval/{name}": value for name, value in figures.items()}
 
 
 class _Clock:

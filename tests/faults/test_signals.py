@@ -18,7 +18,7 @@ AIMS = {
     },
     "evaluation": {"target": "lora_exp.training.loop:evaluate", "at": 2, "do": "signal"},
     "step": {"target": "lora_exp.training.loop:_accumulate", "at": 2, "do": "signal"},
-    "saving": {"target": "lora_exp.recording:replace_folder", "do": "signal"},
+    "saving": {"target": "lora_exp.keeping:replace_folder", "do": "signal"},
     "loading": {"target": "lora_exp.models:load_base", "do": "signal"},
     "between the files of an adapter": {"target": "lora_exp.adapters.files.peft_folder:write_text", "do": "signal"},
 }  # fmt: skip

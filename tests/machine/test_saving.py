@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from lora_exp.backends import Adapted
+from lora_exp.keeping import save_adapter
 from lora_exp.machine import saving
 from lora_exp.machine.saving import recover, replace_folder
-from lora_exp.recording import save_adapter
 from lora_exp.training.loop import DivergedError
 
 

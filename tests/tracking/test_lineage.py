@@ -218,6 +218,13 @@ def test_system_metrics_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")
     with sampled(lambda *_: pytest.fail("sampled")):
         pass
+    samples: list[object] = []
+    with sampled(lambda *sample: samples.append(sample), is_wanted=True):  # tracking.system_metrics=true wins
+        pass
+    assert samples
+    monkeypatch.delenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING")
+    with sampled(lambda *_: pytest.fail("sampled"), is_wanted=False):
+        pass
 
 
 def test_a_sampler_that_cannot_send_harms_nothing() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import itertools
 import sys
 from collections.abc import Iterator
@@ -273,8 +274,8 @@ def test_between_records_nothing_is_read_from_a_device_that_does_not_answer_at_o
     assert checks == [4, 8, 9]  # (what this stand-in for `check` does not empty)
 
 
-def test_batches_are_where_a_training_may_be_ended(tiny_llama: Path) -> None:
-    """Called before every micro batch and every evaluation batch; what it raises ends the training there."""
+def test_between_steps_and_evaluation_batches_a_training_may_be_ended(tiny_llama: Path) -> None:
+    """And nowhere else: the lane's state is then true of what it has learnt and of what has been recorded."""
 
     class Ended(BaseException): ...
 
@@ -287,16 +288,18 @@ def test_batches_are_where_a_training_may_be_ended(tiny_llama: Path) -> None:
         if calls[0] > most:
             raise Ended
 
-    def run(most: int) -> list[Record]:
+    def run(most: int) -> tuple[list[int], int, bool]:
         calls[0] = 0
         here = lane("a", list(model.adapter_parameters().values()), micro_batches(1, 9), plan)
+        end = functools.partial(count, most)
         seen: list[Record] = []
         with contextlib.suppress(Ended):
-            seen.extend(train(forward(model, between_batches=lambda: count(most)), [here]))
-        return seen
+            seen.extend(train(forward(model, between_batches=end, between_steps=end), [here]))
+        return [record["step"] for record in seen], here.state.step, here.state.is_evaluated
 
-    run(1000)
-    assert calls[0] == 3 * 2 + 4 * 2  # evaluations of two batches, steps of two micro batches
-    assert len(run(1)) == 0  # inside the first evaluation
-    assert len(run(3)) == 1  # inside the first step
-    assert [record["step"] for record in run(7)] == [0, 1, 2]  # inside the second evaluation
+    assert run(1000) == ([0, 1, 2, 2, 3, 4, 4], 4, True)
+    assert calls[0] == 3 * 2 + 4 + 1  # evaluations of two batches, before each step, after the last
+    assert run(1) == ([], 0, False)  # inside the first evaluation
+    assert run(2) == ([0], 0, True)  # before the first step
+    assert run(5) == ([0, 1, 2], 2, False)  # inside the second evaluation
+    assert run(6) == ([0, 1, 2, 2], 2, True)

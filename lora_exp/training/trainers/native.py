@@ -64,5 +64,6 @@ def forward_of(work: Work) -> Forward:
         metrics=chosen(*kind.metrics, *work.train.metrics),
         unit=kind.unit,
         between_batches=signals.obey,
+        between_steps=signals.obey,
         join=kind.join,
     )

@@ -1,0 +1,87 @@
+"""What a finished training found: summed up, told to tracking and to the person."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from lora_exp.job import Job, Result, shown
+from lora_exp.machine.cache import file_sha256
+from lora_exp.machine.memory import peak_gib
+from lora_exp.tracking import mlflow as tracking
+from lora_exp.training.loop import Record
+from lora_exp.training.trainer import Work
+
+log = logging.getLogger(__name__)
+
+
+def summed_up(tracked: tracking.Run, work: Work, records: list[Record], job: Job, wall_s: float) -> Result:
+    """The result, from the records and what is on the disk."""
+    evaluated = [record for record in records if "eval/loss" in record]
+    saved, best = saved_evaluation(work, records), _best(work, records) or evaluated[-1]
+    adapted = work.adapted
+    return Result(
+        eval_loss=float(saved["eval/loss"]),
+        eval_loss_before=float(evaluated[0]["eval/loss"]),
+        metrics=_beside_loss(saved),
+        trainable=adapted.trainable,
+        total=adapted.total,
+        adapter_bytes=sum(file.stat().st_size for file in _weights(job)),
+        peak_memory_gib=peak_gib(work.place.device),
+        wall_s=wall_s,
+        adapter=str(job.folder / "adapter"),
+        run_id=tracked.run_id,
+        base_weight_bytes=adapted.base_weight_bytes,
+        step=int(saved["step"]),
+        best_loss=float(best["eval/loss"]),
+        best_step=int(best["step"]),
+        test={name: value for record in records for name, value in _below("test/", record).items()},
+    )
+
+
+def log_result(tracked: tracking.Run, result: Result, records: list[Record], job: Job) -> None:
+    """Hand tracking what is known at the end: sizes and times, the best evaluation, the adapter's digest."""
+    sizes = {name: getattr(result, name) for name in ("adapter_bytes", "peak_memory_gib", "wall_s")}
+    best = next(each for each in reversed(records) if "eval/loss" in each and each["step"] == result.best_step)
+    figures = {f"best/{name}": value for name, value in _below("eval/", best).items()}
+    sizes |= {**figures, "best/step": float(result.best_step or 0)}
+    tracked.log_metrics(sizes, step=int(records[-1]["step"]))
+    tracked.log_tags({"adapter_sha256": ",".join(file_sha256(file) for file in _weights(job))})
+
+
+def report(result: Result) -> None:
+    """Say it."""
+    others = "".join(f"{name} {shown(value)}, " for name, value in result.metrics.items())
+    log.info(
+        f"validation loss {result.eval_loss_before:.4f} → {result.eval_loss:.4f}, {others}"
+        f"{result.wall_s:.0f} s, peak memory {result.peak_memory_gib:.2f} GiB"
+    )
+    if result.best_step != result.step:
+        best = f"best was validation loss {result.best_loss:.4f} at step {result.best_step}"
+        log.info(f"{best}; train.keep=best keeps that adapter")
+    if result.test:
+        log.info("test " + ", ".join(f"{name} {shown(value)}" for name, value in result.test.items()))
+    log.info(f"adapter {result.adapter} (step {result.step}, {result.adapter_bytes / 1e6:.1f} MB)")
+
+
+def saved_evaluation(work: Work, records: list[Record]) -> Record:
+    """The evaluation whose adapter is in the job's folder."""
+    evaluated = [record for record in records if "eval/loss" in record]
+    best = _best(work, evaluated)
+    return best if best is not None and work.train.keeps_best else evaluated[-1]
+
+
+def _best(work: Work, records: list[Record]) -> Record | None:
+    return next((each for each in records if work.best.metric in each and each["step"] == work.best.step), None)
+
+
+def _beside_loss(record: Record) -> dict[str, float]:
+    return {name: value for name, value in _below("eval/", record).items() if name != "loss"}
+
+
+def _below(prefix: str, record: Record) -> dict[str, float]:
+    return {name.removeprefix(prefix): float(record[name]) for name in record if name.startswith(prefix)}
+
+
+def _weights(job: Job) -> list[Path]:
+    return sorted((job.folder / "adapter").glob("*.safetensors"))
