@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_exp.errors import UserError
+from lora_exp.training.clock import Clock
 from lora_exp.training.lane import Lane, LaneState
 from lora_exp.training.metrics import Metric, RowLosses, Sums, chosen
 from lora_exp.training.objectives import Batch
@@ -63,7 +63,7 @@ def train(forward: Forward, lanes: list[Lane]) -> Iterator[Record]:
     """
     yield from _evaluations(forward, lanes)
     forward.model.train()
-    clock, watches = _Clock(), {lane.name: Watch(lane) for lane in lanes}
+    clock, watches = Clock(), {lane.name: Watch(lane) for lane in lanes}
     is_first = True
     while active := [lane for lane in lanes if not lane.is_over]:
         forward.between_steps()
@@ -172,7 +172,7 @@ def _update(lane: Lane, units: int) -> None:
     lane.state.units += units
 
 
-def _trained(forward: Forward, lanes: list[Lane], seen: list[Seen], clock: _Clock) -> Iterator[Record]:
+def _trained(forward: Forward, lanes: list[Lane], seen: list[Seen], clock: Clock) -> Iterator[Record]:
     """What the step just made found, of the lanes whose timetable has it logged."""
     logged = [(lane, found) for lane, found in zip(lanes, seen, strict=True) if lane.timetable.logs(found.step)]
     if not logged:
@@ -211,30 +211,6 @@ def _evaluated(forward: Forward, lane: Lane) -> Record:
     if not math.isfinite(loss):
         raise DivergedError(f"eval/loss became {loss} at optimizer step {step} (lane {lane.name}): lower optimizer.lr")
     return {"lane": lane.name, "step": step} | {f"eval/{name}": value for name, value in figures.items()}
-
-
-class _Clock:
-    """Tokens a second of training alone: evaluation stops it."""
-
-    def __init__(self) -> None:
-        self._tokens = 0
-        self._since = time.perf_counter()
-        self._paused_at = 0.0
-
-    def count(self, tokens: int) -> None:
-        self._tokens += tokens
-
-    def pause(self) -> None:
-        self._paused_at = time.perf_counter()
-
-    def resume(self) -> None:
-        self._since += time.perf_counter() - self._paused_at
-
-    def lap(self) -> float:
-        now = time.perf_counter()
-        rate = self._tokens / max(now - self._since, 1e-9)
-        self._tokens, self._since = 0, now
-        return rate
 
 
 def _rows(batch: Batch) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -12,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_exp.config import TrainConfig
+from lora_exp.machine.place import Place
 from lora_exp.training.batches import training_batches
 from lora_exp.training.lane import Lane
-from lora_exp.training.loop import Forward, train
+from lora_exp.training.loop import DivergedError, Forward, train
 from lora_exp.training.metrics import RowLosses
+from lora_exp.training.optimizers import gradient_scaler
 from lora_exp.training.schedules import build_schedule
 from lora_exp.training.timetable import Timetable, micro_batches_of
 
@@ -160,3 +163,78 @@ def test_lanes_of_other_lengths_train_side_by_side_as_alone() -> None:
     assert {name: len(losses) for name, losses in together.items()} == {"a": 9, "b": 4}
     for name in "ab":
         assert together[name] == pytest.approx(run(name)[name], abs=1e-12)
+
+
+class Overflowing(torch.amp.GradScaler):
+    """A scaler whose first scales are too much for a float32: the gradients of those steps are infinite."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__("cpu", init_scale=scale, growth_interval=10_000)
+
+
+def steep(model: nn.Module, batch: Any) -> RowLosses:
+    found = tokenwise(model, batch)
+    return RowLosses(found.total * 64, found.count)
+
+
+def scaled(
+    scaler: torch.amp.GradScaler | None, steps: int = 8, objective: Any = steep
+) -> tuple[list[float], list[int], Lane]:
+    """Losses, at which steps the parameters stayed as they were, and the lane."""
+    model, plan = Tiny(torch.float32), TrainConfig(schedule="linear")
+    parameters, times = list(model.parameters()), Timetable(steps, log_every=Fraction(1))
+    optimizer = torch.optim.SGD(parameters, lr=0.5)
+    batches = itertools.cycle([stacked(rows()[start : start + 8]) for start in (0, 8, 16)])
+    lane = Lane(
+        "a",
+        parameters,
+        batches,
+        [stacked(rows())],
+        optimizer,
+        build_schedule(optimizer, plan, times),
+        times,
+        1.0,
+        scaler,
+    )
+    forward = Forward(model, objective, lambda batch: (batch["labels"][:, 1:] != -100).sum(1), torch.device("cpu"))
+    losses, left, before = [], [], [value.detach().clone() for value in parameters]
+    for record in train(forward, [lane]):
+        if "train/loss" in record:
+            losses.append(record["train/loss"])
+            left += [record["step"]] if all(map(torch.equal, before, parameters)) else []
+            before = [value.detach().clone() for value in parameters]
+    return losses, left, lane
+
+
+def test_a_scaler_changes_nothing_but_the_gradients_exponent() -> None:
+    """Powers of two are exact: the same bits as without."""
+    plain, _, _ = scaled(None)
+    assert scaled(Overflowing(2.0**16))[0] == plain
+
+
+def test_steps_whose_scaled_gradients_overflow_are_left_out_and_their_schedule_waits() -> None:
+    losses, left, lane = scaled(Overflowing(2.0**127))
+    plain, _, _ = scaled(None)
+    assert left == list(range(1, len(left) + 1))
+    assert 1 <= len(left) <= 5
+    assert lane.schedule.last_epoch == 8 - len(left)
+    assert lane.state.step == 8
+    assert losses[len(left)] == pytest.approx(plain[0], rel=0.1)  # the first batches differ, nothing is learnt yet
+
+
+def test_gradients_that_overflow_at_every_scale_are_a_divergence() -> None:
+    def poisoned(model: nn.Module, batch: Any) -> RowLosses:
+        found, weight = tokenwise(model, batch), next(model.parameters())
+        return RowLosses(found.total + (weight - weight).sum().sqrt(), found.count)  # 0, and its gradient is a NaN
+
+    with pytest.raises(DivergedError, match=r"train/grad_norm became nan at optimizer step 30 "):
+        scaled(Overflowing(2.0**16), 40, poisoned)
+
+
+def test_float16_products_are_scaled_and_others_are_not() -> None:
+    cpu = torch.device("cpu")
+    assert gradient_scaler(Place(cpu, torch.float32)) is None
+    assert gradient_scaler(Place(cpu, torch.bfloat16)) is None
+    assert gradient_scaler(Place(cpu, torch.float32, torch.bfloat16)) is None
+    assert gradient_scaler(Place(cpu, torch.float16)) is not None
+    assert gradient_scaler(Place(cpu, torch.float32, torch.float16)) is not None
