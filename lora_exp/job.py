@@ -40,7 +40,7 @@ class Result:
 
     ``eval_loss`` and ``metrics``, what was found beside it, by name, are the saved adapter's, after optimizer step
     ``step``. ``best_loss`` and ``best_step``: of the best evaluation by ``train.best_metric``, whether it was saved or
-    not. ``test``: what the saved adapter's test rows gave, if there are any.
+    not. ``test``: what the saved adapter's test rows gave, if there are any. ``data_fingerprint``: ``Data``'s.
     """
 
     eval_loss: float
@@ -58,6 +58,7 @@ class Result:
     best_loss: float | None = None
     best_step: int | None = None
     test: dict[str, float] = field(default_factory=dict)
+    data_fingerprint: str = ""
 
     @property
     def objective(self) -> float:

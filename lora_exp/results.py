@@ -36,6 +36,7 @@ def summed_up(tracked: tracking.Run, work: Work, records: list[Record], job: Job
         best_loss=float(best["eval/loss"]),
         best_step=int(best["step"]),
         test={name: value for record in records for name, value in _below("test/", record).items()},
+        data_fingerprint=work.data.fingerprint,
     )
 
 

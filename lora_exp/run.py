@@ -15,6 +15,7 @@ from lora_exp import models
 from lora_exp.backends import Adapted, Origin, adapt
 from lora_exp.config import Config, TrainConfig, flat_values
 from lora_exp.data import Data, Tokenizer, kind_of, load_data
+from lora_exp.data.origin import record_data
 from lora_exp.job import Job, Result
 from lora_exp.keeping import take_back_kept
 from lora_exp.machine import signals
@@ -27,7 +28,6 @@ from lora_exp.plan.precheck import check_fits, memory_errors_explained
 from lora_exp.recording import Recorder, log_files
 from lora_exp.results import log_result, report, saved_evaluation, summed_up
 from lora_exp.tracking import mlflow as tracking
-from lora_exp.tracking.lineage import data_facts
 from lora_exp.tracking.setup import log_setup, run_name, sweep_name
 from lora_exp.training.batches import check_evaluation, check_rows, evaluation_batches, training_batches
 from lora_exp.training.best import Best
@@ -90,9 +90,7 @@ def _prepare(tracked: tracking.Run, config: Config, place: Place) -> tuple[Adapt
         source = models.find_source(config.model)
         tokenizer = functools.cache(lambda: models.load_tokenizer(source, config.model))
         data = load_data(config.data, tokenizer)
-    train, validation = len(data.train), len(data.validation)  # type: ignore[arg-type]
-    tracked.log_dataset(data_facts(config.data, {"training": train, "validation": validation}))
-    log.info(f"data   {config.data.label}: {train:,} training and {validation:,} validation {data.rows}")
+    record_data(tracked, kind_of(config.data), data)
     check_rows(data.train, config.train.micro_batch_size)
     check_evaluation(data.validation)
     _resume_collection()

@@ -7,6 +7,7 @@ on.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import random
@@ -73,7 +74,8 @@ class FileSource:
         return read_file(self.path)
 
     def identity(self) -> list[object]:
-        return [file_sha256(self.path), self.path.suffix.lower(), self.weight]
+        state = self.path.stat()
+        return [_sha256(self.path, state.st_mtime_ns, state.st_size), self.path.suffix.lower(), self.weight]
 
 
 def records(
@@ -268,6 +270,13 @@ def _files(section: DataConfig, named: object, key: str) -> list[Source]:
         for path, weight in weights_of(named).items()
         for file in find_files(path, _suffixes(section), key)[0]
     ]
+
+
+@functools.lru_cache(maxsize=1024)
+def _sha256(path: Path, mtime_ns: int, size: int) -> str:
+    """Once a process, as fingerprint and origin both ask."""
+    del mtime_ns, size
+    return file_sha256(path)
 
 
 def _suffixes(section: DataConfig) -> tuple[str, ...]:

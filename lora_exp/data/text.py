@@ -37,7 +37,7 @@ datasets.disable_progress_bars()
 _FORMAT = 3
 _FACTS = "facts.json"
 _BATCH = 2**20  # characters that are tokenised at once
-_SHOWN = 300  # characters of the example
+_SHOWN = 150  # characters of the example
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ def collate_blocks(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def example(blocks: Dataset, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The beginning of the first block, decoded."""
-    text = str(tokenizer.decode(blocks[0]["input_ids"]))
+    """The beginning of the first block, decoded, in one line."""
+    text = " ".join(str(tokenizer.decode(blocks[0]["input_ids"])).split())
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 

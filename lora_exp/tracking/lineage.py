@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import getpass
-import hashlib
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_exp.config import DataConfig
-from lora_exp.machine.cache import file_sha256
 from lora_exp.tracking.provenance import git_facts, redacted
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
-
-_DIGEST = 16  # MLflow takes 36 characters
 
 
 def origin_tags() -> dict[str, str]:
@@ -29,32 +23,12 @@ def origin_tags() -> dict[str, str]:
     return {key: redacted(value) for key, value in (tags | git).items() if value}
 
 
-def data_facts(section: DataConfig, rows: Mapping[str, int]) -> dict[str, str]:
-    """A dataset as MLflow lists it: its name, the hash of its files, where they come from, how many rows it has."""
-    packaged = section.packaged
-    if isinstance(section.path, str):
-        digest, source = _digest_of(Path(section.path).expanduser()), {"path": section.path}
-    elif packaged:
-        digest = packaged.sha256[:_DIGEST]
-        source = {"package": f"{packaged.distribution}=={packaged.version}", "file": packaged.file}
-    else:
-        digest, source = hashlib.sha256(section.label.encode()).hexdigest()[:_DIGEST], {}
-    kind = "local" if section.path else "package"
-    return {
-        "name": section.label,
-        "digest": digest,
-        "source_type": kind,
-        "source": json.dumps(source),
-        "profile": json.dumps(dict(rows)),
-    }
-
-
 def log_dataset(client: MlflowClient, run_id: str, facts: Mapping[str, str]) -> None:
-    """Fill the run's Dataset column."""
+    """Fill the run's Dataset column; ``context`` among ``facts`` is training, validation or test."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    tag = InputTag("mlflow.data.context", "training")
-    known = {name: redacted(value) for name, value in facts.items()}
+    tag = InputTag("mlflow.data.context", facts["context"])
+    known = {name: redacted(value) for name, value in facts.items() if name != "context"}
     client.log_inputs(run_id, [DatasetInput(Dataset(**known), [tag])])
 
 
@@ -78,10 +52,3 @@ def _user() -> str:
         return getpass.getuser()
     except (OSError, KeyError, ImportError):  # no name for this user id, as in some containers
         return ""
-
-
-def _digest_of(path: Path) -> str:
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    parts = [(file.name if file == path else str(file.relative_to(path)), file_sha256(file)) for file in files]
-    whole = parts[0][1] if path.is_file() else hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    return whole[:_DIGEST]

@@ -14,10 +14,9 @@ import pytest
 from mlflow.entities import Run as FoundRun
 from mlflow.tracking import MlflowClient
 
-from lora_exp.config import DataConfig, PackagedConfig, TrackingConfig
+from lora_exp.config import TrackingConfig
 from lora_exp.tracking import artifacts
 from lora_exp.tracking.artifacts import local_folder, store
-from lora_exp.tracking.lineage import data_facts
 from lora_exp.tracking.links import where_to_look
 from lora_exp.tracking.mlflow import open_run
 from lora_exp.tracking.system_metrics import sampled
@@ -52,9 +51,13 @@ def test_a_run_fills_the_columns_of_the_list(cli: Cli, tiny_overrides: list[str]
     assert run.data.tags["mlflow.source.name"] == "lora-exp"
     assert run.data.tags["mlflow.source.type"] == "LOCAL"
     assert run.data.tags["mlflow.user"]
-    (data,) = run.inputs.dataset_inputs
-    assert (data.dataset.name, len(data.dataset.digest), data.tags[0].value) == ("text", 16, "training")
-    assert '"training": ' in data.dataset.profile
+    data = {each.tags[0].value: each.dataset for each in run.inputs.dataset_inputs}
+    assert set(data) == {"training", "validation"}
+    assert {(each.name, len(each.digest), each.source_type) for each in data.values()} == {("text", 16, "local")}
+    assert '"held out for validation": 0.05' in data["validation"].source
+    assert data["training"].digest != data["validation"].digest
+    assert '"rows": ' in data["training"].profile
+    assert len(run.data.tags["data_fingerprint"]) == 20
     (model,) = run.outputs.model_outputs
     logged = client.get_logged_model(model.model_id)
     assert (logged.name, str(logged.status), logged.params["rank"]) == ("tiny-lora", "READY", "2")
@@ -236,19 +239,6 @@ def test_a_sampler_that_cannot_send_harms_nothing() -> None:
 
 
 # Data
-
-
-def test_a_datasets_digest_is_that_of_its_content(tmp_path: Path) -> None:
-    one, other = tmp_path / "one", tmp_path / "other"
-    for folder in (one, other):
-        folder.mkdir()
-        (folder / "a.txt").write_text("hello")
-    facts = [data_facts(DataConfig(label="x", path=str(folder)), {}) for folder in (one, other)]
-    assert facts[0]["digest"] == facts[1]["digest"]
-    (other / "a.txt").write_text("hallo")
-    assert data_facts(DataConfig(label="x", path=str(other)), {})["digest"] != facts[0]["digest"]
-    packaged = PackagedConfig("d", "1", "f", "ab" * 32)
-    assert data_facts(DataConfig(label="x", packaged=packaged), {})["digest"] == "ab" * 8
 
 
 @pytest.mark.parametrize("error", [RuntimeError("broke"), KeyboardInterrupt()])
