@@ -48,7 +48,9 @@ def main(overrides: list[str]) -> None:
 
 
 @torch.no_grad()
-def features(trunk: nn.Module, kind: DataKind, rows: torch.utils.data.Dataset[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
+def features(
+    trunk: nn.Module, kind: DataKind, rows: torch.utils.data.Dataset[dict[str, Tensor]]
+) -> tuple[Tensor, Tensor]:
     """Mean-pooled features (N, D) and classes (N,)."""
     found, labels = [], []
     for batch in DataLoader(rows, batch_size=16, collate_fn=kind.collate):

@@ -34,9 +34,7 @@ def trained_positions(facts: Mapping[str, object]) -> int | None:
     return next((value for value in values if isinstance(value, int) and value > 0), None)
 
 
-def length_problem(
-    facts: Mapping[str, object], size: int, label: str | None, field: str = "block_size"
-) -> str | None:
+def length_problem(facts: Mapping[str, object], size: int, label: str | None, field: str = "block_size") -> str | None:
     """Why rows of this ``size``, which ``data.FIELD`` sets, cannot be trained on; None if they can."""
     most = most_positions(facts)
     if most is None or size <= most:

@@ -233,7 +233,9 @@ def _warnings(config: Config, model: nn.Module, step: Step) -> list[str]:
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     wanted = kind_of(config.data).positions
     if isinstance(positions, int) and wanted is not None and wanted > positions:
-        found.append(f"data.{kind_of(config.data).length_field}={wanted} is above the model's {positions} positions: lower it")
+        found.append(
+            f"data.{kind_of(config.data).length_field}={wanted} is above the model's {positions} positions: lower it"
+        )
     if step.all_logits:
         found.append(f"The loss holds all logits of a micro batch at once: {step.all_logits}.")
     return found

@@ -8,7 +8,14 @@ from pathlib import Path
 from lora_exp.models.kind import model_kind
 from lora_exp.models.kinds.causal_lm import CausalLM
 
-_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "special_tokens_map.json", "vocab.*")
+_FILES = (
+    "config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "vocab.*",
+)
 
 
 @model_kind("encoder")
