@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from lora_exp.config import DataConfig, ModelConfig
@@ -80,6 +81,28 @@ def find_files(named: str, suffixes: tuple[str, ...], key: str = "data.path") ->
         those = f", but {len(others)} others{_renaming(others[0], suffixes)}" if others else ""
         raise UserError(f"{key}={named} holds no {listed} file{those}")
     return found, others
+
+
+def class_folders(folder: Path) -> list[Path]:
+    """The folders inside, in order of their names, but hidden ones and those without a file; [] for a file."""
+    if not folder.is_dir():
+        return []
+    inside = (path for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
+    return sorted(path for path in inside if next(files_of(path), None))
+
+
+def files_of(folder: Path) -> Iterator[Path]:
+    """The files of one class, also those in folders below, in order; hidden ones are none of it."""
+    return (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith("."))
+
+
+def is_of_classes(named: object) -> bool:
+    """Whether it names folders alone that have a folder a class."""
+    try:
+        paths = [Path(path).expanduser() for path in weights_of(named)]
+    except UserError:
+        return False
+    return bool(paths) and all(map(class_folders, paths))
 
 
 def image_path_problem(named: str) -> str | None:

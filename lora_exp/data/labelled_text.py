@@ -5,8 +5,7 @@ Letters: N rows, B of a batch, T tokens of the longest of a batch, K classes.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,12 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lora_exp.data.class_folders import class_folders, files_of
+from lora_exp.config import DataConfig
+from lora_exp.data.broken import BadRecords, Broken
+from lora_exp.data.class_folders import ordered_classes, sources_of_classes
+from lora_exp.data.formats import Record
 from lora_exp.data.kind import Batch, Data, Row
-from lora_exp.data.sources import BadRecords, records
-from lora_exp.data.split import held_out_by_class
+from lora_exp.data.rows import tokenizer_identity
+from lora_exp.data.sources import Items, Source, fingerprint, held_out_fractions
+from lora_exp.data.split import SPLITS
+from lora_exp.data.values import in_words
 from lora_exp.errors import UserError
-from lora_exp.machine.packaged import find_packaged, install_line
 from lora_exp.training.classes import class_losses
 from lora_exp.training.metrics import RowLosses
 
@@ -30,15 +33,10 @@ if TYPE_CHECKING:
 
     from lora_exp.data.kinds.text_classification import TextClassification
 
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Example:
-    """One text, or two that belong together, and the name of its class."""
-
-    texts: tuple[str, ...]
-    label: str
+# Raised when rows made by an older version of this file would differ.
+_FORMAT = 1
+_SHOWN = 300  # characters of the example
+Example = tuple[tuple[str, ...], str]  # one text, or two that belong together, and the name of its class
 
 
 @dataclass(frozen=True)
@@ -63,65 +61,58 @@ class Texts(Dataset[Row]):
 
 
 def load_texts(section: TextClassification, tokenizer: PreTrainedTokenizerBase) -> Data:
-    """Read, split and tokenise. Of each class its share is held out.
+    """Read, split and tokenise.
 
-    Raises UserError for texts that cannot be had, or of less than two classes.
+    Raises UserError for texts that cannot be had, too many bad ones, or less than two classes.
     """
-    found = examples(section)
-    classes = class_names(found, section)
     _check_length(section, tokenizer)
-    indices = {name: index for index, name in enumerate(classes)}
-    labels = [indices[example.label] for example in found]
+    splits, bad = examples(section)
+    classes = class_names(splits, section)
     padding = next((each for each in (tokenizer.pad_token_id, tokenizer.eos_token_id) if each is not None), 0)
-    tokens, cut = _tokenise([example.texts for example in found], section.max_length, tokenizer)
-    if cut:
-        log.info(f"data   {cut:,} of {len(found):,} texts are cut to their first {section.max_length} tokens")
-    train, validation = held_out_by_class(labels, section.val_fraction)
-
-    def rows(chosen: Sequence[int]) -> Texts:
-        return Texts([tokens[index] for index in chosen], [labels[index] for index in chosen], padding)
-
+    indices, rows, said = {name: index for index, name in enumerate(classes)}, {}, bad.said()
+    for split, found in splits.items():
+        tokens, cut = _tokenise([texts for texts, _ in found], section.max_length, tokenizer)
+        rows[split] = Texts(tokens, [indices[label] for _, label in found], padding)
+        if cut:
+            said.append(f"{cut:,} of {len(found):,} {split} texts are cut to their first {section.max_length} tokens")
     return Data(
-        train=rows(train),
-        validation=rows(validation),
+        train=rows["train"],
+        validation=rows["validation"],
         rows=f"texts of {len(classes)} classes",
         shape={"class_names": classes, "max_length": section.max_length, "pad_token_id": padding},
+        test=rows["test"] if len(rows["test"]) else None,
+        fingerprint=fingerprint(section, _FORMAT, tokenizer_identity(tokenizer), find=_sources),
+        said=[*said, *_missing_classes(splits, classes)],
+        example=_shown(rows["train"], classes, tokenizer),
     )
 
 
-def examples(section: TextClassification) -> list[Example]:
-    """Every record's text and class, each text once: held out it would else have been seen.
+def examples(section: TextClassification) -> tuple[dict[str, list[Example]], BadRecords]:
+    """The texts and classes of every split, and what could not be used.
 
-    Raises UserError for bad records, above ``data.max_bad_fraction`` of them.
+    Folders of classes are held out in equal shares, as are records that are in order of their classes. Raises
+    UserError for sources that cannot be had, or of which more than ``data.max_bad_fraction`` cannot be used.
     """
-    bad, found, total, repeated = BadRecords(section.max_bad_fraction), {}, 0, 0
-    for where, record in _records(section, bad):
-        total += 1
-        example = _example(record, section)
-        if isinstance(example, str):
-            bad.add(where, example)
-        elif (known := found.get(example.texts)) is None:
-            found[example.texts] = example
-        elif known.label == example.label:
-            repeated += 1
-        else:
-            bad.add(where, f"the same text is {known.label!r} elsewhere and {example.label!r} here")
-    bad.check(total)
-    if repeated:
-        log.info(f"data   {repeated:,} of {total:,} texts are there before, word for word: they are left out")
-    return list(found.values())
+    bad = BadRecords(section.max_bad_fraction)
+
+    def read(source: Source) -> Iterator[tuple[str, Example | Broken]]:
+        for where, record in source.read():
+            yield where, record if isinstance(record, Broken) else _example(record, section)
+
+    sources = {split: _sources(section, split) for split in SPLITS}
+    items = Items(section, sources, read, held_out_fractions(section, sources), "text")
+    return {split: [example for _, example in items.of(split, bad)] for split in SPLITS}, bad
 
 
-def class_names(found: list[Example], section: TextClassification) -> tuple[str, ...]:
-    """The classes in order: of their numbers if they are numbers, else of their names."""
-    names = {example.label for example in found}
+def class_names(splits: Mapping[str, list[Example]], section: TextClassification) -> tuple[str, ...]:
+    """The classes of all splits, in order."""
+    names = {label for found in splits.values() for _, label in found}
     if len(names) < 2:
         raise UserError(
-            f"data={section.label} has {len(found)} texts of {len(names)} classes "
-            f"({', '.join(names) or 'none'}): give texts of two at least, or set data.label_field"
+            f"data={section.label} has texts of {len(names)} classes ({', '.join(names) or 'none'}): give texts of two "
+            "at least, or set data.label_field"
         )
-    are_numbers = all(name.isdecimal() for name in names)
-    return tuple(sorted(names, key=lambda name: (int(name) if are_numbers else 0, name)))
+    return ordered_classes(names)
 
 
 def collate_texts(rows: list[Row]) -> Batch:
@@ -146,51 +137,48 @@ def _filled(rows: list[Row], name: str, longest: int) -> Tensor:
     return torch.stack([F.pad(row[name], (0, longest - len(row[name]))) for row in rows])
 
 
-def _records(section: TextClassification, bad: BadRecords) -> Iterator[tuple[str, dict[str, object]]]:
-    folder = _folder(section)
-    if folder is None:
-        yield from records(section, "train", bad)
-        return
-    for each in class_folders(folder):
-        for file in files_of(each):
-            try:
-                text = file.read_bytes().decode("utf-8-sig")
-            except UnicodeDecodeError as error:
-                bad.add(str(file), f"it is not UTF-8 text ({error.reason} at byte {error.start})")
-            else:
-                yield str(file), {section.text_field: text, section.label_field: each.name}
+def _sources(section: DataConfig, split: str) -> list[Source]:
+    assert hasattr(section, "text_field")
+    assert hasattr(section, "label_field")
+    text_field = str(section.text_field)
+
+    def read_one(file: Path) -> Record | Broken:
+        try:
+            return {text_field: file.read_bytes().decode("utf-8-sig")}
+        except UnicodeDecodeError as error:
+            return Broken(f"it is not UTF-8 text ({error.reason} at byte {error.start})")
+
+    return sources_of_classes(section, split, str(section.label_field), read_one)
 
 
-def _folder(section: TextClassification) -> Path | None:
-    """Where there is a folder a class; None if there are records to read."""
-    if section.path:
-        path = Path(section.path).expanduser()
-        return path if class_folders(path) else None
-    assert section.packaged is not None
-    found = find_packaged(section.packaged)
-    if found is None:
-        raise UserError(
-            f"data={section.label} is not installed: {install_line(section.packaged)}, "
-            "or take your own texts by data=text_classification data.path=FILE_OR_FOLDER"
-        )
-    return found
-
-
-def _example(record: dict[str, object], section: TextClassification) -> Example | str:
-    """The record as an example, or what is wrong with it."""
+def _example(record: Record, section: TextClassification) -> Example | Broken:
     fields = [section.text_field] + ([section.pair_field] if section.pair_field else [])
-    if missing := [name for name in (*fields, section.label_field) if record.get(name) is None]:
-        return f"it lacks {missing[0]} (it has {', '.join(map(str, list(record)[:20])) or 'nothing'})"
-    texts = [record[name] for name in fields]
-    for name, text in zip(fields, texts, strict=True):
+    for name in (*fields, section.label_field):
+        if name not in record:
+            return Broken(f"it lacks {name} (it has {', '.join(map(str, list(record)[:20])) or 'nothing'})")
+    for name in fields:
+        text = record[name]
         if not isinstance(text, str):
-            return f"{name} is {type(text).__name__}, and must be text"
+            return Broken(f"{name} is {in_words(text)}, and must be text")
         if not text.strip():
-            return f"{name} is empty"
+            return Broken(f"{name} is empty")
     label = record[section.label_field]
     if not isinstance(label, (str, int)) or not str(label).strip():
-        return f"{section.label_field} is {label!r}, and must be a name or a number"
-    return Example(tuple(str(text).strip() for text in texts), str(label).strip())
+        return Broken(f"{section.label_field} is {in_words(label)}, and must be a name or a whole number")
+    return tuple(str(record[name]).strip() for name in fields), str(label).strip()
+
+
+def _missing_classes(splits: Mapping[str, list[Example]], classes: Sequence[str]) -> list[str]:
+    missing = sorted(set(classes) - {label for _, label in splits["train"]})
+    return [f"no text of {', '.join(missing)} is trained on: it is held out alone"] if missing else []
+
+
+def _shown(rows: Texts, classes: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The first row, dimmed as nothing of it is predicted, and its class."""
+    if not len(rows):
+        return ""
+    text = str(tokenizer.decode(rows.tokens[0]["input_ids"]))
+    return f"\x1b[2m{text[:_SHOWN]}{'…' * (len(text) > _SHOWN)}\x1b[0m → {classes[rows.labels[0]]}"
 
 
 def _check_length(section: TextClassification, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -205,6 +193,8 @@ def _tokenise(
     texts: list[tuple[str, ...]], longest: int, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[dict[str, Tensor]], int]:
     """Each text's tokens, and how many texts were cut."""
+    if not texts:
+        return [], 0
     columns = [list(column) for column in zip(*texts, strict=True)]
     whole = tokenizer(*columns, return_attention_mask=False)
     over = [index for index, ids in enumerate(whole["input_ids"]) if len(ids) > longest]

@@ -61,6 +61,9 @@ class Source(Protocol):
         """What changes when its content does."""
 
 
+Find = Callable[[DataConfig, str], list[Source]]
+
+
 @dataclass(frozen=True)
 class FileSource:
     path: Path
@@ -115,9 +118,12 @@ def sources_of(section: DataConfig, split: str) -> list[Source]:
     return [hub_source(section, section.split or "train") if section.name else _packaged(section)]
 
 
-def fingerprint(section: DataConfig, *parts: object) -> str:
-    """The hash of all that the rows follow from: the content of every source, the fields of the kind, and ``parts``."""
-    sources = {split: [source.identity() for source in sources_of(section, split)] for split in SPLITS}
+def fingerprint(section: DataConfig, *parts: object, find: Find | None = None) -> str:
+    """The hash of all that the rows follow from: the content of every source, the fields of the kind, and ``parts``.
+
+    ``find``: what finds the sources of a split where it is not ``sources_of``.
+    """
+    sources = {split: [source.identity() for source in (find or sources_of)(section, split)] for split in SPLITS}
     values = {each.name: getattr(section, each.name) for each in fields(section) if each.name not in _ELSEWHERE}
     return hashlib.sha256(json.dumps([sources, values, parts], default=str).encode()).hexdigest()[:20]
 

@@ -99,7 +99,7 @@ def file_sha256(path: Path) -> str:
 
 
 def folder_sha256(folder: Path) -> str:
-    """SHA-256 of the sorted lines "DIGEST  PATH" of a folder's files, which ``sha256sum`` prints; none hidden counts."""
+    """SHA-256 of the sorted lines "DIGEST  PATH", as ``sha256sum`` prints them, of a folder's files but hidden ones."""
     lines = [f"{file_sha256(folder / name)}  {name}\n" for name in _files(folder)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 

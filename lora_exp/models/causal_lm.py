@@ -58,6 +58,7 @@ def load(
     _check_length(facts.to_dict(), shape, section)
     try:
         with quantising(quantization, place) as quantised:
+            model: PreTrainedModel
             model, found = auto_class(shape).from_pretrained(
                 source.name,
                 dtype=place.dtype,

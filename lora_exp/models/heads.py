@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _NAMES = "new_modules"  # where a model keeps them
 
 
-def auto_class(shape: Mapping[str, Any]) -> type:
+def auto_class(shape: Mapping[str, Any]) -> Any:
     """What makes a model: one with a head for classes where the data has any, else a causal language model."""
     return AutoModelForSequenceClassification if "class_names" in shape else AutoModelForCausalLM
 
@@ -35,7 +35,7 @@ def set_classes(facts: PreTrainedConfig, shape: Mapping[str, Any]) -> None:
 
 
 def head_options(facts: PreTrainedConfig, shape: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``from_pretrained`` is told beside, for data with classes: a head for others, which a file may have, goes."""
+    """What ``from_pretrained`` is told for data with classes. A head for others, which a file may have, is replaced."""
     if "class_names" not in shape:
         return {}
     set_classes(facts, shape)
@@ -76,9 +76,10 @@ def unknown_to_transformers(section: ModelConfig, shape: Mapping[str, Any], erro
     if "class_names" not in shape or "Unrecognized configuration class" not in str(error):
         return None
     kind = re.search(r"(\w+)Config'>", str(error))
+    named = f"{section.label or section.name} ({kind[1] if kind else 'its architecture'})"
     return (
-        f"model={section.label or section.name} ({kind[1] if kind else 'its architecture'}) has no classifier of text in "
-        "transformers: choose an encoder (model=minilm, model=encoder) or another causal model"
+        f"model={named} has no classifier of text in transformers: "
+        " choose an encoder (model=minilm, model=encoder) or another causal model"
     )
 
 

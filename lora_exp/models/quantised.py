@@ -171,4 +171,7 @@ def _skipped(model: nn.Module, suffixes: list[str] | None) -> list[str]:
     from transformers.quantizers.base import get_keys_to_not_convert
 
     named = matching(suffixes, dict(model.named_modules()), "quantization.skip_modules") if suffixes else ()
-    return [re.escape(name) for name in (*get_keys_to_not_convert(model), *heads_of(model), *sorted(named))]
+    return [
+        re.escape(name)
+        for name in (*get_keys_to_not_convert(model), *heads_of(cast("PreTrainedModel", model)), *sorted(named))
+    ]

@@ -246,7 +246,7 @@ def test_a_quantised_base_gets_a_head_in_float32(kind: str, quantised: str, fold
     torch.manual_seed(0)
     folder = tmp_path / "base"
     (AutoModel if kind in ENCODERS else AutoModelForCausalLM).from_config(wider).save_pretrained(folder)
-    section = QuantizationConfig(quantised, block_size=64 if quantised == "nf4" else 64)
+    section = QuantizationConfig(quantised, block_size=64)
     config = configured(folder, quantization=section)
     adapted, _ = trained(config, tmp_path)
     assert {parameter.dtype for parameter in adapted.parameters} == {torch.float32}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_exp.data.kind import Batch, Data, DataKind, Row, Tokenizer, data_kind
+from lora_exp.inputs import RECORD_SUFFIXES, is_of_classes, source_problems
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,7 +33,11 @@ class TextClassification(DataKind):
     length_field: ClassVar[str] = "max_length"
 
     def problems(self, task: str) -> list[str]:
-        found = []
+        known = copy.copy(self)
+        for key in ("path", "validation_path", "test_path"):  # folders of classes have no suffix to be known by
+            if is_of_classes(getattr(self, key)):
+                setattr(known, key, None)
+        found = source_problems(known, RECORD_SUFFIXES, task == "train")
         if self.max_length < 3:
             found.append(f"data.max_length={self.max_length} is below 3: 128 to 512 tokens are common")
         if self.pair_field is not None and self.pair_field == self.text_field:
@@ -55,7 +61,7 @@ class TextClassification(DataKind):
     def plan_shape(self) -> Mapping[str, Any]:
         from lora_exp.data.labelled_text import class_names, examples
 
-        return {"class_names": class_names(examples(self), self), "max_length": self.max_length}
+        return {"class_names": class_names(examples(self)[0], self), "max_length": self.max_length}
 
     def row(self) -> Row:
         import torch
