@@ -97,7 +97,7 @@ def _finished(job: Job, composed: DictConfig) -> float:
                 _finish(job, values, "KILLED", error=str(stop or type(error).__name__))
                 raise stop or error from None
             message = _explain(error, job)
-            _finish(job, values, "FAILED", getattr(error, "result", None), error=message)
+            _finish(job, values, "FAILED", error=message)
             if job.sweep_folder is not None:
                 log.error(message)
             raise JobError(message) from error
@@ -165,7 +165,7 @@ def _explain(error: Exception, job: Job) -> str:
         reason = message.splitlines()[0]
         return f"The disk is full ({reason}): make room{_kept(job)}"
     if isinstance(error, UserError) and message and not getattr(error, "trace", None):
-        return message + (_kept(job) if type(error).__name__ == "TrackingError" else "")
+        return message
     if isinstance(error, OSError) and error.strerror:
         where = f" ({error.filename})" if error.filename else ""
         return f"{error.strerror}{where}: free or mend it{_kept(job)}"

@@ -16,6 +16,7 @@ from lora_exp.config import KNOBS
 from lora_exp.job import RESULT_FILE, Outcome, PlanResult, Result, read_metrics, read_outcome, shown
 from lora_exp.plots import final_loss, loss_curves
 from lora_exp.tracking import mlflow as tracking
+from lora_exp.tracking.sweeps import SweepRun
 
 # Each with how a result shows it; metrics come behind the loss. A column that is empty for every job is left out.
 RESULT_COLUMNS: dict[str, Callable[[Result], str]] = {
@@ -70,9 +71,13 @@ def report_sweep(folder: Path, interrupted: bool) -> bool:
     jobs = collect(folder)
     finished = all(job.outcome.status == "FINISHED" for job in jobs)
     status = "KILLED" if interrupted else "FINISHED" if finished and jobs else "FAILED"
-    tracking.end_sweep(folder, status)  # before what a full disk or a slow server can stop
-    if not jobs:
-        return not interrupted
+    with tracking.ended_sweep(folder, status) as tracked:
+        if jobs:
+            _sum_up(folder, jobs, tracked)
+    return finished and not interrupted if jobs else not interrupted
+
+
+def _sum_up(folder: Path, jobs: list[JobReport], tracked: SweepRun | None) -> None:
     varying = differing(jobs)
     columns = result_columns(jobs)
     rows = [_row(job, varying, columns) for job in jobs]
@@ -83,9 +88,9 @@ def report_sweep(folder: Path, interrupted: bool) -> bool:
     (folder / "comparison.md").write_text(markdown)
     pictures = draw(folder, jobs, varying)
     files = [folder / "comparison.csv", folder / "comparison.md", *pictures]
-    tracking.describe_sweep(folder, markdown, files)
-    tracking.sum_up_sweep(folder, _best_run(jobs), _params(jobs))
-    return finished and not interrupted
+    if tracked is not None:
+        tracked.describe(markdown, files)
+        tracked.sum_up(_best_run(jobs), _params(jobs))
 
 
 def collect(folder: Path) -> list[JobReport]:
