@@ -13,7 +13,17 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_exp.config import KNOBS
-from lora_exp.job import RESULT_FILE, Outcome, PlanResult, Result, read_metrics, read_outcome, shown
+from lora_exp.job import (
+    RESULT_FILE,
+    AnyResult,
+    Outcome,
+    PlanResult,
+    Result,
+    SyncResult,
+    read_metrics,
+    read_outcome,
+    shown,
+)
 from lora_exp.plots import final_loss, loss_curves
 from lora_exp.tracking import mlflow as tracking
 from lora_exp.tracking.sweeps import SweepRun
@@ -173,7 +183,9 @@ def _best_if_lost(result: Result) -> str:
     return f"{result.best_loss:.4f} @{result.best_step}"
 
 
-def _cells(result: Result | PlanResult) -> dict[str, str]:
+def _cells(result: AnyResult) -> dict[str, str]:
+    if isinstance(result, SyncResult):
+        return {}
     if isinstance(result, PlanResult):
         return {name: show(result) for name, show in PLAN_COLUMNS.items()}
     metrics = {name: shown(value) for name, value in result.metrics.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ class Told:
     trouble: str = ""
 
 
-def tell_rest(folder: Path, run_id: str, patience_s: float, at_most_s: float) -> Told:
+def tell_rest(folder: Path, run_id: str, patience_s: float, at_most_s: float = math.inf) -> Told:
     """Deliver the journal of ``run_id`` in ``folder``. A live process's own is left to it."""
     try:
         outbox = Outbox(folder, run_id)

@@ -24,7 +24,7 @@ _CLASSES = {"cpu": "CPU", "gpu": "GPU"}
 
 
 @contextlib.contextmanager
-def sampled(send: Send, run_began_ms: int) -> Iterator[None]:
+def sampled(send: Send, run_began_ms: int | None = None) -> Iterator[None]:
     """Send a sample every ten seconds (MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL) of a block, and one at its end.
 
     Steps count intervals since the run began, so that a run that goes on repeats none.
@@ -42,9 +42,9 @@ def sampled(send: Send, run_began_ms: int) -> Iterator[None]:
         sampler.stop()
 
 
-def _first_step(run_began_ms: int, interval_s: float) -> int:
+def _first_step(run_began_ms: int | None, interval_s: float) -> int:
     """Behind any that an earlier process can have sent: one an interval, and one at its end."""
-    since_s = max(0.0, time.time() - run_began_ms / 1000)
+    since_s = 0.0 if run_began_ms is None else time.time() - run_began_ms / 1000
     return 0 if since_s < 1 else int(since_s / interval_s) + 2
 
 
