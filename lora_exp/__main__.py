@@ -22,7 +22,7 @@ from lora_exp.checks import check
 from lora_exp.config import Config, conf_folder, flat_values, register, to_config
 from lora_exp.credentials import CredentialError, adopt_login, redacted, refuse_in_arguments
 from lora_exp.errors import UserError
-from lora_exp.job import RESULT_FILE, SWEEP_FILE, Job, Outcome, PlanResult, Result, filed, read_swept, write_outcome
+from lora_exp.job import RESULT_FILE, SWEEP_FILE, AnyResult, Job, Outcome, filed, read_swept, write_outcome
 from lora_exp.machine import claims, signals
 from lora_exp.machine.allocator import keep_freed_memory
 from lora_exp.machine.waiting import wait_briefly
@@ -97,7 +97,7 @@ def _finished(job: Job, composed: DictConfig) -> float:
                 _finish(job, values, "KILLED", error=str(stop or type(error).__name__))
                 raise stop or error from None
             message = _explain(error, job)
-            _finish(job, values, "FAILED", getattr(error, "result", None), error=message)
+            _finish(job, values, "FAILED", error=message)
             if job.sweep_folder is not None:
                 log.error(message)
             raise JobError(message) from error
@@ -106,7 +106,7 @@ def _finished(job: Job, composed: DictConfig) -> float:
     return result.objective
 
 
-def _run(config: Config, job: Job) -> Result | PlanResult:
+def _run(config: Config, job: Job) -> AnyResult:
     # torch, transformers and mlflow only when there is something to run. Their imports make a million objects that
     # stay: looking through them for garbage meanwhile took a tenth of the start. A run switches it on again.
     gc.disable()
@@ -116,6 +116,11 @@ def _run(config: Config, job: Job) -> Result | PlanResult:
                 from lora_exp.plan.run import run_plan
 
             return run_plan(config, job)
+        if config.task == "sync":
+            with signals.at_once():
+                from lora_exp.tracking.sync import run_sync
+
+            return run_sync(config)
         with signals.at_once():
             from lora_exp.run import run
 
@@ -149,7 +154,7 @@ def _finish(
     job: Job,
     values: dict[str, object],
     status: str,
-    result: Result | PlanResult | None = None,
+    result: AnyResult | None = None,
     error: str | None = None,
 ) -> None:
     try:
@@ -165,7 +170,7 @@ def _explain(error: Exception, job: Job) -> str:
         reason = message.splitlines()[0]
         return f"The disk is full ({reason}): make room{_kept(job)}"
     if isinstance(error, UserError) and message and not getattr(error, "trace", None):
-        return message + (_kept(job) if type(error).__name__ == "TrackingError" else "")
+        return message
     if isinstance(error, OSError) and error.strerror:
         where = f" ({error.filename})" if error.filename else ""
         return f"{error.strerror}{where}: free or mend it{_kept(job)}"

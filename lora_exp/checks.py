@@ -22,7 +22,7 @@ from lora_exp.models.kind import model_kind_of, model_kinds
 from lora_exp.training.checks import train_problems
 from lora_exp.training.trainer import trainers
 
-TASKS = ("train", "plan")
+TASKS = ("train", "plan", "sync")
 QUANTIZATIONS = ("none", "nf4", "fp4", "int8")
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
 BIASES = ("none", "all", "lora_only")

@@ -257,7 +257,10 @@ class TrackingConfig:
 
 @dataclass
 class Config:
-    """One experiment. ``plugins``: modules of the user's own, imported before the config is checked."""
+    """One experiment. ``plugins``: modules of the user's own, imported before the config is checked.
+
+    ``run``: the folder that ``task=sync`` looks into.
+    """
 
     layer: LayerConfig = field(default_factory=LayerConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
@@ -272,6 +275,7 @@ class Config:
     plan: PlanConfig = field(default_factory=PlanConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
     task: str = "train"
+    run: str | None = None
     rank: int = 8
     alpha: Any = 16
     dropout: float = 0.0
@@ -387,6 +391,8 @@ def flat_values(config: Config) -> dict[str, object]:
     values["lr"] = values.pop("optimizer.lr")
     if not config.plugins:
         del values["plugins"]
+    if config.run is None:
+        del values["run"]
     if not config.adapter.is_added:  # LoRA's knobs have no meaning there, and would group unlike runs
         return {key: value for key, value in values.items() if key not in KNOBS}
     with contextlib.suppress(ValueError, ZeroDivisionError):  # a config that check() refuses is listed as it is

@@ -93,7 +93,23 @@ class PlanResult:
         return self.total_gib
 
 
-RESULTS: dict[str, type[Result] | type[PlanResult]] = {"train": Result, "plan": PlanResult}
+@dataclass(frozen=True)
+class SyncResult:
+    """What was delivered late: ``entries`` of ``runs`` runs. ``ended``: runs that were open and nobody's."""
+
+    runs: int
+    entries: int
+    ended: int
+    run_id: str | None = None
+
+    @property
+    def objective(self) -> float:
+        """Nothing that is minimised; a job has one."""
+        return 0.0
+
+
+AnyResult = Result | PlanResult | SyncResult
+RESULTS: dict[str, type[AnyResult]] = {"train": Result, "plan": PlanResult, "sync": SyncResult}
 
 
 @dataclass(frozen=True)
@@ -104,7 +120,7 @@ class Outcome:
     status: str
     overrides: list[str]
     values: dict[str, object]
-    result: Result | PlanResult | None = None
+    result: AnyResult | None = None
     error: str | None = None
 
 

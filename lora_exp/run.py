@@ -60,7 +60,7 @@ def run(config: Config, job: Job) -> Result:
     names = run_name(config, job), job.sweep_folder, sweep_name(config, job)
     result: Result | None = None
     try:
-        with tracking.open_run(config.tracking, *names) as tracked:
+        with tracking.open_run(config.tracking, *names, folder=job.folder) as tracked:
             log_setup(tracked, config, job, {"dtype": str(place.dtype), "device": str(place.device)})
             tracked.log_tags(precision.tags())
             with memory_errors_explained(config, place):

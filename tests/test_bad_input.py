@@ -219,7 +219,7 @@ def test_a_tracking_error_before_training_speaks_of_nothing_trained(
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("no such table")
 
-    monkeypatch.setattr("lora_exp.tracking.mlflow._experiment_id", broken)
+    monkeypatch.setattr("lora_exp.tracking.mlflow.experiment_id", broken)
     done = cli(*tiny_overrides)
     assert "no such table" in done.err
     assert "tracking=none" in done.err

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from lora_exp.errors import UserError
+from lora_exp.machine.process import Process
 
 _LOCK, _OWNER = ".in_use.lock", ".in_use.json"
 _mine: dict[Path, FileLock] = {}
@@ -35,13 +33,13 @@ def claim(folder: Path, setting: str) -> None:
         lock.acquire(timeout=0)
     except Timeout:
         raise FolderInUseError(
-            f"{folder} is in use by {_owner(folder)}: wait for it, or choose another folder with {setting}=FOLDER"
+            f"{folder} is in use by {_name(owner(folder))}: wait for it, or choose another folder with {setting}=FOLDER"
         ) from None
     except (NotImplementedError, OSError):  # a file system without locks, or one that is read-only: said elsewhere
         return
     _mine[folder] = lock
     with contextlib.suppress(OSError):
-        (folder / _OWNER).write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+        (folder / _OWNER).write_text(str(Process.mine()))
 
 
 def release(folder: Path) -> None:
@@ -71,9 +69,13 @@ def claimed(folder: Path, setting: str) -> Iterator[None]:
             release(folder)
 
 
-def _owner(folder: Path) -> str:
+def owner(folder: Path) -> Process | None:
+    """Who has claimed ``folder``, or had and ended before it could give it back."""
     try:
-        known = json.loads((folder / _OWNER).read_text())
-        return f"process {known['pid']} on {known['host']}"
-    except (OSError, ValueError, KeyError):
-        return "another process"
+        return Process.read((folder / _OWNER).read_text())
+    except OSError:
+        return None
+
+
+def _name(process: Process | None) -> str:
+    return f"process {process.pid} on {process.host}" if process else "another process"

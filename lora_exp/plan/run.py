@@ -29,7 +29,7 @@ def run_plan(config: Config, job: Job) -> PlanResult:
         with signals.at_once():
             take_precision(config.machine, torch.device("cpu"))
     names = run_name(config, job), job.sweep_folder, sweep_name(config, job)
-    with tracking.open_run(config.tracking, *names) as tracked:
+    with tracking.open_run(config.tracking, *names, folder=job.folder) as tracked:
         with signals.at_once():
             planner = Planner(config)
             plan = planner.plan()

@@ -13,9 +13,20 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_exp.config import KNOBS
-from lora_exp.job import RESULT_FILE, Outcome, PlanResult, Result, read_metrics, read_outcome, shown
+from lora_exp.job import (
+    RESULT_FILE,
+    AnyResult,
+    Outcome,
+    PlanResult,
+    Result,
+    SyncResult,
+    read_metrics,
+    read_outcome,
+    shown,
+)
 from lora_exp.plots import final_loss, loss_curves
 from lora_exp.tracking import mlflow as tracking
+from lora_exp.tracking.sweeps import SweepRun
 
 # Each with how a result shows it; metrics come behind the loss. A column that is empty for every job is left out.
 RESULT_COLUMNS: dict[str, Callable[[Result], str]] = {
@@ -68,9 +79,13 @@ def report_sweep(folder: Path, interrupted: bool) -> bool:
     jobs = collect(folder)
     finished = all(job.outcome.status == "FINISHED" for job in jobs)
     status = "KILLED" if interrupted else "FINISHED" if finished and jobs else "FAILED"
-    tracking.end_sweep(folder, status)  # before what a full disk or a slow server can stop
-    if not jobs:
-        return not interrupted
+    with tracking.ended_sweep(folder, status) as tracked:
+        if jobs:
+            _sum_up(folder, jobs, tracked)
+    return finished and not interrupted if jobs else not interrupted
+
+
+def _sum_up(folder: Path, jobs: list[JobReport], tracked: SweepRun | None) -> None:
     varying = differing(jobs)
     columns = result_columns(jobs)
     rows = [_row(job, varying, columns) for job in jobs]
@@ -81,9 +96,9 @@ def report_sweep(folder: Path, interrupted: bool) -> bool:
     (folder / "comparison.md").write_text(markdown)
     pictures = draw(folder, jobs, varying)
     files = [folder / "comparison.csv", folder / "comparison.md", *pictures]
-    tracking.describe_sweep(folder, markdown, files)
-    tracking.sum_up_sweep(folder, _best_run(jobs), _params(jobs))
-    return finished and not interrupted
+    if tracked is not None:
+        tracked.describe(markdown, files)
+        tracked.sum_up(_best_run(jobs), _params(jobs))
 
 
 def collect(folder: Path) -> list[JobReport]:
@@ -159,7 +174,9 @@ def _row(job: JobReport, varying: list[str], columns: list[str]) -> list[str]:
     return [*settings, *(_cells(result).get(name, "") for name in columns), outcome.status]
 
 
-def _cells(result: Result | PlanResult) -> dict[str, str]:
+def _cells(result: AnyResult) -> dict[str, str]:
+    if isinstance(result, SyncResult):
+        return {}
     if isinstance(result, PlanResult):
         return {name: show(result) for name, show in PLAN_COLUMNS.items()}
     found = {}

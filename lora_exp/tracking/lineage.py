@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from lora_exp.tracking.provenance import git_facts, redacted
 
 if TYPE_CHECKING:
+    from mlflow.entities import Run as StoredRun
     from mlflow.tracking import MlflowClient
 
 
@@ -37,6 +38,8 @@ def log_model(client: MlflowClient, run_id: str, name: str, params: Mapping[str,
     from mlflow.entities import LoggedModelOutput
 
     run = client.get_run(run_id)
+    if run.outputs and run.outputs.model_outputs:  # told before
+        return
     listed = {key: redacted(str(value))[:500] for key, value in params.items()}
     tags = {"files": f"{run.info.artifact_uri}/adapter"}
     experiment = run.info.experiment_id
@@ -45,6 +48,14 @@ def log_model(client: MlflowClient, run_id: str, name: str, params: Mapping[str,
     )
     client.finalize_logged_model(model.model_id, "READY")
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=step)])
+
+
+def take_over(client: MlflowClient, run_id: str, best: StoredRun) -> None:
+    """List the data and the model of ``best`` for another run, too."""
+    if best.inputs and best.inputs.dataset_inputs:
+        client.log_inputs(run_id, best.inputs.dataset_inputs)
+    if best.outputs and best.outputs.model_outputs:
+        client.log_outputs(run_id, best.outputs.model_outputs)
 
 
 def _user() -> str:

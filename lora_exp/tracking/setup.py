@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from lora_exp.config import Config, flat_values
 from lora_exp.credentials import redacted
 from lora_exp.job import Job
-from lora_exp.tracking.mlflow import Run
 from lora_exp.tracking.provenance import provenance_tags
+from lora_exp.tracking.tracked import Run
 
 
 def run_name(config: Config, job: Job) -> str:

@@ -24,17 +24,19 @@ _CLASSES = {"cpu": "CPU", "gpu": "GPU"}
 
 
 @contextlib.contextmanager
-def sampled(send: Send, is_wanted: bool | None = None) -> Iterator[None]:
+def sampled(send: Send, run_began_ms: int | None = None, is_wanted: bool | None = None) -> Iterator[None]:
     """Send a sample every ten seconds (MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL) of a block, and one at its end.
 
-    Unless ``is_wanted`` says so, MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING=false switches it off.
+    Steps count intervals since the run began, so that a run that goes on repeats none. Unless ``is_wanted`` says so,
+    MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING=false switches it off.
     """
     if is_wanted is None:
         is_wanted = os.environ.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true").lower() not in ("false", "0")
     if not is_wanted:
         yield
         return
-    sampler = _Sampler(send, float(os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL") or _INTERVAL_S))
+    interval_s = float(os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL") or _INTERVAL_S)
+    sampler = _Sampler(send, interval_s, _first_step(run_began_ms, interval_s))
     sampler.start()
     try:
         yield
@@ -42,13 +44,19 @@ def sampled(send: Send, is_wanted: bool | None = None) -> Iterator[None]:
         sampler.stop()
 
 
+def _first_step(run_began_ms: int | None, interval_s: float) -> int:
+    """Behind any that an earlier process can have sent: one an interval, and one at its end."""
+    since_s = 0.0 if run_began_ms is None else time.time() - run_began_ms / 1000
+    return 0 if since_s < 1 else int(since_s / interval_s) + 2
+
+
 class _Sampler:
-    def __init__(self, send: Send, interval_s: float) -> None:
+    def __init__(self, send: Send, interval_s: float, step: int) -> None:
         self._send, self._interval_s = send, interval_s
         self._over = threading.Event()
         self._process = _Process()
         self._machine: list[BaseMetricsMonitor] = []
-        self._step = 0
+        self._step = step
         self._thread = threading.Thread(target=self._sample_on, name="system metrics", daemon=True)
 
     def start(self) -> None:

@@ -38,7 +38,7 @@ def main() -> None:
 
 def _addresses(uri: str | None, server: str) -> tuple[str, list[str]]:
     """The store, and a line for each of its experiments with a run, the one with the newest first."""
-    from lora_exp.tracking.mlflow import connect, newest_experiments
+    from lora_exp.tracking.client import connect, newest_experiments
 
     section = TrackingConfig(uri=uri)
     found = newest_experiments(connect(section))

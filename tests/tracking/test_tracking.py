@@ -15,7 +15,10 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from lora_exp.config import TrackingConfig
-from lora_exp.tracking.mlflow import NoRun, describe_sweep, end_sweep, open_run, tracking_uri
+from lora_exp.tracking.client import tracking_uri
+from lora_exp.tracking.mlflow import open_run
+from lora_exp.tracking.sweeps import ended_sweep
+from lora_exp.tracking.tracked import NoRun
 
 SECTION = TrackingConfig()
 
@@ -72,8 +75,8 @@ def test_switched_off_it_takes_everything_and_does_nothing(workplace: Path) -> N
 
 
 def test_a_sweep_that_no_job_joined_needs_no_closing(workplace: Path) -> None:
-    end_sweep(workplace / "sweep", "FINISHED")
-    describe_sweep(workplace / "sweep", "", [])
+    with ended_sweep(workplace / "sweep", "FINISHED") as run:
+        assert run is None
     assert not (workplace / "outputs").exists()
 
 
