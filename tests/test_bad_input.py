@@ -182,7 +182,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_running(
     assert unfinished(workplace) == []
 
 
-@pytest.mark.parametrize("where", ["lora_exp.training.loop.train", "lora_exp.models.causal_lm.AutoModelForCausalLM"])
+@pytest.mark.parametrize("where", ["lora_exp.training.loop.train", "lora_exp.models.heads.AutoModelForCausalLM"])
 def test_a_memory_that_is_full_comes_with_advice(
     cli: Cli, tiny_overrides: list[str], workplace: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
@@ -200,7 +200,7 @@ def test_a_memory_that_is_full_comes_with_advice(
     assert unfinished(workplace) == []
 
 
-@pytest.mark.parametrize(("place", "is_trained"), [("_prepare", False), ("_summarise", True)])
+@pytest.mark.parametrize(("place", "is_trained"), [("_prepare", False), ("summed_up", True)])
 def test_an_error_claims_only_what_is_there(
     cli: Cli, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch, place: str, is_trained: bool
 ) -> None:

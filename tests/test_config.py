@@ -39,9 +39,14 @@ def config(*overrides: str) -> Config:
 @pytest.mark.parametrize(("group", "choice"), CHOICES, ids=[f"{group}={choice}" for group, choice in CHOICES])
 def test_every_yaml_composes_converts_and_passes_the_checks(group: str, choice: str) -> None:
     vision = ["model=efficientnet_lite0", "data=mnist5k", "layer=conv2d"]
+    own, classes = f"data.path={Path(__file__).parents[1] / 'README.md'}", ["data=bbc_news"]
     needed = {
         "model=hf": ["model.name=org/model"],
-        "data=text": [f"data.path={Path(__file__).parents[1] / 'README.md'}"],
+        "data=text": [own],
+        "data=chat": [f"data.path={Path(__file__).parent}"],
+        "data=text_classification": [f"data.path={Path(__file__).parent}"],
+        "model=minilm": classes,
+        "model=encoder": [*classes, "model.name=org/model"],
         "adapter=head": vision,
         "layer=conv2d": vision,
         "layer=experts": ["model=hf", "model.name=org/model"],
