@@ -82,13 +82,18 @@ class FileSource:
 
 
 def records(
-    section: DataConfig, split: str, bad: BadRecords, problem: Callable[[Record], str | None] | None = None
+    section: DataConfig,
+    split: str,
+    bad: BadRecords,
+    problem: Callable[[Record], str | None] | None = None,
+    is_divided: bool = True,
 ) -> Iterator[tuple[str, Record]]:
     """The records of ``split`` (train, validation, test), each with its place for messages, such as "FILE, line 12".
 
     What is broken goes to ``bad``, as does, before the splits are made, a record of which ``problem`` says why it
     cannot be used. Raises UserError for sources that cannot be had, and, before the first record, if more is broken
-    than ``data.max_bad_fraction``. Nothing is yielded for a test split that is not asked for.
+    than ``data.max_bad_fraction``. Nothing is yielded for a test split that is not asked for. With ``is_divided`` false
+    nothing is held out of the training's sources, as of a kind that does so itself: a split has its own sources alone.
     """
 
     def read(source: Source) -> Read:
@@ -97,7 +102,8 @@ def records(
             yield where, record if reason is None else Broken(reason)
 
     sources = {name: sources_of(section, name) for name in SPLITS}
-    return Items(section, sources, read, held_out_fractions(section, sources)).of(split, bad)
+    fractions = held_out_fractions(section, sources) if is_divided else (0.0, 0.0)
+    return Items(section, sources, read, fractions).of(split, bad)
 
 
 def sources_of(section: DataConfig, split: str) -> list[Source]:
