@@ -44,14 +44,6 @@ def test_fractions_divide_all_records_and_none_is_in_two_splits(tmp_path: Path) 
     assert texts(alone, "test") == []
 
 
-def test_a_kind_that_holds_out_by_itself_gets_all(tmp_path: Path) -> None:
-    wanted = section(str(write(tmp_path / "a.jsonl", words(20))), val_fraction=0.2)
-    found = [
-        [record["text"] for _, record in records(wanted, split, BadRecords(), is_divided=False)] for split in SPLITS
-    ]
-    assert found == [words(20), [], []]
-
-
 def test_paths_of_their_own_leave_the_training_records_whole(tmp_path: Path) -> None:
     names = {"path": "a", "validation_path": "b", "test_path": "c"}
     paths = {key: str(write(tmp_path / f"{name}.jsonl", words(9, name))) for key, name in names.items()}
