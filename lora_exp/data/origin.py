@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 _DIGEST = 16  # MLflow takes 36 characters
 _Origin = tuple[object, dict[str, object]]  # what changes with the content, and where it comes from
 _NAMES = {"train": "training", "validation": "validation", "test": "test"}
-_DIMMED = re.compile(r"\x1b\[2m(.*?)\x1b\[0m", re.DOTALL)
+_DIMMED = re.compile(r"\x1b\[2m(.*?)\x1b\[(?:0|22)m", re.DOTALL)
 
 
 def record_data(tracked: Run, section: DataConfig, data: Data) -> None:

@@ -12,7 +12,7 @@ from lora_exp.data.broken import BadRecords
 from lora_exp.data.formats import refuse_utf16
 from lora_exp.data.split import SPLITS, near_break
 
-PIECE = 2**20  # characters: longer texts are tokenised in pieces, cut between lines
+PIECE = 2**17  # characters: longer texts are tokenised in pieces, cut between lines
 
 
 @dataclass(frozen=True)
