@@ -1,7 +1,8 @@
 """Several conversations in one row, which do not see each other: positions begin anew with each.
 
 transformers makes a block-diagonal causal mask of such positions, for layers with a sliding window too, as long as it is
-given no mask at all: a mask of two dimensions would silently let a conversation see those before it.
+given no mask and keeps no cache: a mask of two dimensions, or ``use_cache``, would silently let a conversation see those
+before it. ``packing_check`` asks each model.
 
 Letters: T positions of a row.
 """
