@@ -94,8 +94,9 @@ def test_rows_without_a_learnt_token_are_counted_and_none_at_all_is_an_error(tok
     late = {"instruction": "on and on " * 60, "output": "end"}
     data = load(tokenizer, tmp_path, [*asked(8, 1), late], packing=False)
     assert "1 rows have no token to learn and are left out" in data.said
+    lates = [{**late, "output": str(index)} for index in range(8)]
     with pytest.raises(UserError, match=r"Of 6 conversations to train on none has a token to learn .* raise it"):
-        load(tokenizer, tmp_path, [late] * 8)
+        load(tokenizer, tmp_path, lates)
 
 
 def test_bad_records_are_named_and_passed_over_up_to_a_share(tokenizer: Any, tmp_path: Path) -> None:
@@ -122,8 +123,10 @@ def test_what_a_template_refuses_is_a_bad_record_also_from_the_cache(tokenizer: 
 
 def test_answers_that_a_template_rewrites_are_said(tokenizer: Any, tmp_path: Path) -> None:
     file = Path(__file__).parent / "templates/qwen3.jinja"
-    turns = [{"role": role, "content": "a"} for role in ("user", "assistant") * 2]
-    data = load(tokenizer, tmp_path, [{"messages": turns}] * 8, template=str(file), packing=False, max_length=200)
+    chats = [
+        {"messages": [{"role": role, "content": f"a{index}"} for role in ("user", "assistant") * 2]} for index in range(8)
+    ]
+    data = load(tokenizer, tmp_path, chats, template=str(file), packing=False, max_length=200)
     assert any(line.startswith("8 conversations are several rows each") for line in data.said)
     assert len(data.train) == 12  # type: ignore[arg-type]
 
