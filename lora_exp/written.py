@@ -17,7 +17,7 @@ PREFIX = "written/"
 
 
 def look_at_written(work: Work, recorder: Recorder, step: int, job: Job | None = None) -> None:
-    """Have the model write, and keep what comes of it as a record of ``step``; with a ``job`` as what is saved there."""
+    """Have the model write, and keep what comes of it as a record of ``step``; given ``job``, as it is saved there."""
     if work.data.written is None:
         return
     step = 0

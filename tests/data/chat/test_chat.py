@@ -86,7 +86,9 @@ def test_what_is_too_long_is_cut_and_counted(tokenizer: Any, tmp_path: Path) -> 
     data = load(tokenizer, tmp_path, records, packing=False)
     assert "1 rows are longer than data.max_length=64 and are cut there" in data.said
     assert max(data.train.lengths) == 64  # type: ignore[attr-defined]
-    with pytest.raises(UserError, match=r"1 of 9 records cannot be used.*\n.*line 9: \d+ tokens, and data.max_length=64"):
+    with pytest.raises(
+        UserError, match=r"1 of 9 records cannot be used.*\n.*line 9: \d+ tokens, and data.max_length=64"
+    ):
         load(tokenizer, tmp_path, records, overlong="broken")
 
 
@@ -124,7 +126,8 @@ def test_what_a_template_refuses_is_a_bad_record_also_from_the_cache(tokenizer: 
 def test_answers_that_a_template_rewrites_are_said(tokenizer: Any, tmp_path: Path) -> None:
     file = Path(__file__).parent / "templates/qwen3.jinja"
     chats = [
-        {"messages": [{"role": role, "content": f"a{index}"} for role in ("user", "assistant") * 2]} for index in range(8)
+        {"messages": [{"role": role, "content": f"a{index}"} for role in ("user", "assistant") * 2]}
+        for index in range(8)
     ]
     data = load(tokenizer, tmp_path, chats, template=str(file), packing=False, max_length=200)
     assert any(line.startswith("8 conversations are several rows each") for line in data.said)
@@ -137,7 +140,9 @@ def test_rows_are_made_once_and_again_when_anything_changes(
     made: list[object] = []
     from lora_exp.data.chat import loading
 
-    monkeypatch.setattr(loading._Maker, "make", lambda self, folder, make=loading._Maker.make: made.append(make(self, folder)))
+    monkeypatch.setattr(
+        loading._Maker, "make", lambda self, folder, make=loading._Maker.make: made.append(make(self, folder))
+    )
     cases: list[tuple[list[Any], dict[str, Any]]] = [
         (asked(8), {}), (asked(9), {}), (asked(8), {"learn": "all"}), (asked(8), {"max_length": 50}),
         (asked(8), {"system": "s"}), (asked(8), {"layout": "raw"}),

@@ -21,7 +21,9 @@ FORMS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
         {"messages": [ASKED, {**ANSWERED, "reasoning_content": "c", "name": None}]},
         [ASKED, {**ANSWERED, "reasoning_content": "c"}],
     ),
-    "parts": ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, ANSWERED]}, [ASKED, ANSWERED]),
+    "parts": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, ANSWERED]}, [ASKED, ANSWERED],
+    ),
     "ShareGPT": (
         {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, [ASKED, ANSWERED],
     ),
@@ -40,14 +42,23 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a number": ({"instruction": 3, "output": "b"}, "instruction is 3, not text"),
     "null": ({"instruction": "a", "output": None}, "output is None, not text"),
     "an empty answer": ({"instruction": "a", "output": " \n"}, "an answer is empty"),
-    "one empty answer of two": ({"messages": [ASKED, ANSWERED, ASKED, {**ANSWERED, "content": ""}]}, "an answer is empty"),
+    "one empty answer of two": (
+        {"messages": [ASKED, ANSWERED, ASKED, {**ANSWERED, "content": ""}]},
+        "an answer is empty",
+    ),
     "no answer": ({"messages": [ASKED]}, "no message is the assistant's"),
     "no messages": ({"messages": []}, "messages is [], not a list of messages"),
     "text for messages": ({"messages": "hi"}, "messages is 'hi', not a list"),
     "text for a message": ({"messages": ["hi"]}, "messages[0] is 'hi', not a message"),
-    "an unknown role": ({"messages": [{"role": "king", "content": "a"}]}, "messages[0] has role='king', which is no role"),
+    "an unknown role": (
+        {"messages": [{"role": "king", "content": "a"}]},
+        "messages[0] has role='king', which is no role",
+    ),
     "no role": ({"messages": [{"content": "a"}]}, "messages[0] has role=None"),
-    "an image": ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content is [{'type': 'ima"),
+    "an image": (
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+        "messages[0].content is [{'type': 'ima",
+    ),
     "half a pair": ({"instruction": "\ud83d", "output": "b"}, "instruction holds half of a surrogate pair"),
 }
 

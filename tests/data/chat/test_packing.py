@@ -149,7 +149,8 @@ class Positionless(nn.Module):
     [
         (lambda: Forgetful(model_of(LLAMA)), "what stands before a conversation changes what Forgetful predicts"),
         (lambda: Unmoved(model_of(LLAMA)), "a conversation's place in the row changes what Unmoved predicts"),
-        (lambda: model_of({"model_type": "bloom", "vocab_size": 97, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "eager"),
+        (lambda: model_of({"model_type": "bloom", "vocab_size": 97, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+                          "eager"),
          "a conversation's place in the row changes what BloomForCausalLM predicts"),
         (lambda: Positionless(), "Positionless takes no positions"),
         (lambda: model_of({"model_type": "mamba", "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @chat_source("chitchat")
 class Chitchat(Source):
-    """What one says in a row is a message, its sentences on lines of their own. Whoever never got an answer is left out."""
+    """What one says in a row is a message, its parts on lines of their own. Who never got an answer is left out."""
 
     def records(self, section: Chat, split: str) -> Found:
         conversations = json.loads(packaged_path(section).read_text(encoding="utf-8"))
@@ -30,10 +30,10 @@ class Chitchat(Source):
 def _messages(turns: list[list[dict[str, str]]]) -> list[dict[str, Any]]:
     """``turns``: lists of {text, sender}. Neighbouring ones of a sender are one message."""
     found: list[dict[str, Any]] = []
+    first: str | None = None
     for sender, text in _said(turns):
-        role = "user" if not found or sender == first else "assistant"
-        if not found:
-            first = sender
+        first = sender if first is None else first
+        role = "user" if sender == first else "assistant"
         if found and found[-1]["role"] == role:
             found[-1]["content"] += f"\n{text}"
         else:

@@ -46,7 +46,7 @@ class GsmSymbolic(Source):
         for share, (name, problems) in zip(divided, drawn.items(), strict=True):
             if SPLITS[share] == split:
                 for number, problem in enumerate(problems, start=1):
-                    yield f"template {name}, problem {number}", problem
+                    yield f"template {name}, problem {number}", {**problem}
 
     def _make(self, templates: Path, folder: Path) -> None:
         names = json.loads((templates / "replacements.json").read_text(encoding="utf-8"))
