@@ -16,8 +16,8 @@ log = logging.getLogger(__name__)
 PREFIX = "written/"
 
 
-def look_at_written(work: Work, recorder: Recorder, step: int, job: Job | None = None) -> None:
-    """Have the model write, and keep what comes of it as a record of ``step``; given ``job``, as it is saved there."""
+def look_at_written(work: Work, recorder: Recorder, job: Job | None = None) -> None:
+    """Have the model write, and keep what comes of it: before training, or given ``job`` as the model is saved there."""
     if work.data.written is None:
         return
     step = 0

@@ -57,7 +57,11 @@ class Chat(DataKind):
     unit: ClassVar[str] = "tokens"
     metrics: ClassVar[tuple[str, ...]] = ("perplexity",)
     needs_tokenizer: ClassVar[bool] = True
-    suffixes: ClassVar[tuple[str, ...]] = RECORD_SUFFIXES
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:  # type: ignore[override]
+        """A ``source`` finds its records by itself."""
+        return () if self.source else RECORD_SUFFIXES
 
     def problems(self, task: str) -> list[str]:
         choices = {"layout": LAYOUTS, "learn": ("answers", "all"), "overlong": ("cut", "broken")}

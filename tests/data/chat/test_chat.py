@@ -191,6 +191,21 @@ def test_a_run(
     assert "validation loss" in done.out
 
 
+def test_a_run_writes_before_and_after(cli: Callable[..., Any], tiny_overrides: list[str], workplace: Path) -> None:
+    file = written(workplace, asked(60, 1))
+    kept = [each for each in tiny_overrides if not each.startswith(("data=", "data.path", "data.block"))]
+    chosen = ["data=chat", f"data.path={file}", "data.max_length=64", "train.keep=best"]
+    done = cli(*kept, *chosen, "data.written=[exact_match]", "data.write_rows=3", "data.write_tokens=4")
+    assert done.code == 0, done.err
+    (folder,) = (workplace / "outputs/runs").glob("*/*")
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    said = [record for record in records if "written/exact_match" in record]
+    assert [record["step"] for record in said] == [0, max(said[-1]["step"], 1)]
+    result = json.loads((folder / "result.json").read_text())
+    assert {"exact_match", "exact_match_before"} <= set(result["result"]["metrics"])
+    assert not list((folder).glob(".best*"))
+
+
 def test_a_plan(cli: Callable[..., Any], tiny_overrides: list[str], workplace: Path) -> None:
     kept = [each for each in tiny_overrides if not each.startswith(("data=", "data.path", "data.block"))]
     done = cli(*kept, "task=plan", "data=chat", f"data.path={written(workplace, asked(9))}", "data.max_length=64")
