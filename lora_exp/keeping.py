@@ -30,7 +30,7 @@ class Keeping:
         if "eval/loss" not in record or not record["step"] or (keeps_best and not is_best):
             return
         save_adapter(self._work.adapted, self._folder / "adapter")
-        if keeps_best and self._work.data.test is not None:
+        if keeps_best and (self._work.data.test is not None or self._work.data.written):
             write_tensors(self._folder / VALUES_FILE, _numbered(self._work), {})
 
 

@@ -23,7 +23,7 @@ def summed_up(tracked: tracking.Run, work: Work, records: list[Record], job: Job
     return Result(
         eval_loss=float(saved["eval/loss"]),
         eval_loss_before=float(evaluated[0]["eval/loss"]),
-        metrics=_beside_loss(saved),
+        metrics=_beside_loss(saved) | _written(records),
         trainable=adapted.trainable,
         total=adapted.total,
         adapter_bytes=sum(file.stat().st_size for file in _weights(job)),
@@ -78,6 +78,13 @@ def _best(work: Work, records: list[Record]) -> Record | None:
 
 def _beside_loss(record: Record) -> dict[str, float]:
     return {name: value for name, value in _below("eval/", record).items() if name != "loss"}
+
+
+def _written(records: list[Record]) -> dict[str, float]:
+    """What the model wrote before and at the end."""
+    found = [each for record in records if (each := _below("written/", record))]
+    before = {f"{name}_before": value for name, value in found[0].items()} if found else {}
+    return before | (found[-1] if found else {})
 
 
 def _below(prefix: str, record: Record) -> dict[str, float]:

@@ -37,6 +37,7 @@ from lora_exp.training.timetable import Timetable, micro_batches_of
 from lora_exp.training.trainer import Work, trainers
 from lora_exp.training.trainers.native import LANE, forward_of
 from lora_exp.training.utilisation import Utilisation
+from lora_exp.written import look_at_written
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,9 @@ def run(config: Config, job: Job) -> Result:
                 rate = precision.rate(place.autocast or place.dtype)
                 share = Utilisation.of(adapted.model, rate, trains_base=not config.adapter.is_added)
                 with Recorder(tracked, work, job, share) as recorder:
+                    look_at_written(work, recorder)
                     trainers[config.trainer]().train(work, recorder.keep)
+                    look_at_written(work, recorder, job)
                     _test(work, job, recorder)
             records = recorder.records
             result = summed_up(tracked, work, records, job, time.monotonic() - started)

@@ -37,6 +37,8 @@ class Data:
     model that is to have a head for them. ``test``: rows that nothing is chosen by, looked at once at the end.
     ``fingerprint``: the hash of all that the rows follow from, ``sources.fingerprint``. ``said``: what a person must
     hear of them, such as how many records are left out. ``example``: a row in words, ANSI-dimmed where it is not learnt.
+    ``written(model, device, between)``: metrics of what a model writes by itself for held-out rows, looked at before
+    training and after; ``between`` is called now and then, and may end it by an exception.
     """
 
     train: Dataset[Row]
@@ -47,6 +49,7 @@ class Data:
     fingerprint: str = ""
     said: list[str] = field(default_factory=list)
     example: str = ""
+    written: Callable[[nn.Module, torch.device, Callable[[], object]], Mapping[str, float]] | None = None
 
 
 @dataclass

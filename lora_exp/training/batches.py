@@ -55,7 +55,7 @@ def training_order(rows: Rows, size: int, generator: torch.Generator) -> Sampler
 
 
 class LengthGrouped(Sampler[int]):
-    """Batches of ``size`` rows of about the same length, in a random order; which rows meet is drawn anew each epoch."""
+    """Batches of ``size`` rows of about the same length, in a random order; which meet is drawn anew each epoch."""
 
     def __init__(self, lengths: Sequence[int], size: int, generator: torch.Generator) -> None:
         self._lengths, self._size, self._generator = lengths, size, generator

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-Record = Mapping[str, object]
+Record = dict[str, object]
 Message = dict[str, Any]  # role and content, of an instruction also its input; and whatever else a template reads
 ANSWERS = "assistant"
 _ROLES = {

@@ -7,7 +7,6 @@ stock templates have none.
 from __future__ import annotations
 
 import datetime
-import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -122,10 +121,17 @@ def _answer(text: str, messages: list[Message], render: Render) -> tuple[int, in
     """
     until = render(messages, False)
     before, prompt = render(messages[:-1], False) if messages[:-1] else "", _prompt(messages[:-1], render)
-    start = len(os.path.commonprefix((prompt, until)))
+    start = _agreeing(prompt, until)
     if not text.startswith(until) or start < len(before):
         return None
     return start, len(until)
+
+
+def _agreeing(one: str, other: str) -> int:
+    """How many characters both begin with."""
+    if other.startswith(one):
+        return len(one)
+    return next(place for place, (left, right) in enumerate(zip(one, f"{other}\0", strict=False)) if left != right)
 
 
 def _prompt(messages: list[Message], render: Render) -> str:

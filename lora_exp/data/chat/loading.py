@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_exp.data.broken import BadRecords
-from lora_exp.data.chat.conversations import BadRecordError, Conversation, Fields, to_conversation
+from lora_exp.data.chat.conversations import BadRecordError, Conversation, Fields, Record, to_conversation
 from lora_exp.data.chat.layouts import Laid, Layout, by_template, plain, raw, read_template
 from lora_exp.data.chat.packing import Packed
 from lora_exp.data.chat.source import sources
 from lora_exp.data.chat.tokens import Conversations, Counts, Tokens, Writer, as_learnt, tokenise
+from lora_exp.data.chat.writing import Written, questions_of
 from lora_exp.data.kind import Data
-from lora_exp.data.sources import records
+from lora_exp.data.rows import tokenizer_identity
+from lora_exp.data.sources import records, unread_files
+from lora_exp.data.split import SPLITS
 from lora_exp.errors import UserError
 from lora_exp.machine.cache import cache_folder, made_once
 
@@ -26,7 +29,6 @@ if TYPE_CHECKING:
     from lora_exp.data.kinds.chat import Chat
 
 _FORMAT = 1  # raised when rows made by an older version of these files would differ
-_SPLITS = ("train", "validation", "test")
 _FACTS = "facts.json"
 Placed = tuple[str, Conversation]
 
@@ -34,7 +36,7 @@ Placed = tuple[str, Conversation]
 def load_chat(section: Chat, tokenizer: PreTrainedTokenizerBase) -> Data:
     """The rows. Raises UserError for data that cannot be had, or of which nothing is to be learnt."""
     bad = BadRecords(section.max_bad_fraction)
-    read = {split: list(_conversations(section, split, bad)) for split in _SPLITS}
+    read = {split: list(_conversations(section, split, bad)) for split in SPLITS}
     lay, described = layout_of(section, tokenizer)
     key = _key(section, read, tokenizer, described)
     maker = _Maker(section, tokenizer, lay, read)
@@ -42,13 +44,12 @@ def load_chat(section: Chat, tokenizer: PreTrainedTokenizerBase) -> Data:
     facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
     for where, reason in facts["bad"]:
         bad.add(where, reason)
-    total = bad.count - len(facts["bad"]) + sum(map(len, read.values()))
-    bad.check(total)
-    counts = {split: Counts(**facts["counts"][split]) for split in _SPLITS}
+    bad.check()
+    counts = {split: Counts(**facts["counts"][split]) for split in SPLITS}
     _check_learnt(section, counts["train"], "to train on")
-    rows = {split: Conversations.read(folder / f"{split}.safetensors") for split in _SPLITS}
+    rows = {split: Conversations.read(folder / f"{split}.safetensors") for split in SPLITS}
     train: Any = rows["train"]
-    said = [*bad.said(total), *_said(section, counts)]
+    said = [*unread_files(section), *bad.said(), *_said(section, counts)]
     if section.packing:
         train = Packed(train, train.lengths, section.max_length)
         said.append(
@@ -63,7 +64,14 @@ def load_chat(section: Chat, tokenizer: PreTrainedTokenizerBase) -> Data:
         fingerprint=key,
         said=said,
         example=example(rows["train"][0], tokenizer),
+        written=_written(section, rows["validation"], tokenizer),
     )
+
+
+def _written(section: Chat, rows: Conversations, tokenizer: PreTrainedTokenizerBase) -> Written | None:
+    if not section.written or not len(rows):
+        return None
+    return Written(questions_of(rows, section.write_rows), tokenizer, section.written, section.write_tokens)
 
 
 def layout_of(section: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[Layout, str]:
@@ -86,26 +94,32 @@ def layout_of(section: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[Layout
 
 def example(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
     """A row's text, dimmed where it is not learnt."""
-    stretches = ((tokenizer.decode(ids), learnt) for ids, learnt in as_learnt(row))
+    stretches = ((str(tokenizer.decode(ids)), learnt) for ids, learnt in as_learnt(row))
     return "".join(text if learnt else f"\x1b[2m{text}\x1b[22m" for text, learnt in stretches)
 
 
 def _conversations(section: Chat, split: str, bad: BadRecords) -> Iterator[Placed]:
-    names, source = Fields(**section.fields), section.source
-    found = sources[source](**section.options).records(section, split) if source else records(section, split, bad)
-    for where, record in found:
+    names = Fields(**section.fields)
+
+    def problem(record: Record) -> str | None:
         try:
-            yield where, to_conversation(record, names, section.system)
+            to_conversation(record, names, section.system)
         except BadRecordError as error:
-            bad.add(where, str(error))
+            return str(error)
+        return None
+
+    if section.source:
+        found = sources[section.source](**section.options).records(section, split)
+    else:
+        found = records(section, split, bad, problem)
+    for where, record in found:
+        yield where, to_conversation(record, names, section.system)
 
 
 def _key(section: Chat, read: dict[str, list[Placed]], tokenizer: PreTrainedTokenizerBase, described: str) -> str:
     """The hash of all that the rows follow from: the conversations themselves, wherever they are from."""
-    fast = getattr(tokenizer, "backend_tokenizer", None) if tokenizer.is_fast else None
     digest = hashlib.sha256()
-    vocabulary = sorted(tokenizer.get_vocab().items()) if fast is None else fast.to_str()
-    facts = [_FORMAT, vocabulary, tokenizer.eos_token, described, section.learn, section.max_length, section.overlong]
+    facts = [_FORMAT, tokenizer_identity(tokenizer), described, section.learn, section.max_length, section.overlong]
     digest.update(json.dumps(facts).encode())
     for split, placed in read.items():
         for _, conversation in placed:

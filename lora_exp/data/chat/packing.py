@@ -1,7 +1,8 @@
 """Several conversations in one row, which do not see each other: positions begin anew with each.
 
-transformers makes a block-diagonal causal mask of such positions, for layers with a sliding window too, as long as it is
-given no mask at all: a mask of two dimensions would silently let a conversation see those before it.
+transformers makes a block-diagonal causal mask of such positions, for layers with a sliding window too, as long as it
+is given no mask and keeps no cache: a mask of two dimensions, or ``use_cache``, would silently let a conversation see
+those before it. ``packing_check`` asks each model.
 
 Letters: T positions of a row.
 """
@@ -9,7 +10,7 @@ Letters: T positions of a row.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ def best_fit(lengths: Sequence[int], size: int) -> list[list[int]]:
 
 
 class Packed(Dataset[Row]):
-    """``rows`` of up to T tokens, so many a row of exactly T as fit: ``input_ids``, ``labels``, ``position_ids`` (T,)."""
+    """``rows`` of up to T tokens, as many a row of exactly T as fit: ``input_ids``, ``labels``, ``position_ids``."""
 
     def __init__(self, rows: Dataset[Row], lengths: Sequence[int], size: int) -> None:
         self._rows, self._size = rows, size
@@ -61,7 +62,7 @@ class Packed(Dataset[Row]):
 
 
 def pack(rows: Sequence[Row], size: int) -> Row:
-    """One row of ``size`` tokens. The first token of each is predicted from nothing, least of all from the one before."""
+    """One row of ``size`` tokens. The first token of each is not predicted, least of all from the one before it."""
     packed = {
         "input_ids": torch.full((size,), PADDING),
         "labels": torch.full((size,), IGNORED),
@@ -89,7 +90,7 @@ def pad(rows: Sequence[Row]) -> Row:
     return {name: torch.stack([_padded(row[name], longest, name) for row in rows]) for name in rows[0]}
 
 
-def join(batches: Sequence[Row]) -> Row:
+def join(batches: Sequence[Mapping[str, Tensor]]) -> Row:
     """Batches (B, T) one below another, as long as the longest."""
     longest = max(batch["input_ids"].shape[1] for batch in batches)
     return {name: torch.cat([_padded(batch[name], longest, name) for batch in batches]) for name in batches[0]}

@@ -47,7 +47,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Conversations(Dataset[dict[str, Tensor]]):
-    """``ids`` and ``learnt`` (N,), a row after the other; ``starts`` (R + 1,). A row: ``input_ids``, ``labels`` (T,)."""
+    """``ids``, ``learnt`` (N,), a row after the other; ``starts`` (R + 1,). A row: ``input_ids``, ``labels`` (T,)."""
 
     ids: Tensor
     learnt: Tensor

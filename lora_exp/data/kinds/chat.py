@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_exp.data.kind import Batch, Data, DataKind, Row, Tokenizer, data_kind
 from lora_exp.errors import UserError
+from lora_exp.inputs import RECORD_SUFFIXES
 from lora_exp.registry import check_options
 
 if TYPE_CHECKING:
@@ -25,13 +26,16 @@ class Chat(DataKind):
     """``fields``: what a record's parts are called (``data/chat/conversations.py``), where not as everybody has them.
 
     ``layout``: by the tokenizer's chat ``template`` (a file: that one), ``plain`` (### Instruction: …), ``raw`` (as the
-    texts are), or ``auto``: by the template, without one plain. ``template_options``: what the template reads beside the
-    messages. ``system``: the first message, where a conversation has no such.
+    texts are), or ``auto``: by the template, without one plain. ``template_options``: what the template reads beside
+    the messages. ``system``: the first message, where a conversation has no such.
 
-    ``learn``: the tokens of ``answers``, or ``all``. Rows are at most ``max_length`` tokens; ``overlong``: what is longer
-    is cut (``cut``), or counts as ``broken``. ``packing``: several conversations a row, which do not see each other.
+    ``learn``: the tokens of ``answers``, or ``all``. Rows are at most ``max_length`` tokens; ``overlong``: what is
+    longer is cut (``cut``), or counts as ``broken``. ``packing``: several conversations a row, which do not see each
+    other.
 
     ``source``: a data set with a reader of its own (``data/chat/sources/``), and its ``options``.
+
+    ``written``: metrics of what the model writes for up to ``write_rows`` held-out questions, ``write_tokens`` at most.
     """
 
     fields: dict[str, str] = field(default_factory=dict)
@@ -45,11 +49,19 @@ class Chat(DataKind):
     packing: bool = True
     source: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    written: list[str] = field(default_factory=list)
+    write_rows: int = 32
+    write_tokens: int = 256
 
     learners: ClassVar[tuple[str, ...]] = ("causal_lm",)
     unit: ClassVar[str] = "tokens"
     metrics: ClassVar[tuple[str, ...]] = ("perplexity",)
     needs_tokenizer: ClassVar[bool] = True
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:  # type: ignore[override]
+        """A ``source`` finds its records by itself."""
+        return () if self.source else RECORD_SUFFIXES
 
     def problems(self, task: str) -> list[str]:
         choices = {"layout": LAYOUTS, "learn": ("answers", "all"), "overlong": ("cut", "broken")}
@@ -64,7 +76,19 @@ class Chat(DataKind):
             found.append(f"data.template={self.template} has no meaning with data.layout={self.layout}: leave one out")
         if self.template and task == "train" and not Path(self.template).expanduser().is_file():
             found.append(f"data.template={self.template} is no file: name a Jinja file of a chat template")
-        return [*found, *self._field_problems(), *self._source_problems()]
+        for name in ("write_rows", "write_tokens"):
+            if getattr(self, name) < 1:
+                found.append(
+                    f"data.{name}={getattr(self, name)} is below 1: use data.written=[] to let nothing be written"
+                )
+        return [*found, *self._field_problems(), *self._source_problems(), *self._written_problems()]
+
+    def _written_problems(self) -> list[str]:
+        if not self.written:
+            return []
+        from lora_exp.data.chat.writing import judges
+
+        return [problem for name in self.written if (problem := judges.problem(name))]
 
     def _field_problems(self) -> list[str]:
         from lora_exp.data.chat.conversations import Fields

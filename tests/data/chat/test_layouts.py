@@ -8,11 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from lora_exp.data.chat.conversations import BadRecordError, Conversation
 from lora_exp.data.chat.layouts import by_template, plain, raw
+from lora_exp.data.chat.packing import pack, pad
 from lora_exp.data.chat.tokens import tokenise
+from lora_exp.training.objectives import IGNORED
 
 TEMPLATES = Path(__file__).parent / "templates"
 SPECIAL = {
@@ -193,6 +196,26 @@ def test_all_is_learnt_where_all_is_asked_for(tiny: Any) -> None:
     tokenizer = tiny("llama3")
     (tokens,) = tokenise(by_template(tokenizer, None, {})(SINGLE["one answer"]), tokenizer, True)
     assert tokens.learnt.all()
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llama3"])
+def test_rows_are_those_of_trls_collator(tiny: Any, family: str) -> None:
+    """Padded and packed: tokens, labels and positions, from the masks of templates with marks."""
+    sft = pytest.importorskip("trl.trainer.sft_trainer")
+    tokenizer = tiny(family)
+    rows, examples = [], []
+    for conversation in [*SINGLE.values(), *MULTI.values()]:
+        ids, mask = by_marks(tokenizer, family, conversation)
+        examples.append({"input_ids": ids, "labels": [i if m else IGNORED for i, m in zip(ids, mask, strict=True)]})
+        ((ours, is_learnt),) = learnt(tokenizer, conversation)
+        tokens = torch.tensor(ours)
+        rows.append({"input_ids": tokens, "labels": tokens.masked_fill(~torch.tensor(is_learnt), IGNORED)})
+    theirs, padded = sft.DataCollatorForLanguageModeling(pad_token_id=0)(examples), pad(rows)
+    assert torch.equal(theirs["input_ids"], padded["input_ids"])
+    assert torch.equal(theirs["labels"], padded["labels"])
+    flat = sft.DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)(examples)
+    packed = pack(rows, flat["input_ids"].shape[1])
+    assert all(torch.equal(flat[name][0], packed[name]) for name in ("input_ids", "labels", "position_ids"))
 
 
 @pytest.mark.slow
