@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from lora_exp.config import DataConfig, ModelConfig
 from lora_exp.errors import UserError
 
+_Section = TypeVar("_Section", bound=DataConfig)
 RECORD_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 TEXT_SUFFIXES = (".txt", ".md")
 
@@ -103,6 +106,15 @@ def is_of_classes(named: object) -> bool:
     except UserError:
         return False
     return bool(paths) and all(map(class_folders, paths))
+
+
+def without_class_folders(section: _Section) -> _Section:
+    """The section without the paths of folders of classes: it is a class each that they are read by, and no suffix."""
+    rest = copy.copy(section)
+    for key in ("path", "validation_path", "test_path"):
+        if is_of_classes(getattr(rest, key)):
+            setattr(rest, key, None)
+    return rest
 
 
 def image_path_problem(named: str) -> str | None:
