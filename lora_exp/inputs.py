@@ -118,10 +118,14 @@ def without_class_folders(section: _Section) -> _Section:
 
 
 def image_path_problem(named: str) -> str | None:
-    """One table of pixels is asked for."""
-    if Path(named).expanduser().is_file():
+    """A table of pixels is asked for, or a folder that has a folder of images a class."""
+    path = Path(named).expanduser()
+    if path.is_file() or len(class_folders(path)) > 1:
         return None
-    return f"data.path={named} is no file: name a .csv or .csv.gz of pixels and a label"
+    wanted = "name a folder that has a folder of images for each of two classes at least"
+    if path.is_dir():
+        return f"data.path={named} has {len(class_folders(path))} folders of files in it: {wanted}"
+    return f"data.path={named} is no file: {wanted}, or a .csv or .csv.gz of pixels and a label"
 
 
 def architecture_facts(section: ModelConfig) -> dict[str, object]:
