@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from lora_exp.config import DataConfig, ModelConfig
 from lora_exp.errors import UserError
 
+_Section = TypeVar("_Section", bound=DataConfig)
 RECORD_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 TEXT_SUFFIXES = (".txt", ".md")
 
@@ -105,11 +108,24 @@ def is_of_classes(named: object) -> bool:
     return bool(paths) and all(map(class_folders, paths))
 
 
+def without_class_folders(section: _Section) -> _Section:
+    """The section without the paths of folders of classes: it is a class each that they are read by, and no suffix."""
+    rest = copy.copy(section)
+    for key in ("path", "validation_path", "test_path"):
+        if is_of_classes(getattr(rest, key)):
+            setattr(rest, key, None)
+    return rest
+
+
 def image_path_problem(named: str) -> str | None:
-    """One table of pixels is asked for."""
-    if Path(named).expanduser().is_file():
+    """A table of pixels is asked for, or a folder that has a folder of images a class."""
+    path = Path(named).expanduser()
+    if path.is_file() or len(class_folders(path)) > 1:
         return None
-    return f"data.path={named} is no file: name a .csv or .csv.gz of pixels and a label"
+    wanted = "name a folder that has a folder of images for each of two classes at least"
+    if path.is_dir():
+        return f"data.path={named} has {len(class_folders(path))} folders of files in it: {wanted}"
+    return f"data.path={named} is no file: {wanted}, or a .csv or .csv.gz of pixels and a label"
 
 
 def architecture_facts(section: ModelConfig) -> dict[str, object]:

@@ -10,7 +10,7 @@ from lora_exp.config import DataConfig
 from lora_exp.data.broken import Broken
 from lora_exp.data.formats import Read, Record
 from lora_exp.data.sources import Source, sources_of
-from lora_exp.inputs import class_folders, files_of, is_of_classes, weights_of
+from lora_exp.inputs import class_folders, files_of, is_of_classes, weights_of, without_class_folders
 from lora_exp.machine.cache import folder_sha256
 from lora_exp.machine.packaged import find_packaged
 
@@ -50,7 +50,7 @@ def sources_of_classes(
         named = str(found) if found is not None else None
     paths = {Path(path).expanduser(): weight for path, weight in weights_of(named).items()}
     if not is_of_classes(named):
-        return sources_of(section, split)
+        return sources_of(without_class_folders(section), split)
     return [
         ClassFolder(folder, weight, label_field, read_one)
         for path, weight in paths.items()

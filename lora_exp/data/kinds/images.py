@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 @data_kind("images")
 class Images(DataKind):
-    """S × S pixels, S = ``image_size``; ``train_images`` of those not held out (null: all of them)."""
+    """S × S pixels, S = ``image_size``, of a folder that has a folder a class or of a table of grey pixels;
+    ``train_images`` of those not held out (null: all of them)."""
 
     image_size: int = 64
     train_images: int | None = None
@@ -26,7 +27,19 @@ class Images(DataKind):
     metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
 
     def problems(self, task: str) -> list[str]:
-        found = [image_path_problem(self.path) if self.path else None]
+        found: list[str | None] = []
+        for key in ("path", "validation_path", "test_path"):
+            named = getattr(self, key)
+            if isinstance(named, str) and (problem := image_path_problem(named)):
+                found.append(problem.replace("data.path=", f"data.{key}=", 1))
+            elif named is not None and not isinstance(named, str):
+                found.append(
+                    f"data.{key}={named} must be one path: a folder with a folder a class, or a .csv or .csv.gz"
+                )
+        if self.name:
+            found.append(
+                f"data.name={self.name} is not for images yet: name a folder with a folder a class by data.path"
+            )
         if self.image_size < 8:
             found.append(f"data.image_size={self.image_size} is below 8: 64 is fast, 224 what most bases know")
         if self.train_images is not None and self.train_images < 1:

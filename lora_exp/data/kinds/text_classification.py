@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_exp.data.kind import Batch, Data, DataKind, Row, Tokenizer, data_kind
-from lora_exp.inputs import RECORD_SUFFIXES, is_of_classes, source_problems
+from lora_exp.inputs import RECORD_SUFFIXES, source_problems, without_class_folders
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,11 +32,7 @@ class TextClassification(DataKind):
     length_field: ClassVar[str] = "max_length"
 
     def problems(self, task: str) -> list[str]:
-        known = copy.copy(self)
-        for key in ("path", "validation_path", "test_path"):  # folders of classes have no suffix to be known by
-            if is_of_classes(getattr(self, key)):
-                setattr(known, key, None)
-        found = source_problems(known, RECORD_SUFFIXES, task == "train")
+        found = source_problems(without_class_folders(self), RECORD_SUFFIXES, task == "train")
         if self.max_length < 3:
             found.append(f"data.max_length={self.max_length} is below 3: 128 to 512 tokens are common")
         if self.pair_field is not None and self.pair_field == self.text_field:
