@@ -116,7 +116,7 @@ def accuracy(sums: Sums) -> float:
     return sums.share("hits")
 
 
-@metric("macro_f1")
+@metric("macro_f1", better="higher")
 def macro_f1(sums: Sums) -> float:
     """The mean of the classes' F1, of those that are among the labels or the predictions; as scikit-learn has it."""
     if not sums.count:
