@@ -40,6 +40,16 @@ def summed_up(tracked: tracking.Run, work: Work, records: list[Record], job: Job
     )
 
 
+def say_if_stopped_early(work: Work, records: list[Record]) -> None:
+    """Say why there are fewer steps than asked for."""
+    best, last = work.best, int(records[-1]["step"])
+    if best.should_stop and last < work.timetable.steps:
+        log.info(
+            f"stopped after {last} of {work.timetable.steps} steps: {best.without_gain} evaluations in a row without a "
+            f"gain in {best.metric} of more than {best.min_delta:g}"
+        )
+
+
 def log_result(tracked: tracking.Run, result: Result, records: list[Record], job: Job) -> None:
     """Hand tracking what is known at the end: sizes and times, the best evaluation, the adapter's digest."""
     sizes = {name: getattr(result, name) for name in ("adapter_bytes", "peak_memory_gib", "wall_s")}

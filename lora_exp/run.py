@@ -13,7 +13,7 @@ from torch import nn
 
 from lora_exp import models
 from lora_exp.backends import Adapted, Origin, adapt
-from lora_exp.config import Config, TrainConfig, flat_values
+from lora_exp.config import Config, flat_values
 from lora_exp.data import Data, Tokenizer, kind_of, load_data
 from lora_exp.data.origin import record_data
 from lora_exp.job import Job, Result
@@ -26,14 +26,19 @@ from lora_exp.machine.saving import recover
 from lora_exp.models.dense_weights import DenseWeights
 from lora_exp.plan.precheck import check_fits, memory_errors_explained
 from lora_exp.recording import Recorder, log_files
-from lora_exp.results import log_result, report, saved_evaluation, summed_up
+from lora_exp.results import log_result, report, saved_evaluation, say_if_stopped_early, summed_up
 from lora_exp.tracking import mlflow as tracking
 from lora_exp.tracking.setup import log_setup, run_name, sweep_name
-from lora_exp.training.batches import check_evaluation, check_rows, evaluation_batches, training_batches
+from lora_exp.training.batches import (
+    check_evaluation,
+    check_rows,
+    evaluation_batches,
+    timetable_of,
+    training_batches,
+)
 from lora_exp.training.best import Best
 from lora_exp.training.loop import evaluate
 from lora_exp.training.metrics import higher_is_better
-from lora_exp.training.timetable import Timetable, micro_batches_of
 from lora_exp.training.trainer import Work, trainers
 from lora_exp.training.trainers.native import LANE, forward_of
 from lora_exp.training.utilisation import Utilisation
@@ -75,6 +80,7 @@ def run(config: Config, job: Job) -> Result:
                     look_at_written(work, recorder)
                     trainers[config.trainer]().train(work, recorder.keep)
                     look_at_written(work, recorder, job)
+                    say_if_stopped_early(work, recorder.records)
                     _test(work, job, recorder)
             records = recorder.records
             result = summed_up(tracked, work, records, job, time.monotonic() - started)
@@ -96,6 +102,8 @@ def _prepare(tracked: tracking.Run, config: Config, place: Place) -> tuple[Adapt
     record_data(tracked, kind_of(config.data), data)
     check_rows(data.train, config.train.micro_batch_size)
     check_evaluation(data.validation)
+    said = timetable_of(data.train, config.train).in_words(config.train.micro_batch_size)
+    log.info(f"train  {said}")
     _resume_collection()
     set_seed(config.seed)  # of a new head, which must not depend on what reading the data has drawn
     with signals.at_once():
@@ -133,15 +141,8 @@ def _work(adapted: Adapted, data: Data, config: Config, place: Place) -> Work:
         section.early_stopping,
         section.min_delta,
     )
-    timetable = _timetable(data, section)
+    timetable = timetable_of(data.train, section)
     return Work(adapted, data, kind_of(config.data), place, section, config.optimizer, config.seed, timetable, best)
-
-
-def _timetable(data: Data, section: TrainConfig) -> Timetable:
-    """Streamed rows have no number."""
-    rows = len(data.train) if hasattr(data.train, "__len__") else None
-    known = None if rows is None else micro_batches_of(rows, section.micro_batch_size, section.drop_last)
-    return Timetable.of(section, known)
 
 
 def _test(work: Work, job: Job, recorder: Recorder) -> None:

@@ -56,10 +56,10 @@ def with_test_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def outcome(folder: Path) -> Outcome:
-    found = read_outcome(max(folder.glob("outputs/**/result.json"), key=lambda file: file.stat().st_mtime).parent)
-    assert found is not None
-    assert found.result is not None
-    return found
+    """Of the run that finished."""
+    found = [read_outcome(file.parent) for file in folder.glob("outputs/**/result.json")]
+    (finished,) = [each for each in found if each is not None and each.result is not None]
+    return finished
 
 
 def saved_step(folder: Path, values: Mapping[int, Mapping[str, torch.Tensor]]) -> int:
@@ -101,6 +101,7 @@ def test_what_stays_and_what_is_said(
     assert (found.best_step, found.best_loss) == best
     assert saved_step(workplace, course) == saved[0]
     assert max(course) == last
+    assert (f"stopped after {last} of 10 steps" in done.out) == (last < 10)
     assert ("best was validation loss 4.0000 at step 4" in done.out) == (saved != best)
     assert not list(workplace.glob("outputs/**/.best*"))
 
@@ -177,6 +178,7 @@ def test_epochs_give_the_steps(cli: Cli, tiny_overrides: list[str], workplace: P
     rows = int(done.out.partition(" training and ")[0].rpartition(" ")[2].replace(",", ""))
     epoch = math.ceil(math.ceil(rows / 7) / 3)
     steps = math.ceil(1.5 * epoch)
+    assert f"{steps} optimizer steps of 3 × 7 rows (" in done.out
     assert records[-1]["step"] == outcome(workplace).result.step == steps
     logged = [record for record in records if "train/loss" in record]
     assert [(record["step"], record["train/epoch"]) for record in logged] == [(epoch, 1.0), (steps, steps / epoch)]
@@ -216,6 +218,15 @@ def test_all_of_them_are_reported_together(cli: Cli, tiny_overrides: list[str]) 
     wrong = ["train.epochs=2", "train.keep=first", "train.log_every=now", "train.schedule=coseno", "rank=0"]
     done = cli(*tiny_overrides, *wrong)
     assert "The config has 5 problems" in done.err
+
+
+def test_more_warm_up_than_epochs_give_steps_is_said_before_the_base_is_loaded(
+    cli: Cli, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_exp.models.load_base", lambda *_: pytest.fail("loaded"))
+    done = cli(*tiny_overrides, "train.steps=null", "train.epochs=0.01", "train.warmup_steps=9", "tracking=none")
+    assert done.code == 1
+    assert "train.warmup_steps=9 is outside [0, 2], the optimizer steps of this training" in done.err
 
 
 def test_neither_evaluation_nor_log_in_between(cli: Cli, tiny_overrides: list[str], workplace: Path) -> None:

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, Subset
 
+from lora_exp.config import TrainConfig
 from lora_exp.errors import UserError
 from lora_exp.training.objectives import Batch
+from lora_exp.training.timetable import Timetable, micro_batches_of
 
 Rows = Dataset[dict[str, Tensor]]
 _POOLED = 50  # batches whose rows are sorted together: fewer would pad more, more would repeat the same company
@@ -30,6 +32,13 @@ def check_evaluation(rows: Rows) -> None:
     """Raise UserError if there is nothing to evaluate on: a mean of nothing compares with nothing."""
     if not len(rows):  # type: ignore[arg-type]
         raise UserError("No row is held out for validation: raise data.val_fraction, or give more data")
+
+
+def timetable_of(rows: Rows, section: TrainConfig) -> Timetable:
+    """When a training on ``rows`` does what. Streamed ones have no number."""
+    have = len(rows) if hasattr(rows, "__len__") else None
+    known = None if have is None else micro_batches_of(have, section.micro_batch_size, section.drop_last)
+    return Timetable.of(section, known)
 
 
 def training_batches(

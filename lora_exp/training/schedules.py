@@ -74,6 +74,7 @@ def build_schedule(optimizer: torch.optim.Optimizer, section: TrainConfig, timet
 
     options = {key: value for key, value in section.schedule_options.items() if value is not None}
     try:
+        _check_decay(options, timetable)
         made: LambdaLR = get_scheduler(
             section.schedule, optimizer, timetable.warmup_steps, timetable.steps, options or None
         )
@@ -86,6 +87,13 @@ def build_schedule(optimizer: torch.optim.Optimizer, section: TrainConfig, timet
             "warm-up, or use train.schedule=cosine"
         ) from error
     return made
+
+
+def _check_decay(options: dict[str, Any], timetable: Timetable) -> None:
+    """Raise ValueError where ``warmup_stable_decay`` has more steps to decay in than there are: it would jump there."""
+    left, decay = timetable.steps - timetable.warmup_steps, options.get("num_decay_steps", 0)
+    if decay > left:
+        raise ValueError(f"num_decay_steps={decay} is more than the {left} steps that are left")
 
 
 def _cosine(progress: float) -> float:

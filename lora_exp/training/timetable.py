@@ -91,6 +91,12 @@ class Timetable:
             return self.grad_accum_steps
         return self.epoch_micro_batches - (per_epoch - 1) * self.grad_accum_steps
 
+    def in_words(self, micro_batch_size: int) -> str:
+        """For a person, before it begins."""
+        known = "" if self.epoch_steps is None else f" ({float(f'{self.steps / self.epoch_steps:.3g}'):g} epochs)"
+        taken = f"{self.grad_accum_steps} × {micro_batch_size} rows"
+        return f"{self.steps:,} optimizer steps of {taken}{known}, {self.warmup_steps:,} of them to warm up"
+
     def epochs(self, step: int) -> float | None:
         """How many epochs have been trained after this step; None where nobody knows."""
         return None if self.epoch_steps is None else step / self.epoch_steps

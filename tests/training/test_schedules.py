@@ -92,6 +92,7 @@ def test_what_a_schedule_does_not_know_is_said_before_anything_is_loaded(
         ("polynomial", {}, Timetable(4, warmup_steps=4)),
         ("cosine_with_min_lr", {"min_lr": 0.1, "min_lr_rate": 0.1}, Timetable(10)),
         ("warmup_stable_decay", {"num_decay_steps": "few"}, Timetable(10)),
+        ("warmup_stable_decay", {"num_decay_steps": 9}, Timetable(10, warmup_steps=2)),
         ("warmup_stable_decay", {"num_decay_steps": 3, "decay_type": "steep"}, Timetable(10)),
     ],
 )
