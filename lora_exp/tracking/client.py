@@ -145,7 +145,7 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def set_defaults() -> None:
-    """Where the user's environment has no wish of its own. To be called before any ``environment``, which takes back."""
+    """Where the user's environment has no wish of its own. Call it before any ``environment``, which takes back."""
     for key, value in _DEFAULTS.items():
         os.environ.setdefault(key, value)
 

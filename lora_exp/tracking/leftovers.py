@@ -37,9 +37,9 @@ def tell_rest(folder: Path, run_id: str, patience_s: float, at_most_s: float = m
         outbox.close()
         return Told(0, before, f"it belongs to {where}, whose login is not kept: set MLFLOW_TRACKING_URI")
     teller = Teller(section, folder, run_id, is_new=False)
-    delivery = Delivery(outbox, teller.tell, redacted(tracking_uri(section)))
     try:
         with without_retries():
+            delivery = Delivery(outbox, teller.tell, redacted(tracking_uri(section)))
             delivery.drain(patience_s, at_most_s)
         return Told(before - outbox.left(), outbox.left(), delivery.trouble)
     finally:

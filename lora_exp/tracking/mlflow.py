@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_exp.config import TrackingConfig
+from lora_exp.credentials import redacted
 from lora_exp.machine import signals
 from lora_exp.machine.process import Process
 from lora_exp.tracking import database, lineage, system_metrics
@@ -98,7 +99,7 @@ def _created(client: MlflowClient, section: TrackingConfig, name: str, sweep: Sw
     origin: Mapping[str, str] = lineage.origin_tags()
     tags = parent_tags(client, section, sweep.folder, sweep.name, origin) if sweep else {}
     tags |= {**origin, PROCESS_TAG: str(Process.mine())}
-    return client.create_run(experiment_id(client, section), tags=tags, run_name=name)
+    return client.create_run(experiment_id(client, section), tags=tags, run_name=redacted(name))
 
 
 def _reopened(client: MlflowClient, run_id: str) -> StoredRun:

@@ -63,7 +63,7 @@ def _open_parent(
     process = str(owner(folder) or Process.mine())  # it lives as long as whoever launches the jobs
     tags = {**origin, "sweep_id": sweep_id, "lora_exp.kind": "sweep", PROCESS_TAG: process, "folder": str(folder)}
     experiment = experiment_id(client, section)
-    parent = client.create_run(experiment, tags=tags, run_name=name or f"sweep {sweep_id}")
+    parent = client.create_run(experiment, tags=tags, run_name=redacted(name or f"sweep {sweep_id}"))
     return {
         "sweep_id": sweep_id,
         "parent_run_id": parent.info.run_id,
