@@ -26,6 +26,7 @@ from lora_exp.job import RESULT_FILE, SWEEP_FILE, AnyResult, Job, Outcome, filed
 from lora_exp.machine import claims, signals
 from lora_exp.machine.allocator import keep_freed_memory
 from lora_exp.machine.waiting import wait_briefly
+from lora_exp.rerunning import saved_config_composed
 from lora_exp.sweep.callback import begun
 from lora_exp.tracking.provenance import versions
 
@@ -64,10 +65,11 @@ def main() -> None:
         sys.exit(str(error))
     adopt_login()
     try:
-        with signals.at_once(), composing.plainly():
-            sys.argv[1:] = composing.in_order(sys.argv[1:])
+        with signals.at_once(), composing.plainly(), saved_config_composed(sys.argv[1:]) as arguments:
+            sys.argv[1:] = composing.in_order(arguments)
             composing.check_arguments(sys.argv[1:])
-            hydra_main()
+            with composing.printed_without_logins(sys.argv[1:]):
+                hydra_main()
     except signals.Stopped:
         sys.stderr.write("Interrupted: what was finished is kept.\n")
         raise

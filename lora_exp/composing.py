@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import re
 import shlex
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -22,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from lora_exp.config import ConfigError, conf_folder
+from lora_exp.credentials import login_problems, redacted
 from lora_exp.keys import nearest, unknown_key, unknown_keys, wrong_data, wrong_value
 from lora_exp.plugins import PluginError, import_plugins
 
@@ -111,6 +114,28 @@ def plainly() -> Iterator[None]:
         sys.exit(1)
     finally:
         os.environ.pop(_FULL_ERROR, None)
+
+
+@contextlib.contextmanager
+def printed_without_logins(arguments: Sequence[str]) -> Iterator[None]:
+    """For a config that is printed and not run (``--cfg``, ``--info``), of which no callback hears."""
+    given = get_args_parser().parse_args(list(arguments))
+    if not given.cfg and not given.info:
+        yield
+        return
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        yield
+    if given.cfg and (problems := login_problems(_values(shown.getvalue()))):
+        raise ConfigError(problems)
+    sys.stdout.write(redacted(shown.getvalue()))
+
+
+def _values(text: str) -> object:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:  # a single value
+        return text
 
 
 def explain(error: Exception) -> str | None:

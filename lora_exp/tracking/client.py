@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 DEFAULT_FOLDER = Path("outputs")
 _DEFAULTS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    # What fails is tried again by whoever delivers, who is in nobody's way. Ten seconds of silence are a failure.
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it prints the address with the login in it
 }
@@ -69,8 +68,7 @@ def client_of(section: TrackingConfig) -> MlflowClient:
     """A client of a store that may be away just now."""
     adopt_login()
     uri = tracking_uri(section)
-    for key, value in _DEFAULTS.items():
-        os.environ.setdefault(key, value)
+    set_defaults()
     from mlflow.tracking import MlflowClient
 
     _send_name_alone()
@@ -144,6 +142,18 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
+
+
+def set_defaults() -> None:
+    """Where the user's environment has no wish of its own. Call it before any ``environment``, which takes back."""
+    for key, value in _DEFAULTS.items():
+        os.environ.setdefault(key, value)
+
+
+def without_retries() -> contextlib.AbstractContextManager[None]:
+    """For a delivery, which tries again itself and must know at once what failed."""
+    set_defaults()
+    return environment({"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"})
 
 
 def _send_name_alone() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lora_exp.config import TrackingConfig
 from lora_exp.credentials import redacted
-from lora_exp.tracking.client import tracking_uri
+from lora_exp.tracking.client import tracking_uri, without_retries
 from lora_exp.tracking.delivery import Delivery
 from lora_exp.tracking.outbox import InDeliveryError, Outbox
 from lora_exp.tracking.telling import Teller
@@ -37,9 +37,10 @@ def tell_rest(folder: Path, run_id: str, patience_s: float, at_most_s: float = m
         outbox.close()
         return Told(0, before, f"it belongs to {where}, whose login is not kept: set MLFLOW_TRACKING_URI")
     teller = Teller(section, folder, run_id, is_new=False)
-    delivery = Delivery(outbox, teller.tell, redacted(tracking_uri(section)))
     try:
-        delivery.drain(patience_s, at_most_s)
+        with without_retries():
+            delivery = Delivery(outbox, teller.tell, redacted(tracking_uri(section)))
+            delivery.drain(patience_s, at_most_s)
         return Told(before - outbox.left(), outbox.left(), delivery.trouble)
     finally:
         outbox.close()

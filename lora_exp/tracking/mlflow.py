@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_exp.config import TrackingConfig
+from lora_exp.credentials import redacted
 from lora_exp.machine import signals
 from lora_exp.machine.process import Process
 from lora_exp.tracking import database, lineage, system_metrics
 from lora_exp.tracking.client import TrackingError as TrackingError
-from lora_exp.tracking.client import checked_client, environment, experiment_id, said_clearly, tracking_uri
+from lora_exp.tracking.client import checked_client, experiment_id, said_clearly, tracking_uri, without_retries
 from lora_exp.tracking.links import where_to_look
 from lora_exp.tracking.stale import PROCESS_TAG, end_stale
 from lora_exp.tracking.sweeps import ended_sweep as ended_sweep
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 log = logging.getLogger(__name__)
-_AT_START = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 _PATIENCE_S = 15.0  # with a server that does not answer, at the end of a run
 _PATIENCE_AT_FAILURE_S = 5.0
 
@@ -66,10 +66,11 @@ def open_run(
     with contextlib.ExitStack() as stack:  # but for the block: a run that has begun must be known, to be ended
         stack.enter_context(signals.while_closing())
         place = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        with said_clearly(section), environment(_AT_START):
+        with said_clearly(section):
             client = checked_client(section)
             end_stale(client)
             stored = _reopened(client, run_id) if run_id else _created(client, section, name, sweep)
+        stack.enter_context(without_retries())
         with _failed_if_not_begun(client, stored.info.run_id):
             make_room = stack.enter_context(database.room_to_close(database.file_of(tracking_uri(section))))
             run = MlflowRun(section, place, stored.info.run_id, is_new=run_id is None, client=client)
@@ -98,7 +99,7 @@ def _created(client: MlflowClient, section: TrackingConfig, name: str, sweep: Sw
     origin: Mapping[str, str] = lineage.origin_tags()
     tags = parent_tags(client, section, sweep.folder, sweep.name, origin) if sweep else {}
     tags |= {**origin, PROCESS_TAG: str(Process.mine())}
-    return client.create_run(experiment_id(client, section), tags=tags, run_name=name)
+    return client.create_run(experiment_id(client, section), tags=tags, run_name=redacted(name))
 
 
 def _reopened(client: MlflowClient, run_id: str) -> StoredRun:

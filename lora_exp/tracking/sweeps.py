@@ -18,7 +18,7 @@ from lora_exp.credentials import redacted
 from lora_exp.job import SWEEP_FILE
 from lora_exp.machine.claims import owner
 from lora_exp.machine.process import Process
-from lora_exp.tracking.client import client_of, experiment_id, tracking_uri
+from lora_exp.tracking.client import client_of, experiment_id, tracking_uri, without_retries
 from lora_exp.tracking.leftovers import tell_rest
 from lora_exp.tracking.links import where_to_look
 from lora_exp.tracking.outbox import outboxes
@@ -63,7 +63,7 @@ def _open_parent(
     process = str(owner(folder) or Process.mine())  # it lives as long as whoever launches the jobs
     tags = {**origin, "sweep_id": sweep_id, "lora_exp.kind": "sweep", PROCESS_TAG: process, "folder": str(folder)}
     experiment = experiment_id(client, section)
-    parent = client.create_run(experiment, tags=tags, run_name=name or f"sweep {sweep_id}")
+    parent = client.create_run(experiment, tags=tags, run_name=redacted(name or f"sweep {sweep_id}"))
     return {
         "sweep_id": sweep_id,
         "parent_run_id": parent.info.run_id,
@@ -93,11 +93,12 @@ def ended_sweep(folder: Path, status: str) -> Iterator[SweepRun | None]:
     except OSError:  # no room for a journal
         client_of(section).set_terminated(known["parent_run_id"], status)
         raise
-    try:
-        tracked.log_status(status)
-        yield SweepRun(tracked, section, known.get("experiment_id"))
-    finally:
-        tracked.close(_PATIENCE_S)
+    with without_retries():
+        try:
+            tracked.log_status(status)
+            yield SweepRun(tracked, section, known.get("experiment_id"))
+        finally:
+            tracked.close(_PATIENCE_S)
 
 
 class SweepRun:

@@ -138,11 +138,16 @@ def _nothing(order: dict[str, Any]) -> None:
     del order
 
 
+def _raise(order: dict[str, Any]) -> None:
+    raise RuntimeError(order["message"])
+
+
 DEEDS: dict[str, Callable[[dict[str, Any]], None]] = {
     "signal": _signal,
     "signal later": _signal_later,
     "signal in a finaliser": _signal_in_finaliser,
     "nothing": _nothing,
+    "raise": _raise,
 }
 
 if __name__ == "__main__":

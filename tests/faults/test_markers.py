@@ -109,3 +109,23 @@ def test_a_secret_that_is_a_part_of_a_path_is_no_parameter(
                   environment={"MY_FILE": f"{folder}/text.txt", "HF_TOKEN": MARK})  # fmt: skip
     assert done.code == 0, done.err
     assert found_in(done) == []
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["finished", "failed"])
+def test_no_byte_of_a_run_holds_any_secret(
+    fails: bool, forked: Forked, fake_server: Callable[..., Any], tiny_overrides: list[str]
+) -> None:
+    """Not its folder, not the store, not the artifacts: with every secret set, and one pointed to."""
+    names = ("HF_TOKEN", "MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY")
+    server = fake_server(login=f"user:{MARK}", trouble=lambda call, number: "500" if number > 10 else None)
+    secrets = {name: f"{MARK}-{name}" for name in names[:1] + names[2:]}
+    environment = {**secrets, "MLFLOW_TRACKING_URI": f"http://user:{MARK}@127.0.0.1:{server.port}"}
+    broken = {"target": "lora_exp.training.loop:_accumulate", "at": 3, "do": "raise", "message": f"{MARK}-HF_TOKEN"}
+    done = forked(*tiny_overrides, "tracking.run_name='${oc.env:HF_TOKEN}'", "hydra.run.dir=outputs/job",
+                  environment=environment, **(broken if fails else {}))  # fmt: skip
+    assert done.code == int(fails), done.err
+    assert found_in(done) == []
+    assert MARK not in str(server.requests)
+    assert list(done.folder.glob("outputs/job/tracking/*.jsonl"))  # undelivered, so looked through, too
+    stored = [path for path in server.folder.rglob("*") if path.is_file()]
+    assert not [path for path in stored if MARK.encode() in path.read_bytes()]
