@@ -111,7 +111,10 @@ def _reopened(client: MlflowClient, run_id: str) -> StoredRun:
             f"MLflow has no run {run_id} to go on with: mend tracking.uri, or start anew in another folder"
         ) from error
     client.set_tag(run_id, PROCESS_TAG, str(Process.mine()))
-    return client.get_run(run_id)
+    found = client.get_run(run_id)
+    if "error" in found.data.tags:  # of its end that was none
+        client.delete_tag(run_id, "error")
+    return found
 
 
 @contextlib.contextmanager
@@ -123,3 +126,9 @@ def _failed_if_not_begun(client: MlflowClient, run_id: str) -> Iterator[None]:
         with contextlib.suppress(Exception):
             client.set_terminated(run_id, "FAILED")
         raise
+
+
+def folder_of(section: TrackingConfig, run_id: str) -> Path:
+    """Where a run's files were written. Raises TrackingError for a run that the store has not."""
+    with said_clearly(section), environment(_AT_START):
+        return Path(checked_client(section).get_run(run_id).data.tags.get("folder", ""))
