@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_exp.config import TrackingConfig
+from lora_exp.errors import RefusedError
 from lora_exp.machine import signals
 from lora_exp.machine.process import Process
 from lora_exp.tracking import database, lineage, system_metrics
@@ -129,6 +130,12 @@ def _failed_if_not_begun(client: MlflowClient, run_id: str) -> Iterator[None]:
 
 
 def folder_of(section: TrackingConfig, run_id: str) -> Path:
-    """Where a run's files were written. Raises TrackingError for a run that the store has not."""
+    """Where a run's files were written. Raises RefusedError for a run that the store has not."""
     with said_clearly(section), environment(_AT_START):
-        return Path(checked_client(section).get_run(run_id).data.tags.get("folder", ""))
+        client = checked_client(section)
+        try:
+            return Path(client.get_run(run_id).data.tags.get("folder", ""))
+        except Exception as error:
+            if not is_missing(error):
+                raise
+    raise RefusedError(f"MLflow has no run {run_id}: mend tracking.uri, or give the folder of the run")
