@@ -35,8 +35,8 @@ def check_evaluation(rows: Rows) -> None:
 class TrainingBatches(Iterator[Batch]):
     """Micro batches of ``size`` rows for ever, each epoch in a new order drawn from ``seed``.
 
-    An epoch's last one holds the rows that are left, or with ``drop_last`` is left out if they are fewer. Several
-    ``processes`` take turns: that of ``rank`` takes every so-manieth micro batch, and reads no rows of others'.
+    An epoch's last one holds the rows that are left, or with ``drop_last`` is left out if they are fewer. Of several
+    ``processes`` that of ``rank`` takes every so-manieth of an epoch, and reads no rows of the others'.
 
     ``state_dict`` tells the place between two batches; after ``load_state_dict`` the same batches follow. It draws from
     the global generator, as every new epoch does (torch's DataLoader): load that generator's state after it.
@@ -82,9 +82,7 @@ class TrainingBatches(Iterator[Batch]):
     def _begin_epoch(self) -> None:
         """From this process's batch number ``_batch`` on. Rows before that are not read."""
         self._at_epochs_start = self._generator.get_state()
-        batches = list(self._sampler)
-        passed = self._epoch * len(batches)  # of all processes, over all epochs
-        own = [batch for number, batch in enumerate(batches, passed) if number % self._processes == self._rank]
+        own = list(self._sampler)[self._rank :: self._processes]
         left = own[self._batch :]
         self._loaded = iter(DataLoader(self._rows, batch_sampler=left, collate_fn=self._collate, pin_memory=self._pin))
 

@@ -32,7 +32,8 @@ def test_every_killed_run_ends_in_the_same_bits(forked: Forked, tiny_overrides: 
     usual_s, found = time.monotonic() - begun, Counter[str]()
     for trial in range(trials):
         killed = _killed(forked, [*tiny_overrides, JOB, *LENGTH], drawn, trial, usual_s)
-        found[_where(killed)] += 1
+        where = _where(killed)
+        found[where] += 1
         while drawn.random() < 0.25:
             found["killed again"] += _go_on(forked, tiny_overrides, killed, usual_s * drawn.random()).code != 0
         done = _go_on(forked, tiny_overrides, killed, None)
@@ -42,6 +43,7 @@ def test_every_killed_run_ends_in_the_same_bits(forked: Forked, tiny_overrides: 
         assert set(done.statuses()) <= {"FINISHED", "KILLED"}
         assert done.statuses().count("FINISHED") == 1
         assert not list((done.folder / "outputs/job/checkpoints").glob(".*"))
+        print(f"{trial + 1} of {trials}: killed {where}, ended in the same bits", flush=True)
     print(f"\n{trials} of {trials} trials ended in the same bits; killed: {dict(found)}")
 
 
