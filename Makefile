@@ -6,7 +6,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: run ui test lint format bench bench-quick lock wheel clean
+TRIALS ?= 30
+SEED ?= 0
+
+.PHONY: run ui test torture lint format bench bench-quick lock wheel clean
 
 run: $(STAMP)
 	$(BIN)/python -m lora_exp $(ARGS)
@@ -16,6 +19,10 @@ ui: $(STAMP)
 
 test: lint
 	$(BIN)/python -m pytest $(ARGS)
+
+# Runs that are killed at random moments, also while a checkpoint is written, and gone on with: minutes.
+torture: $(STAMP)
+	TRIALS=$(TRIALS) SEED=$(SEED) $(BIN)/python -m pytest tests/faults/test_torture.py -q -s $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -21,7 +21,7 @@ from lora_exp import composing
 from lora_exp.checks import check
 from lora_exp.config import Config, conf_folder, flat_values, register, to_config
 from lora_exp.credentials import CredentialError, adopt_login, redacted, refuse_in_arguments
-from lora_exp.errors import UserError
+from lora_exp.errors import RefusedError, UserError
 from lora_exp.job import RESULT_FILE, SWEEP_FILE, AnyResult, Job, Outcome, filed, read_swept, write_outcome
 from lora_exp.machine import claims, signals
 from lora_exp.machine.allocator import keep_freed_memory
@@ -85,7 +85,7 @@ def main() -> None:
 def _finished(job: Job, composed: DictConfig) -> float:
     """The job's objective, once its end is written down, whatever that is."""
     values: dict[str, object] = {}
-    (job.folder / RESULT_FILE).unlink(missing_ok=True)  # an earlier job's, which this one replaces
+    earlier = _taken(job.folder / RESULT_FILE)  # of an earlier job, which this one replaces
     try:
         composing.check_composed(composed)
         config = to_config(composed)
@@ -99,6 +99,9 @@ def _finished(job: Job, composed: DictConfig) -> float:
                 _finish(job, values, "KILLED", error=str(stop or type(error).__name__))
                 raise stop or error from None
             message = _explain(error, job)
+            if isinstance(error, RefusedError) and earlier:
+                (job.folder / RESULT_FILE).write_text(earlier)
+                raise JobError(message) from error
             _finish(job, values, "FAILED", error=message)
             if job.sweep_folder is not None:
                 log.error(message)
@@ -106,6 +109,13 @@ def _finished(job: Job, composed: DictConfig) -> float:
     with signals.while_closing():
         _finish(job, values, "FINISHED", result=result)
     return result.objective
+
+
+def _taken(file: Path) -> str | None:
+    """What a file held, which is then gone."""
+    text = file.read_text() if file.is_file() else None
+    file.unlink(missing_ok=True)
+    return text
 
 
 def _run(config: Config, job: Job) -> AnyResult:

@@ -32,6 +32,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 def check(config: Config) -> None:
     """Raise ``ConfigError`` with every problem that can be seen before anything is loaded."""
     problems = [*_adapter_problems(config), *_place_problems(config), *_number_problems(config)]
+    problems += _resume_problems(config)
     problems += [*_kind_problems(config), *_quantization_problems(config)]
     if problems:
         raise ConfigError(problems)
@@ -59,6 +60,16 @@ def _adapter_problems(config: Config) -> list[str]:
         start, name = config.start.name, config.adapter.name
         problems.append(f"start={start} has no meaning with adapter={name}, which has no factors: leave start out")
     return problems
+
+
+def _resume_problems(config: Config) -> list[str]:
+    if config.resume is None or config.task != "train" or trainers.problem(config.trainer):
+        return []
+    if not trainers[config.trainer].resumes:
+        return [f"resume={config.resume} is not for trainer={config.trainer}, which keeps no checkpoints: leave it out"]
+    if not config.train.keep_checkpoints:
+        return [f"resume={config.resume} needs checkpoints: leave train.keep_checkpoints=0 out"]
+    return []
 
 
 def _place_problems(config: Config) -> list[str]:

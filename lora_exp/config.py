@@ -164,7 +164,8 @@ class TrainConfig:
     """How long to train: ``steps`` (optimizer steps) or ``epochs``; neither: 24 steps. How, and what to keep.
 
     ``eval_every``, ``log_every`` and ``save_every`` are optimizer steps (12) or epochs ("0.5 epoch"); 0: never between
-    the start and the end. ``eval_blocks`` counts rows (blocks, images). ``drop_last``: of each epoch, a last micro
+    the start and the end. Of the checkpoints the last ``keep_checkpoints`` and the best stay; 0: none is written.
+    ``eval_blocks`` counts rows (blocks, images). ``drop_last``: of each epoch, a last micro
     batch that is not full. ``warmup_steps`` or ``warmup_ratio``, of all steps; neither: 2 steps.
 
     ``keep``: the adapter of the ``last`` evaluation or of the ``best`` by ``best_metric``; null: the last, with early
@@ -259,6 +260,9 @@ class TrackingConfig:
 class Config:
     """One experiment. ``plugins``: modules of the user's own, imported before the config is checked.
 
+    ``resume``: what to go on from: ``auto`` (the job's own folder, if it holds a checkpoint), another run's folder, or
+    the id of its MLflow run; null: begin anew.
+
     ``run``: the folder that ``task=sync`` looks into.
     """
 
@@ -285,6 +289,7 @@ class Config:
     backend: str = "native"
     trainer: str = "native"
     device: str = "auto"
+    resume: str | None = None
     plugins: list[str] = field(default_factory=list)
 
 
@@ -389,6 +394,7 @@ def flat_values(config: Config) -> dict[str, object]:
         if isinstance(value, dict):
             values |= _flat_section(key, value)
     values["lr"] = values.pop("optimizer.lr")
+    del values["resume"]
     if not config.plugins:
         del values["plugins"]
     if config.run is None:

@@ -23,3 +23,7 @@ def is_bug(error: BaseException) -> bool:
     """
     frames = traceback.extract_tb(error.__traceback__)
     return not isinstance(error, UserError) and bool(frames) and frames[-1].filename.startswith(_ROOM)
+
+
+class RefusedError(UserError):
+    """A job that was refused before it touched anything: what its folder holds of an earlier one stays true."""

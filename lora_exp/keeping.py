@@ -22,6 +22,8 @@ class Keeping:
 
     def __init__(self, work: Work, folder: Path) -> None:
         self._work, self._folder = work, folder
+        if work.start is None:
+            (folder / VALUES_FILE).unlink(missing_ok=True)  # an earlier run's
 
     def consider(self, record: Record) -> None:
         """Save the adapter if ``record`` is an evaluation of the one that stays so far."""
@@ -35,12 +37,14 @@ class Keeping:
 
 
 def take_back_kept(work: Work, folder: Path) -> None:
-    """Have the model be what is saved in ``folder``, where the training went on from there to nothing better."""
+    """Have the model be what is saved in ``folder``, where the training went on from there to nothing better.
+
+    The file stays: a run that is interrupted later must find it again.
+    """
     file = folder / VALUES_FILE
     if not work.train.keeps_best or not file.exists():
         return
     copy_strictly(file, read_tensors(file)[0], _numbered(work))
-    file.unlink()
 
 
 def _numbered(work: Work) -> dict[str, Tensor]:

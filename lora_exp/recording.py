@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import os
 from collections.abc import Iterable
 from types import TracebackType
 
-from lora_exp.job import METRICS_FILE, Job
+from lora_exp.job import METRICS_FILE, Job, read_metrics
 from lora_exp.keeping import Keeping
 from lora_exp.machine import signals
 from lora_exp.progress import TrainingProgress
@@ -18,19 +20,41 @@ from lora_exp.training.utilisation import Utilisation
 
 
 class Recorder:
-    """Takes a job's records. As a context manager it holds the file and the progress bar open."""
+    """Takes a job's records. As a context manager it holds the file and the progress bar open.
+
+    Where ``work`` goes on from a checkpoint, they come behind those that the job's file holds.
+    """
 
     def __init__(self, tracked: tracking.Run, work: Work, job: Job, share: Utilisation) -> None:
         self.records: list[Record] = []
         self._tracked, self._job, self._share = tracked, job, share
+        self._goes_on, self._digest, self._length = work.start is not None, hashlib.sha256(), 0
         self._keeping = Keeping(work, job.folder)
         self._progress = TrainingProgress(work.timetable.steps)
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Recorder:
-        self._stream = self._open.enter_context((self._job.folder / METRICS_FILE).open("w"))
+        self._stream = self._open.enter_context((self._job.folder / METRICS_FILE).open("a" if self._goes_on else "w"))
         self._open.enter_context(self._progress)
+        if self._goes_on:
+            self._take_up()
         return self
+
+    def position(self) -> dict[str, int | str]:
+        """How many ``bytes`` the file of metrics has by now, all of them on the disk, and their ``sha256``."""
+        os.fsync(self._stream.fileno())
+        return {"bytes": self._length, "sha256": self._digest.hexdigest()}
+
+    def _take_up(self) -> None:
+        """Tracking is told what it may have missed; it takes each point once."""
+        self._count((self._job.folder / METRICS_FILE).read_bytes())
+        self.records = read_metrics(self._job.folder)
+        for record in self.records:
+            self._track(record)
+
+    def _count(self, written: bytes) -> None:
+        self._digest.update(written)
+        self._length += len(written)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._open.close()
@@ -41,8 +65,10 @@ class Recorder:
     def keep(self, record: Record) -> None:
         """Take one record; after an evaluation save the adapter, as what is earned so far outlives a later failure."""
         record |= self._share.figures(record)
-        self._stream.write(json.dumps(record) + "\n")
+        line = json.dumps(record) + "\n"
+        self._stream.write(line)
         self._stream.flush()
+        self._count(line.encode())
         self._track(record)
         self._progress.show(record)
         self.records.append(record)

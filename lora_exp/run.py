@@ -7,7 +7,9 @@ import gc
 import itertools
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -27,6 +29,7 @@ from lora_exp.models.dense_weights import DenseWeights
 from lora_exp.plan.precheck import check_fits, memory_errors_explained
 from lora_exp.recording import Recorder, log_files
 from lora_exp.results import log_result, report, saved_evaluation, say_if_stopped_early, summed_up
+from lora_exp.resuming import Identity, resumed_run
 from lora_exp.tracking import mlflow as tracking
 from lora_exp.tracking.setup import log_setup, run_name, sweep_name
 from lora_exp.training.batches import (
@@ -37,6 +40,8 @@ from lora_exp.training.batches import (
     training_batches,
 )
 from lora_exp.training.best import Best
+from lora_exp.training.checkpoints import FOLDER as CHECKPOINTS
+from lora_exp.training.checkpoints import Checkpoints
 from lora_exp.training.loop import evaluate
 from lora_exp.training.metrics import higher_is_better
 from lora_exp.training.trainer import Work, trainers
@@ -64,41 +69,53 @@ def run(config: Config, job: Job) -> Result:
         models.prepare_source(config.model)
     recover(job.folder / "adapter")
     names = run_name(config, job), job.sweep_folder, sweep_name(config, job)
-    result: Result | None = None
-    try:
-        with tracking.open_run(config.tracking, *names, folder=job.folder) as tracked:
-            log_setup(tracked, config, job, {"dtype": str(place.dtype), "device": str(place.device)})
-            tracked.log_tags(precision.tags())
-            with memory_errors_explained(config, place):
-                with signals.at_once():
-                    check_fits(config, place)
-                adapted, data = _prepare(tracked, config, place)
-                work = _work(adapted, data, config, place)
-                rate = precision.rate(place.autocast or place.dtype)
-                share = Utilisation.of(adapted.model, rate, trains_base=not config.adapter.is_added)
-                with Recorder(tracked, work, job, share) as recorder:
-                    look_at_written(work, recorder)
-                    trainers[config.trainer]().train(work, recorder.keep)
-                    look_at_written(work, recorder, job)
-                    say_if_stopped_early(work, recorder.records)
-                    _test(work, job, recorder)
-            records = recorder.records
-            result = summed_up(tracked, work, records, job, time.monotonic() - started)
-            log_files(tracked, job, records)
-            log_result(tracked, result, records, job)
-            tracked.log_model(f"{config.model.label}-{config.adapter.name}", flat_values(config), result.step)
-    except tracking.TrackingError as error:
-        error.result = result  # what was trained is trained, though the server did not take it
-        raise
+    with (
+        resumed_run(config, job) as resumed,
+        tracking.open_run(config.tracking, *names, folder=job.folder, run_id=resumed.run_id(config)) as tracked,
+    ):
+        identity = Identity(config, resumed)
+        log_setup(tracked, config, job, {"dtype": str(place.dtype), "device": str(place.device)})
+        tracked.log_tags(precision.tags())
+        with memory_errors_explained(config, place):
+            with signals.at_once():
+                check_fits(config, place)
+            adapted, data = _prepare(tracked, config, place, identity)
+            resumed.take_up(job.folder)
+            kept = _checkpoints(config, job, lambda: _facts(tracked, recorder, identity))
+            work = replace(_work(adapted, data, config, place), checkpoints=kept, start=resumed.checkpoint)
+            rate = precision.rate(place.autocast or place.dtype)
+            share = Utilisation.of(adapted.model, rate, trains_base=not config.adapter.is_added)
+            with Recorder(tracked, work, job, share) as recorder:
+                look_at_written(work, recorder)
+                trainers[config.trainer]().train(work, recorder.keep)
+                look_at_written(work, recorder, job)
+                say_if_stopped_early(work, recorder.records)
+                _test(work, job, recorder)
+        records = recorder.records
+        result = summed_up(tracked, work, records, job, time.monotonic() - started)
+        log_files(tracked, job, records)
+        log_result(tracked, result, records, job)
+        tracked.log_model(f"{config.model.label}-{config.adapter.name}", flat_values(config), result.step)
     report(result)
     return result
 
 
-def _prepare(tracked: tracking.Run, config: Config, place: Place) -> tuple[Adapted, Data]:
+def _checkpoints(config: Config, job: Job, facts: Callable[[], dict[str, Any]]) -> Checkpoints | None:
+    most = config.train.keep_checkpoints
+    return Checkpoints(job.folder / CHECKPOINTS, most, facts) if most else None
+
+
+def _facts(tracked: tracking.Run, recorder: Recorder, identity: Identity) -> dict[str, Any]:
+    """What a checkpoint says beside its state."""
+    return {"run_id": tracked.run_id, "metrics": recorder.position(), **identity.facts}
+
+
+def _prepare(tracked: tracking.Run, config: Config, place: Place, identity: Identity) -> tuple[Adapted, Data]:
     with signals.at_once():
         source = models.find_source(config.model)
         tokenizer = functools.cache(lambda: models.load_tokenizer(source, config.model))
         data = load_data(config.data, tokenizer)
+    identity.note("data", data.fingerprint)
     record_data(tracked, kind_of(config.data), data)
     check_rows(data.train, config.train.micro_batch_size)
     check_evaluation(data.validation)
@@ -109,6 +126,7 @@ def _prepare(tracked: tracking.Run, config: Config, place: Place) -> tuple[Adapt
     with signals.at_once():
         base = models.load_base(source, config.model, place, data.shape, config.quantization)
         digest = models.base_files_sha256(base, source)
+    identity.note("base_files_sha256", digest)
     kind_of(config.data).check_model(base, place.device)
     config = replace(config, model=models.with_new_modules(config.model, base))
     tracked.log_tags({"base_files_sha256": digest})

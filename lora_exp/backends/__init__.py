@@ -28,6 +28,7 @@ def adapt(base: nn.Module, config: Config, origin: Origin | None = None) -> Adap
 
     origin = origin or Origin()
     stored, (count, _) = stored_bytes(base), count_parameters(base.parameters(), ())  # before anything is added
+    own = {id(tensor) for tensor in (*base.parameters(), *base.buffers())}
     _name(base, origin)
     adapted = trained[config.adapter.trains]().adapt(base, config, origin)
 
@@ -39,7 +40,9 @@ def adapt(base: nn.Module, config: Config, origin: Origin | None = None) -> Adap
             save_class_names(base, origin.class_names, folder)
         _open_as_umask_says(folder)
 
-    return replace(adapted, base_weight_bytes=stored, base_parameters=count, save=save)
+    now = (*adapted.model.named_parameters(), *adapted.model.named_buffers())
+    added = {name: tensor for name, tensor in now if id(tensor) not in own}
+    return replace(adapted, base_weight_bytes=stored, base_parameters=count, save=save, added=added)
 
 
 def _name(base: nn.Module, origin: Origin) -> None:

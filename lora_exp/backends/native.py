@@ -39,7 +39,10 @@ class Native(Way):
         def save(folder: Path) -> None:
             model.save_pretrained(folder, base_files_sha256=origin.files_sha256)
 
-        return Adapted(model, parameters, trainable, total, save, check_gradients, fast=model.fast_parameters())
+        fast, masks, load_masks = model.fast_parameters(), model.dropout_state, model.load_dropout_state
+        return Adapted(
+            model, parameters, trainable, total, save, check_gradients, fast=fast, masks=masks, load_masks=load_masks
+        )
 
 
 def _given(base: nn.Module, layers: dict[str, nn.Module], wanted: LoraConfig, origin: Origin) -> Given:

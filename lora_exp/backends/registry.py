@@ -21,7 +21,9 @@ class Adapted:
     """A model with its trainable parameters. ``save(folder)`` writes them as safetensors there.
 
     ``base_weight_bytes``: what the base's own weights take, quantisation constants included; ``base_parameters``:
-    how many values those are. ``fast``: the parameters, by name, that LoRA+ trains at a higher rate.
+    how many values those are. ``fast``: the parameters, by name, that LoRA+ trains at a higher rate. ``added``:
+    parameters and buffers that are not the base's own, trained or not. ``masks``: what its dropout masks follow from,
+    beside torch's generators; ``load_masks`` takes that up again.
     """
 
     model: nn.Module
@@ -33,6 +35,9 @@ class Adapted:
     base_weight_bytes: int = 0
     base_parameters: int = 0
     fast: Mapping[str, nn.Parameter] = field(default_factory=dict)
+    added: Mapping[str, Tensor] = field(default_factory=dict)
+    masks: Callable[[], Mapping[str, int]] = dict
+    load_masks: Callable[[Mapping[str, int]], object] = lambda masks: None
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,11 @@ def received() -> int | None:
     return _state.first
 
 
+def is_pressing() -> bool:
+    """Whether the process was asked more than once, so that nothing more is to be waited for."""
+    return _state.requests > 1
+
+
 def obey() -> None:
     """End here if a signal has come."""
     if _state.first is not None:

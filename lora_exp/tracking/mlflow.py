@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from lora_exp.config import TrackingConfig
 from lora_exp.credentials import redacted
+from lora_exp.errors import RefusedError
 from lora_exp.machine import signals
 from lora_exp.machine.process import Process
 from lora_exp.tracking import database, lineage, system_metrics
@@ -112,7 +113,10 @@ def _reopened(client: MlflowClient, run_id: str) -> StoredRun:
             f"MLflow has no run {run_id} to go on with: mend tracking.uri, or start anew in another folder"
         ) from error
     client.set_tag(run_id, PROCESS_TAG, str(Process.mine()))
-    return client.get_run(run_id)
+    found = client.get_run(run_id)
+    if "error" in found.data.tags:  # of its end that was none
+        client.delete_tag(run_id, "error")
+    return found
 
 
 @contextlib.contextmanager
@@ -124,3 +128,15 @@ def _failed_if_not_begun(client: MlflowClient, run_id: str) -> Iterator[None]:
         with contextlib.suppress(Exception):
             client.set_terminated(run_id, "FAILED")
         raise
+
+
+def folder_of(section: TrackingConfig, run_id: str) -> Path:
+    """Where a run's files were written. Raises RefusedError for a run that the store has not."""
+    with said_clearly(section), without_retries():
+        client = checked_client(section)
+        try:
+            return Path(client.get_run(run_id).data.tags.get("folder", ""))
+        except Exception as error:
+            if not is_missing(error):
+                raise
+    raise RefusedError(f"MLflow has no run {run_id}: mend tracking.uri, or give the folder of the run")

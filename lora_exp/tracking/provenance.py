@@ -12,12 +12,17 @@ LIBRARIES = ("lora_exp", "torch", "transformers", "datasets", "peft", "hydra-cor
 
 def provenance_tags() -> dict[str, str]:
     """``version.*`` of every library that matters, ``git.revision`` and ``git.dirty`` of the current folder."""
-    tags = {f"version.{name}": version for name in LIBRARIES if (version := _version(name))}
+    tags = {f"version.{name}": version for name, version in library_versions().items()}
     revision = _git("rev-parse", "HEAD")
     if revision:
         tags["git.revision"] = revision
         tags["git.dirty"] = str(bool(_git("status", "--porcelain", "--untracked-files=no"))).lower()
     return tags
+
+
+def library_versions() -> dict[str, str]:
+    """Those of ``LIBRARIES`` that are installed, with their versions."""
+    return {name: version for name in LIBRARIES if (version := _version(name))}
 
 
 def git_facts() -> dict[str, str]:

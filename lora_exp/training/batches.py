@@ -1,12 +1,12 @@
-"""Micro batches in an order that a seed fixes."""
+"""Micro batches in an order that a seed fixes, and that can be gone on with where it was left."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, Subset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, Subset
 
 from lora_exp.config import TrainConfig
 from lora_exp.errors import UserError
@@ -41,18 +41,67 @@ def timetable_of(rows: Rows, section: TrainConfig) -> Timetable:
     return Timetable.of(section, known)
 
 
-def training_batches(
-    rows: Rows, size: int, seed: int, pin: bool, collate: Collate, drop_last: bool = False
-) -> Iterator[Batch]:
+class TrainingBatches(Iterator[Batch]):
     """Micro batches of ``size`` rows for ever, each epoch in a new order drawn from ``seed``.
 
-    An epoch's last one holds the rows that are left, or with ``drop_last`` is left out if they are fewer.
+    An epoch's last one holds the rows that are left, or with ``drop_last`` is left out if they are fewer. Of several
+    ``processes`` that of ``rank`` takes every so-manieth of an epoch, and reads no rows of the others'.
+
+    ``state_dict`` tells the place between two batches; after ``load_state_dict`` the same batches follow. It draws from
+    the global generator, as every new epoch does (torch's DataLoader): load that generator's state after it.
     """
-    check_rows(rows, size)
-    order = training_order(rows, size, torch.Generator().manual_seed(seed))
-    loader = DataLoader(rows, batch_size=size, sampler=order, collate_fn=collate, drop_last=drop_last, pin_memory=pin)
-    while True:
-        yield from loader
+
+    def __init__(
+        self, rows: Rows, size: int, seed: int, pin: bool, collate: Collate,
+        drop_last: bool = False, rank: int = 0, processes: int = 1,
+    ) -> None:  # fmt: skip
+        check_rows(rows, size)
+        self._rows, self._pin, self._collate = rows, pin, collate
+        self._rank, self._processes = rank, processes
+        self._generator = torch.Generator().manual_seed(seed)
+        self._sampler = BatchSampler(training_order(rows, size, self._generator), size, drop_last)
+        self._epoch, self._batch = -1, 0
+        self._at_epochs_start = self._generator.get_state()
+        self._loaded: Iterator[Batch] = iter(())
+
+    def __next__(self) -> Batch:
+        batch = next(self._loaded, None)
+        if batch is None:
+            self._epoch, self._batch = self._epoch + 1, 0
+            self._begin_epoch()
+            batch = next(self._loaded)
+        self._batch += 1
+        return batch
+
+    def state_dict(self) -> dict[str, object]:
+        """``epoch`` counts from 0 (-1: not begun), ``batch`` those drawn of it; ``generator`` as at its start."""
+        return {"epoch": self._epoch, "batch": self._batch, "generator": self._at_epochs_start}
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        generator, batch, epoch = state["generator"], state["batch"], state["epoch"]
+        assert isinstance(generator, Tensor)
+        assert isinstance(batch, int)
+        assert isinstance(epoch, int)
+        self._generator.set_state(generator)
+        self._at_epochs_start = generator
+        self._epoch, self._batch = epoch, batch
+        if epoch >= 0:
+            self._begin_epoch()
+
+    def _begin_epoch(self) -> None:
+        """From this process's batch number ``_batch`` on. Rows before that are not read."""
+        self._at_epochs_start = self._generator.get_state()
+        own = list(self._sampler)[self._rank :: self._processes]
+        left = own[self._batch :]
+        self._loaded = iter(DataLoader(self._rows, batch_sampler=left, collate_fn=self._collate, pin_memory=self._pin))
+
+
+def training_batches(
+    rows: Rows, size: int, seed: int, pin: bool, collate: Collate,
+    drop_last: bool = False, rank: int = 0, processes: int = 1,
+) -> TrainingBatches:  # fmt: skip
+    """See ``TrainingBatches``."""
+    return TrainingBatches(rows, size, seed, pin, collate, drop_last, rank, processes)
 
 
 def training_order(rows: Rows, size: int, generator: torch.Generator) -> Sampler[int]:

@@ -28,9 +28,10 @@ def _length_problems(train: TrainConfig) -> list[str]:
         "train.micro_batch_size": train.micro_batch_size,
         "train.grad_accum_steps": train.grad_accum_steps,
         "train.eval_blocks": train.eval_blocks,
-        "train.keep_checkpoints": train.keep_checkpoints,
     }
     problems = [f"{key}={value} is below 1" for key, value in at_least_one.items() if value is not None and value < 1]
+    if train.keep_checkpoints < 0:
+        problems.append(f"train.keep_checkpoints={train.keep_checkpoints} is below 0: 0 writes none")
     if train.epochs is not None and not (train.epochs > 0 and math.isfinite(train.epochs)):
         problems.append(f"train.epochs={train.epochs:g} must be a finite number above 0, such as 3 or 0.5")
     if train.steps is not None and train.epochs is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from lora_exp.config import Config, OptimizerConfig, TrainConfig
 from lora_exp.registry import Registry
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lora_exp.data import Data, DataKind
     from lora_exp.machine.place import Place
     from lora_exp.training.best import Best
+    from lora_exp.training.checkpoints import Checkpoint, Checkpoints
     from lora_exp.training.loop import Record
     from lora_exp.training.timetable import Timetable
 
@@ -29,7 +30,8 @@ class Work:
     """What is to be trained, on which rows, by which objective, where, and the sections that say how.
 
     ``timetable``: what ``train`` says of its length and intervals, for these rows. ``best`` is fed with each record
-    that is kept: a trainer ends when it says ``should_stop``.
+    that is kept: a trainer ends when it says ``should_stop``. ``checkpoints``: where the training's state is kept;
+    None: nowhere. ``start``: what to go on from; None: from the beginning.
     """
 
     adapted: Adapted
@@ -41,10 +43,17 @@ class Work:
     seed: int
     timetable: Timetable
     best: Best
+    checkpoints: Checkpoints | None = None
+    start: Checkpoint | None = None
 
 
 class Trainer:
-    """Trains ``Work``. Its records are those of ``training.loop.train``, whoever's loop made them."""
+    """Trains ``Work``. Its records are those of ``training.loop.train``, whoever's loop made them.
+
+    ``resumes``: whether it keeps checkpoints, and goes on from ``Work.start``.
+    """
+
+    resumes: ClassVar[bool] = False
 
     def problems(self, config: Config) -> list[str]:
         """What it cannot do of the config, as can be seen before anything is loaded."""

@@ -15,6 +15,9 @@ from typing import Any
 
 import pytest
 
+from lora_exp.job import read_metrics
+
+CLOCK = ("_per_s", "train/mfu")  # how the names of its metrics end
 FORKED = Path(__file__).with_name("forked.py")
 
 
@@ -38,6 +41,25 @@ class Ended:
     def statuses(self) -> list[str]:
         """Their statuses, sorted."""
         return sorted(run.info.status for run in self.runs())
+
+    def earned(self, job: str = "outputs/job") -> tuple[dict[str, bytes], list[dict[str, float]]]:
+        """The files of a job's adapter, and its metrics but those of the clock."""
+        place = self.folder / job
+        files = {path.name: path.read_bytes() for path in sorted((place / "adapter").glob("*"))}
+        return files, [
+            {name: value for name, value in record.items() if not name.endswith(CLOCK)}
+            for record in read_metrics(place)
+        ]
+
+    def points(self) -> dict[str, list[tuple[int, float]]]:
+        """What the one run that is FINISHED has learnt by step, as the database has it."""
+        from mlflow.tracking import MlflowClient
+
+        client = MlflowClient(f"sqlite:///{self.folder}/outputs/mlflow.db")
+        (run,) = (run for run in self.runs() if run.info.status == "FINISHED")
+        names = [name for name in run.data.metrics if name.startswith(("train/", "eval/")) and not name.endswith(CLOCK)]
+        histories = {name: client.get_metric_history(run.info.run_id, name) for name in names}
+        return {name: sorted((point.step, point.value) for point in found) for name, found in histories.items()}
 
 
 @pytest.fixture(scope="session")

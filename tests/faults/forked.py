@@ -1,12 +1,13 @@
 """A process that has everything imported and forks one child a command line, with one aimed fault inside it.
 
 Reads JSON lines: ``arguments``, ``folder`` (where it stands), ``terminal`` (where ``out`` and ``err`` go),
-``environment``, and the aim: at the call number ``at`` of ``target`` (``module:name``) ``do`` happens. Answers
-``pid``, then ``code``.
+``environment``, and the aim: at the call number ``at`` of ``target`` (``module:name``) ``do`` happens, or after
+``kill_after_s`` it is killed from outside. Answers ``pid``, then ``code``.
 """
 
 from __future__ import annotations
 
+import errno
 import gc
 import importlib
 import json
@@ -35,7 +36,20 @@ def main() -> None:
         if pid == 0:
             os._exit(_child(order))
         print(json.dumps({"pid": pid}), flush=True)
-        print(json.dumps({"code": os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}), flush=True)
+        print(json.dumps({"code": _end(pid, order.get("kill_after_s"))}), flush=True)
+
+
+def _end(pid: int, kill_after_s: float | None) -> int:
+    """The child's exit code; killed from outside after so long, wherever it is then."""
+    due = None if kill_after_s is None else time.monotonic() + kill_after_s
+    while due is not None and time.monotonic() < due:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    if due is not None:
+        os.kill(pid, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def _child(order: dict[str, Any]) -> int:
@@ -134,6 +148,16 @@ def _signal_in_finaliser(order: dict[str, Any]) -> None:
         gc.enable()
 
 
+def _kill(order: dict[str, Any]) -> None:
+    del order
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _fill_disk(order: dict[str, Any]) -> None:
+    del order
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def _nothing(order: dict[str, Any]) -> None:
     del order
 
@@ -146,6 +170,8 @@ DEEDS: dict[str, Callable[[dict[str, Any]], None]] = {
     "signal": _signal,
     "signal later": _signal_later,
     "signal in a finaliser": _signal_in_finaliser,
+    "kill": _kill,
+    "full disk": _fill_disk,
     "nothing": _nothing,
     "raise": _raise,
 }

@@ -47,9 +47,17 @@ def copy_strictly(path: str | Path, tensors: Mapping[str, Tensor], into: Mapping
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file, whole or not at all; tensors that share memory are written once each."""
+    """Write a safetensors file, whole or not at all; tensors that share memory are written once each.
+
+    The same content makes the same bytes.
+    """
     own = {name: _owned(tensor) for name, tensor in tensors.items()}
-    write_whole(path, lambda partial: save_file(own, str(partial), metadata={"format": "pt", **metadata}))
+
+    def write(partial: Path) -> None:
+        save_file(own, str(partial), metadata={"format": "pt", **metadata})
+        _sort_metadata(partial)
+
+    write_whole(path, write)
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -95,6 +103,18 @@ def _value_problems(tensors: Mapping[str, Tensor], into: Mapping[str, Tensor]) -
 
 def _is_dense(value: Tensor) -> bool:
     return value.layout is torch.strided and not value.is_quantized and not value.is_meta
+
+
+def _sort_metadata(path: Path) -> None:
+    """safetensors writes its metadata in another order each time."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:  # as it always is, unless another writer escapes otherwise
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def _owned(tensor: Tensor) -> Tensor:

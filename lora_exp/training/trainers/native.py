@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lora_exp.training.trainer import Trainer, Work, trainer
@@ -15,11 +16,22 @@ LANE = "default"
 
 @trainer("native")
 class Native(Trainer):
-    def train(self, work: Work, keep: Keep) -> None:
-        from lora_exp.training.loop import train
+    resumes = True
 
-        for record in train(forward_of(work), [lane_of(work)]):
-            keep(record)
+    def train(self, work: Work, keep: Keep) -> None:
+        from lora_exp.machine import signals
+        from lora_exp.training.loop import train
+        from lora_exp.training.saving import Saver
+
+        lane = lane_of(work)
+        saver = Saver(work, lane)
+        forward = replace(forward_of(work), between_steps=saver.between_steps)
+        try:
+            for record in train(forward, [lane]):
+                keep(record)
+        except signals.Stopped:
+            saver.save_if_not_pressed()
+            raise
 
 
 def lane_of(work: Work) -> Lane:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_exp.adapters import LoraConfig, LoraModel
+from lora_exp.adapters.files.safetensors import read_tensors, write_tensors
 from lora_exp.adapters.files.whole import write_text, write_whole
 
 
@@ -208,3 +209,18 @@ def test_absurd_alphas_are_refused(alpha):
         LoraConfig(lora_alpha=alpha)
     with pytest.raises(ValueError, match=r"alpha_pattern\['a'\]"):
         LoraConfig(alpha_pattern={"a": alpha})
+
+
+def test_the_same_content_makes_the_same_bytes(tmp_path):
+    """Whatever order safetensors happens to write its metadata in; and the file can be read as before."""
+    tensors = {"weight": torch.arange(6.0).view(2, 3), "bias": torch.ones(3, dtype=torch.bfloat16)}
+    metadata = {name: f'{name} α \\ "/\n\x07' for name in "abcdef"}
+    written = set()
+    for number in range(8):
+        write_tensors(tmp_path / f"{number}", tensors, metadata)
+        written.add((tmp_path / f"{number}").read_bytes())
+    assert len(written) == 1
+    read, found = read_tensors(tmp_path / "0")
+    assert found == {"format": "pt", **metadata}
+    for name, tensor in tensors.items():
+        assert torch.equal(read[name], tensor)

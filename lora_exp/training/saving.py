@@ -1,0 +1,44 @@
+"""When a lane's state is kept: as its timetable says, at its end, and where a signal ends it."""
+
+from __future__ import annotations
+
+from lora_exp.machine import signals
+from lora_exp.training.lane import Lane
+from lora_exp.training.state import TrainingState
+from lora_exp.training.trainer import Work
+from lora_exp.training.watch import DivergedError, all_finite
+
+
+class Saver:
+    """Of one lane, which it takes up where the work's ``start`` left it."""
+
+    def __init__(self, work: Work, lane: Lane) -> None:
+        self._lane, self._checkpoints = lane, work.checkpoints
+        self._state = TrainingState(work.adapted, lane)
+        if work.start is not None:
+            self._state.restore(work.start.state)
+        self._saved = lane.state.step
+
+    def between_steps(self) -> None:
+        """Save if it is time to, and end here if a signal has come."""
+        if self._lane.timetable.saves(self._lane.state.step) or self._lane.is_over:
+            self.save()
+        signals.obey()
+
+    def save_if_not_pressed(self) -> None:
+        """Save where a first signal has ended the training; with a second one nothing is waited for."""
+        if not signals.is_pressing():
+            self.save()
+
+    def save(self) -> None:
+        """Save what has been learnt since the last time. Raises ``DivergedError`` rather than keep a NaN."""
+        state = self._lane.state
+        if self._checkpoints is None or state.step == self._saved:
+            return
+        if not all_finite(self._lane.parameters):
+            raise DivergedError(
+                f"A trained value is no longer finite after optimizer step {state.step}: lower optimizer.lr; the "
+                "checkpoints before it are kept"
+            )
+        self._checkpoints.save(state.step, self._state.take(), best=state.best.step, is_last=self._lane.is_over)
+        self._saved = state.step
