@@ -1,0 +1,189 @@
+"""transformers' Trainer in this harness: its loop over our batches, and our records of what it does.
+
+A trainer made on top of transformers' (TRL's) goes the same way: ``Harnessed`` is mixed in before it. What is drawn,
+the optimizer, the schedule and the evaluations are those of the native trainer's lane. transformers' own part is the
+loop: accumulation, backward passes, clipping, the order of updates.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+
+from lora_exp.errors import UserError
+from lora_exp.training.reports import Reports
+from lora_exp.training.trainers.native import forward_of, lane_of
+
+if TYPE_CHECKING:
+    from lora_exp.training.objectives import Batch
+    from lora_exp.training.trainer import Keep, Work
+
+_Arguments = TypeVar("_Arguments", bound=TrainingArguments)
+
+
+class Harnessed(transformers.Trainer):
+    """Mixed in before a Trainer. ``take`` gives it its work before it trains."""
+
+    loss_is_scaled_for_ga = True  # every loss here is a sum over the predictions of a whole optimizer step
+
+    def take(self, work: Work, reports: Reports) -> None:
+        self.work, self.reports = work, reports
+
+    def get_train_dataloader(self) -> Any:
+        return _Batches(self.reports.lane.batches)
+
+    def compute_loss_context_manager(self) -> Any:
+        return self.work.place.compute()
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        self.reports.before_batch(inputs)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.reports.add(loss)
+        return loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
+        """As the kind of data counts; transformers' way is to count labels."""
+        return torch.tensor(sum(int(self.work.kind.count(batch).sum()) for batch in batch_samples), device=device)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        norm: Tensor = super()._clip_grad_norm(model)
+        self.reports.norm = norm
+        return norm
+
+
+class _Objective(Harnessed):
+    """Minimises the kind of data's own losses."""
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        total = self.work.kind.losses(model, inputs).total.sum()
+        if not total.requires_grad:
+            raise UserError(
+                "The loss depends on no trained parameter: the model reads the targeted weights without calling their "
+                "layers, or gradients are cut off on the way. Choose targets that the model calls"
+            )
+        return total / num_items_in_batch
+
+
+def train_by_trainer(work: Work, keep: Keep) -> None:
+    """Train with transformers' Trainer."""
+    with harness(work, keep) as (reports, folder):
+        arguments = arguments_of(work, folder, TrainingArguments)
+        run(lambda: _Objective(work.adapted.model, arguments, **shared(reports)), work, reports)
+
+
+@contextlib.contextmanager
+def harness(work: Work, keep: Keep) -> Iterator[tuple[Reports, str]]:
+    """The reports of a training, and a folder for what a Trainer writes though it is not asked to."""
+    reports = Reports(forward_of(work), lane_of(work), work.train, keep)
+    with tempfile.TemporaryDirectory(prefix="lora_exp_trainer_") as folder, _restored(work.adapted.model):
+        yield reports, folder
+
+
+def run(make: Callable[[], Harnessed], work: Work, reports: Reports) -> None:
+    """Make the Trainer and let it train, without a draw from the global generator that the native loop has not."""
+    devices = [work.place.device] if work.place.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), _seen_as_adapted(work.adapted.model):
+        trainer = make()
+    trainer.remove_callback(PrinterCallback)
+    trainer.accelerator.device_placement = False  # all is where it belongs
+    trainer.take(work, reports)
+    try:
+        trainer.train()
+    finally:
+        trainer.accelerator.free_memory()
+
+
+def arguments_of(work: Work, folder: str, kind: type[_Arguments], **more: object) -> _Arguments:
+    """The config as transformers' arguments: all that it would log, evaluate, save or seed by itself is off."""
+    section = work.train
+    wanted: dict[str, Any] = {
+        "max_steps": section.steps,
+        "per_device_train_batch_size": section.micro_batch_size,
+        "gradient_accumulation_steps": section.grad_accum_steps,
+        "max_grad_norm": section.max_grad_norm,
+        "learning_rate": work.optimizer.lr,
+        "seed": work.seed,
+        "use_cpu": work.place.device.type == "cpu",
+        "bf16": False,  # ``Place.compute`` is the context of a pass
+        "fp16": False,
+        "gradient_checkpointing": False,  # the base has it already
+        "report_to": "none",
+        "logging_strategy": "no",
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": False,
+    }
+    made = kind(folder, **wanted, **more)  # type: ignore[arg-type]
+    if made.n_gpu > 1:
+        made._n_gpu = 1  # or transformers spreads the rows over all of them (DataParallel)
+    return made
+
+
+def shared(reports: Reports) -> dict[str, Any]:
+    """What every Trainer is given beside its model and arguments."""
+    lane = reports.lane
+    return {"optimizers": (lane.optimizer, lane.schedule), "callbacks": [_Follows(reports)]}
+
+
+class _Follows(TrainerCallback):
+    """Tells the reports where the loop is. An exception that it raises ends the training."""
+
+    def __init__(self, reports: Reports) -> None:
+        self._reports = reports
+
+    def on_train_begin(self, *_: object, **__: object) -> None:
+        self._reports.start()
+
+    def on_pre_optimizer_step(self, *_: object, **__: object) -> None:
+        self._reports.look()
+
+    def on_step_end(self, *_: object, **__: object) -> None:
+        self._reports.stepped()
+
+
+class _Batches:
+    """The lane's endless batches, as a Trainer takes a loader."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return (dict(batch) for batch in self._batches)  # a Trainer adds to what it gets
+
+
+@contextlib.contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """A Trainer sets ``use_cache`` of the model's config, which would be saved."""
+    config = getattr(model, "config", None)
+    before = getattr(config, "use_cache", None)
+    try:
+        yield
+    finally:
+        if before is not None:
+            config.use_cache = before  # type: ignore[union-attr]
+
+
+@contextlib.contextmanager
+def _seen_as_adapted(model: nn.Module) -> Iterator[None]:
+    """A Trainer refuses a quantised model without an adapter, and knows no adapters but PEFT's."""
+    mark = "_hf_peft_config_loaded"
+    if not getattr(model, "is_quantized", False) or hasattr(model, "peft_config"):
+        yield
+        return
+    setattr(model, mark, True)
+    try:
+        yield
+    finally:
+        delattr(model, mark)
