@@ -15,15 +15,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 
 from lora_exp.errors import UserError
 from lora_exp.training.reports import Reports
-from lora_exp.training.trainers.native import forward_of, lane_of
 
 if TYPE_CHECKING:
     from lora_exp.training.objectives import Batch
-    from lora_exp.training.trainer import Keep, Work
+    from lora_exp.training.trainer import Work
 
 _Arguments = TypeVar("_Arguments", bound=TrainingArguments)
 
@@ -48,12 +47,16 @@ class Harnessed(transformers.Trainer):
         self.reports.add(loss)
         return loss
 
-    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
-        """As the kind of data counts; transformers' way is to count labels."""
-        return torch.tensor(sum(int(self.work.kind.count(batch).sum()) for batch in batch_samples), device=device)
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor]:
+        """A step's micro batches, and their predictions as the kind of data counts; transformers counts labels."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        count = sum(int(self.work.kind.count(batch).sum()) for batch in batches)
+        return batches, torch.tensor(count, device=device)
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        norm: Tensor = super()._clip_grad_norm(model)
+        norm: Tensor = super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
         self.reports.norm = norm
         return norm
 
@@ -64,42 +67,41 @@ class _Objective(Harnessed):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        total = self.work.kind.losses(model, inputs).total.sum()
+        total: Tensor = self.work.kind.losses(model, inputs).total.sum()
         if not total.requires_grad:
             raise UserError(
                 "The loss depends on no trained parameter: the model reads the targeted weights without calling their "
                 "layers, or gradients are cut off on the way. Choose targets that the model calls"
             )
-        return total / num_items_in_batch
+        loss: Tensor = total / num_items_in_batch
+        return loss
 
 
-def train_by_trainer(work: Work, keep: Keep) -> None:
+def train_by_trainer(work: Work, reports: Reports) -> None:
     """Train with transformers' Trainer."""
-    with harness(work, keep) as (reports, folder):
-        arguments = arguments_of(work, folder, TrainingArguments)
-        run(lambda: _Objective(work.adapted.model, arguments, **shared(reports)), work, reports)
+
+    def make(folder: str) -> Harnessed:
+        return _Objective(work.adapted.model, arguments_of(work, folder, TrainingArguments), **shared(reports))
+
+    run(make, work, reports)
 
 
-@contextlib.contextmanager
-def harness(work: Work, keep: Keep) -> Iterator[tuple[Reports, str]]:
-    """The reports of a training, and a folder for what a Trainer writes though it is not asked to."""
-    reports = Reports(forward_of(work), lane_of(work), work.train, keep)
-    with tempfile.TemporaryDirectory(prefix="lora_exp_trainer_") as folder, _restored(work.adapted.model):
-        yield reports, folder
+def run(make: Callable[[str], Harnessed], work: Work, reports: Reports) -> None:
+    """Let the Trainer train that is made with a folder for what it may write though it is not asked to.
 
-
-def run(make: Callable[[], Harnessed], work: Work, reports: Reports) -> None:
-    """Make the Trainer and let it train, without a draw from the global generator that the native loop has not."""
-    devices = [work.place.device] if work.place.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), _seen_as_adapted(work.adapted.model):
-        trainer = make()
-    trainer.remove_callback(PrinterCallback)
-    trainer.accelerator.device_placement = False  # all is where it belongs
-    trainer.take(work, reports)
-    try:
-        trainer.train()
-    finally:
-        trainer.accelerator.free_memory()
+    To make one seeds the global generator, from which the native loop draws on.
+    """
+    model, devices = work.adapted.model, [work.place.device] if work.place.device.type == "cuda" else []
+    with tempfile.TemporaryDirectory(prefix="lora_exp_trainer_") as folder, _restored(model):
+        with torch.random.fork_rng(devices), _seen_as_adapted(model):
+            trainer = make(folder)
+        trainer.remove_callback(PrinterCallback)
+        trainer.accelerator.device_placement = False  # all is where it belongs
+        trainer.take(work, reports)
+        try:
+            trainer.train()
+        finally:
+            trainer.accelerator.free_memory()
 
 
 def arguments_of(work: Work, folder: str, kind: type[_Arguments], **more: object) -> _Arguments:
@@ -115,7 +117,7 @@ def arguments_of(work: Work, folder: str, kind: type[_Arguments], **more: object
         "use_cpu": work.place.device.type == "cpu",
         "bf16": False,  # ``Place.compute`` is the context of a pass
         "fp16": False,
-        "gradient_checkpointing": False,  # the base has it already
+        _checkpointing(): False,  # the base has it already
         "report_to": "none",
         "logging_strategy": "no",
         "eval_strategy": "no",
@@ -129,6 +131,12 @@ def arguments_of(work: Work, folder: str, kind: type[_Arguments], **more: object
     if made.n_gpu > 1:
         made._n_gpu = 1  # or transformers spreads the rows over all of them (DataParallel)
     return made
+
+
+def _checkpointing() -> str:
+    """The argument's name, which transformers 5.23 has changed."""
+    newer = "activation_checkpointing"
+    return newer if newer in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing"
 
 
 def shared(reports: Reports) -> dict[str, Any]:
@@ -165,14 +173,24 @@ class _Batches:
 
 @contextlib.contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
-    """A Trainer sets ``use_cache`` of the model's config, which would be saved."""
-    config = getattr(model, "config", None)
-    before = getattr(config, "use_cache", None)
+    """What Trainers set on a model is gone afterwards: marks, other forwards, its config's ``use_cache``."""
+    models = {model, transformers_model(model)}
+    before, config = {one: dict(vars(one)) for one in models}, getattr(model, "config", None)
+    use_cache = getattr(config, "use_cache", None)
     try:
         yield
     finally:
-        if before is not None:
-            config.use_cache = before  # type: ignore[union-attr]
+        for one, attributes in before.items():
+            for name in vars(one).keys() - attributes.keys():
+                delattr(one, name)
+            vars(one).update({name: attributes[name] for name in ("forward",) if name in attributes})
+        if use_cache is not None:
+            config.use_cache = use_cache  # type: ignore[union-attr]
+
+
+def transformers_model(model: nn.Module) -> nn.Module:
+    """The model of transformers in an adapted one; one that is none of theirs is itself."""
+    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
 
 
 @contextlib.contextmanager

@@ -14,14 +14,16 @@ import torch
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
-from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from lora_exp.errors import UserError
-from lora_exp.training.hugging_face import Harnessed, arguments_of, harness, run, shared
+from lora_exp.training.hugging_face import Harnessed, arguments_of, run, shared, transformers_model
 
 if TYPE_CHECKING:
-    from lora_exp.training.trainer import Keep, Work
+    from lora_exp.training.reports import Reports
+    from lora_exp.training.trainer import Work
 
 _METRICS = ("entropy", "mean_token_accuracy")
 
@@ -45,25 +47,24 @@ class _Sft(Harnessed, SFTTrainer):  # type: ignore[misc]
         """What is trained here is nobody else's business."""
 
 
-def train_by_sft_trainer(work: Work, keep: Keep) -> None:
+def train_by_sft_trainer(work: Work, reports: Reports) -> None:
     """Train with TRL's SFTTrainer."""
-    model = work.adapted.model
-    inner = next(module for module in model.modules() if type(module).__module__.startswith("transformers."))
-    _check_head(cast(PreTrainedModel, inner))
-    with harness(work, keep) as (reports, folder), _own_forwards(model, inner):
+    model: Any = work.adapted.model
+    inner = cast(PreTrainedModel, transformers_model(model))
+    _check_head(inner)
+
+    def make(folder: str) -> _Sft:
         arguments = arguments_of(work, folder, SFTConfig, dataset_kwargs={"skip_prepare_dataset": True})
+        rows = datasets.Dataset.from_dict({"input_ids": [[0]], "labels": [[0]]})  # it looks at one
+        given: dict[str, Any] = {"train_dataset": rows, "processing_class": _no_tokenizer(), "data_collator": list}
+        with _kept(work.adapted.parameters):
+            made = _Sft(model, arguments, **given, **shared(reports))
+        made.processing_class = None  # or it would set the model's special tokens to this tokenizer's
+        _fuse_head(model, inner)
+        reports.more = made.means
+        return made
 
-        def make() -> _Sft:
-            rows = datasets.Dataset.from_dict({"input_ids": [[0]], "labels": [[0]]})  # it looks at one
-            given: dict[str, Any] = {"train_dataset": rows, "processing_class": _no_tokenizer(), "data_collator": list}
-            with _kept(work.adapted.parameters):
-                made = _Sft(model, arguments, **given, **shared(reports))
-            made.processing_class = None  # or it would set the model's special tokens to this tokenizer's
-            _fuse_head(model, inner)
-            reports.more = made.means
-            return made
-
-        run(make, work, reports)
+    run(make, work, reports)
 
 
 def _check_head(model: PreTrainedModel) -> None:
@@ -78,24 +79,11 @@ def _check_head(model: PreTrainedModel) -> None:
         )
 
 
-def _fuse_head(model: nn.Module, inner: nn.Module) -> None:
-    """TRL's forward belongs to transformers' model. Around ours it would pass by what a pass of adapters begins with."""
+def _fuse_head(model: nn.Module, inner: PreTrainedModel) -> None:
+    """TRL's forward belongs to transformers' model: around ours it would pass by what begins a pass of adapters."""
     if model is not inner and "forward" in vars(model):
         del model.forward
         add_fused_lm_head(inner, outputs=("log_probs", "entropy", "is_top1"))
-
-
-@contextlib.contextmanager
-def _own_forwards(*found: nn.Module) -> Iterator[None]:
-    """The models' own forwards are in their place again afterwards."""
-    before = {module: vars(module).get("forward") for module in found}
-    try:
-        yield
-    finally:
-        for module, forward in before.items():
-            vars(module).pop("forward", None)
-            if forward is not None:
-                vars(module)["forward"] = forward
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from lora_exp.config import Config
 from lora_exp.training.trainer import Trainer, Work, trainer
 
 if TYPE_CHECKING:
+    from lora_exp.training.reports import Reports
     from lora_exp.training.trainer import Keep
 
 
@@ -21,7 +22,15 @@ class HuggingFace(Trainer):
     def train(self, work: Work, keep: Keep) -> None:
         from lora_exp.training.hugging_face import train_by_trainer
 
-        train_by_trainer(work, keep)
+        train_by_trainer(work, reports_of(work, keep))
+
+
+def reports_of(work: Work, keep: Keep) -> Reports:
+    """The native trainer's lane and objective, and who makes its records of another's loop."""
+    from lora_exp.training.reports import Reports
+    from lora_exp.training.trainers.native import forward_of, lane_of
+
+    return Reports(forward_of(work), lane_of(work), work.train, keep)
 
 
 def missing(config: Config, extra: str, *libraries: str) -> list[str]:
