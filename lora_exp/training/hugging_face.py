@@ -8,6 +8,7 @@ loop: accumulation, backward passes, clipping, the order of updates.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,13 +16,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainerControl, TrainingArguments
 
 from lora_exp.errors import UserError
 from lora_exp.training.reports import Reports
 
 if TYPE_CHECKING:
-    from lora_exp.training.objectives import Batch
+    from lora_exp.training.loop import Lane
     from lora_exp.training.trainer import Work
 
 _Arguments = TypeVar("_Arguments", bound=TrainingArguments)
@@ -36,7 +37,7 @@ class Harnessed(transformers.Trainer):
         self.work, self.reports = work, reports
 
     def get_train_dataloader(self) -> Any:
-        return _Batches(self.reports.lane.batches)
+        return _Batches(self.reports.lane)
 
     def compute_loss_context_manager(self) -> Any:
         return self.work.place.compute()
@@ -53,7 +54,7 @@ class Harnessed(transformers.Trainer):
         """A step's micro batches, and their predictions as the kind of data counts; transformers counts labels."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         count = sum(int(self.work.kind.count(batch).sum()) for batch in batches)
-        return batches, torch.tensor(count, device=device)
+        return batches, torch.tensor(max(count, 1), device=device)
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         norm: Tensor = super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
@@ -91,6 +92,8 @@ def run(make: Callable[[str], Harnessed], work: Work, reports: Reports) -> None:
 
     To make one seeds the global generator, from which the native loop draws on.
     """
+    if reports.lane.scaler is not None:
+        raise UserError("a Trainer does not scale losses here, as float16 needs: use bfloat16 or trainer=native")
     model, devices = work.adapted.model, [work.place.device] if work.place.device.type == "cuda" else []
     with tempfile.TemporaryDirectory(prefix="lora_exp_trainer_") as folder, _restored(model):
         with torch.random.fork_rng(devices), _seen_as_adapted(model):
@@ -108,7 +111,7 @@ def arguments_of(work: Work, folder: str, kind: type[_Arguments], **more: object
     """The config as transformers' arguments: all that it would log, evaluate, save or seed by itself is off."""
     section = work.train
     wanted: dict[str, Any] = {
-        "max_steps": section.steps,
+        "max_steps": work.timetable.steps,
         "per_device_train_batch_size": section.micro_batch_size,
         "gradient_accumulation_steps": section.grad_accum_steps,
         "max_grad_norm": section.max_grad_norm,
@@ -157,18 +160,24 @@ class _Follows(TrainerCallback):
     def on_pre_optimizer_step(self, *_: object, **__: object) -> None:
         self._reports.look()
 
-    def on_step_end(self, *_: object, **__: object) -> None:
+    def on_step_end(self, args: object, state: object, control: TrainerControl, **_: object) -> None:
         self._reports.stepped()
+        control.should_training_stop = self._reports.lane.is_over
 
 
 class _Batches:
-    """The lane's endless batches, as a Trainer takes a loader."""
+    """The lane's batches, an epoch at a time, as a Trainer takes a loader. Without end where no epoch is known."""
 
-    def __init__(self, batches: Iterator[Batch]) -> None:
-        self._batches = batches
+    def __init__(self, lane: Lane) -> None:
+        self._batches, self._count = lane.batches, lane.timetable.epoch_micro_batches
+
+    def __len__(self) -> int:
+        if self._count is None:
+            raise TypeError("streamed rows have no number")
+        return self._count
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return (dict(batch) for batch in self._batches)  # a Trainer adds to what it gets
+        return map(dict, itertools.islice(self._batches, self._count))  # a Trainer adds to what it gets
 
 
 @contextlib.contextmanager

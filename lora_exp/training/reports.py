@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lora_exp.config import TrainConfig
-from lora_exp.training.loop import Forward, Lane, _answers_at_once, _Clock, _evaluated, _tokens, _trained, _Watch
+from lora_exp.training.loop import Forward, Lane, _Clock, _evaluated, _look, _records, _tokens
+from lora_exp.training.watch import Seen, Watch
 
 if TYPE_CHECKING:
     from lora_exp.training.trainer import Keep
@@ -23,55 +23,40 @@ class Reports:
     training. ``more()`` is asked for what else goes into the record of a step.
     """
 
-    def __init__(self, forward: Forward, lane: Lane, section: TrainConfig, keep: Keep) -> None:
+    def __init__(self, forward: Forward, lane: Lane, keep: Keep) -> None:
         self.forward, self.lane = forward, lane
         self.norm: Tensor = torch.zeros(())
-        self.step = 0
-        self._section, self._keep = section, keep
-        self._watch = _Watch(lane)
-        self._loss = self._no_loss()
-        self._rate = 0.0
         self.more: Callable[[], dict[str, float]] = dict
+        self._keep, self._watch = keep, Watch(lane)
+        self._loss, self._units = self._no_loss(), 0
 
     def start(self) -> None:
-        self._keep(_evaluated(self.forward, self.lane, 0))
+        self._keep(_evaluated(self.forward, self.lane))
         self.forward.model.train()
         self._clock = _Clock()
 
-    def before_batch(self, batch: dict[str, Any]) -> None:
+    def before_batch(self, batch: Mapping[str, Tensor]) -> None:
         self.forward.between_batches()
-        self._clock.count(_tokens(batch))
+        self._units += _tokens(batch)
 
     def add(self, loss: Tensor) -> None:
         self._loss = self._loss + loss
 
     def look(self) -> None:
         """Raise ``DivergedError`` before an update by values that are not finite, where looking costs nothing."""
-        if self.step == 0:
+        if self.lane.state.step == 0:
             self.forward.check_gradients()
-        self._rate = float(self.lane.schedule.get_last_lr()[0])
-        step = self.step + 1
-        self._watch.note(step, self._loss, self.norm)
-        if self._is_logged(step) or self._is_evaluated(step) or _answers_at_once(self.forward.device):
-            self._watch.check()
+        self._clock.count(self._units)
+        rate = float(self.lane.schedule.get_last_lr()[0])
+        self._seen = Seen(self.lane.state.step + 1, self._loss, self.norm, rate)
+        _look(self.forward, self.lane, self._watch, self._seen)
 
     def stepped(self) -> None:
-        self.step += 1
-        loss, self._loss = self._loss, self._no_loss()
-        if self._is_logged(self.step):
-            record = _trained(self.lane, self.step, loss, self.norm, self._rate)
-            self._keep({**record, **self.more(), f"train/{self.forward.unit}_per_s": self._clock.lap()})
-        if self._is_evaluated(self.step):
-            self._clock.pause()
-            self._keep(_evaluated(self.forward, self.lane, self.step))
-            self.forward.model.train()
-            self._clock.resume()
-
-    def _is_logged(self, step: int) -> bool:
-        return step % self._section.log_every == 0 or step == self._section.steps
-
-    def _is_evaluated(self, step: int) -> bool:
-        return step % self._section.eval_every == 0 or step == self._section.steps
+        self.lane.state.step += 1
+        self.lane.state.units += self._units
+        self._loss, self._units = self._no_loss(), 0
+        for record in _records(self.forward, [self.lane], [self._seen], self._clock):
+            self._keep({**record, **self.more()} if "train/loss" in record else record)
 
     def _no_loss(self) -> Tensor:
         return torch.zeros((), device=self.forward.device)

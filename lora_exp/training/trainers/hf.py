@@ -30,7 +30,7 @@ def reports_of(work: Work, keep: Keep) -> Reports:
     from lora_exp.training.reports import Reports
     from lora_exp.training.trainers.native import forward_of, lane_of
 
-    return Reports(forward_of(work), lane_of(work), work.train, keep)
+    return Reports(forward_of(work), lane_of(work), keep)
 
 
 def missing(config: Config, extra: str, *libraries: str) -> list[str]:

@@ -21,8 +21,10 @@ from lora_exp.data.kinds.text import Text
 from lora_exp.errors import UserError
 from lora_exp.machine import signals
 from lora_exp.machine.place import Place, set_seed
+from lora_exp.training.best import Best
 from lora_exp.training.loop import DivergedError, Record
 from lora_exp.training.objectives import IGNORED
+from lora_exp.training.timetable import Timetable, micro_batches_of
 from lora_exp.training.trainer import Work, trainers
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says so where it lacks an optional kernel
@@ -89,7 +91,10 @@ def make_work(workplace: Path, tiny_llama: Path, text_file: Path) -> MakeWork:
         adapted = adapt(base, config, Origin())
         own = kind_of(config.data) if kind is None else kind(**dataclasses.asdict(config.data))
         data = answers() if kind is Answers else data
-        return Work(adapted, data, own, place, config.train, config.optimizer, config.seed)
+        section, optimizer = config.train, config.optimizer
+        rows = micro_batches_of(len(data.train), section.micro_batch_size, section.drop_last)  # type: ignore[arg-type]
+        best = Best(patience=section.early_stopping, min_delta=section.min_delta)
+        return Work(adapted, data, own, place, section, optimizer, config.seed, Timetable.of(section, rows), best)
 
     return make
 
@@ -195,6 +200,26 @@ def test_tokens_that_are_not_learnt_and_packed_rows(name: str, kind: type[Text],
     overrides = [f"train.steps={FEW}", "train.grad_accum_steps=4"]
     expected, found, _, _ = both(name, lambda other: make_work(*overrides, f"trainer={other}", kind=kind))
     assert largest_gap(expected, found, LOSSES) <= (0 if name == "hf" else 1e-4)
+
+
+@pytest.mark.parametrize("name", ["hf", "trl_sft"])
+def test_epochs_end_in_a_smaller_step_of_a_smaller_batch(name: str, make_work: MakeWork) -> None:
+    """32 rows by 3 are 11 micro batches, by 4 of these 3 steps an epoch."""
+    if name == "trl_sft":
+        pytest.importorskip("trl")
+    overrides = ["train.epochs=2", "train.micro_batch_size=3", "train.grad_accum_steps=4", "train.eval_every='1 epoch'"]
+    overrides += ["train.steps=null", "train.warmup_ratio=0.2"]
+    expected, found, _, _ = both(name, lambda other: make_work(*overrides, f"trainer={other}", kind=Answers))
+    assert [record["step"] for record in expected if "eval/loss" in record] == [0, 3, 6]
+    assert [record["train/epoch"] for record in found if "train/loss" in record][2::3] == [1, 2]
+    assert largest_gap(expected, found, LOSSES) <= (0 if name == "hf" else 1e-4)
+
+
+def test_it_stops_early_where_native_does(make_work: MakeWork) -> None:
+    overrides = ["train.early_stopping=2", "train.min_delta=9", "train.eval_every=2", "train.steps=20"]
+    expected, found, _, _ = both("hf", lambda other: make_work(*overrides, f"trainer={other}"))
+    assert largest_gap(expected, found) == 0
+    assert found[-1]["step"] == 6  # the best of 2, and two without such a gain
 
 
 PLACES = {
