@@ -57,5 +57,5 @@ def _command(out: Path, store: str, cache: Path, label: str, side: str, steps: i
 def _step_seconds(metrics: Path) -> float:
     """The median of a run's steps but the first, which pays for what is made once."""
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
-    rates = [record["train/tokens_per_s"] for record in records if "train/tokens_per_s" in record]
+    rates: list[float] = [record["train/tokens_per_s"] for record in records if "train/tokens_per_s" in record]
     return statistics.median(TOKENS / rate for rate in rates[1:])
