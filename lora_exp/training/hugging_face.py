@@ -157,6 +157,9 @@ class _Follows(TrainerCallback):
     def on_train_begin(self, *_: object, **__: object) -> None:
         self._reports.start()
 
+    def on_step_begin(self, *_: object, **__: object) -> None:
+        self._reports.before_step()
+
     def on_pre_optimizer_step(self, *_: object, **__: object) -> None:
         self._reports.look()
 
