@@ -20,8 +20,8 @@ class Reports:
     """Told of every micro batch and step, it makes the records, evaluates when it is time to, and stops what diverged.
 
     In the order of calls: ``start``; for each step ``before_step``, then ``before_batch`` and ``add`` a micro batch,
-    ``norm`` set to the gradients' norm before clipping, ``look`` before the update, ``stepped`` after it. Each may raise
-    to end the training. ``more()`` is asked for what else goes into the record of a step.
+    ``norm`` set to the gradients' norm before clipping, ``look`` before the update, ``stepped`` after it. Each may
+    raise to end the training. ``more()`` is asked for what else goes into the record of a step.
     """
 
     def __init__(self, forward: Forward, lane: Lane, keep: Keep) -> None:
