@@ -34,7 +34,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Ours against PEFT; each suite (job layers models memory startup scale waiting) can be named: make bench ARGS=memory
+# Ours against PEFT; each suite (job layers models memory startup scale waiting trainers) can be named: make bench ARGS=memory
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks --out benchmarks $(ARGS)
 

@@ -23,6 +23,7 @@ _HEADINGS = {
     "startup": "Start-up",
     "scale": "Growth",
     "waiting": "Waiting threads",
+    "trainers": "Trainers",
 }
 _NOTES = {
     "job": "Seconds of whole processes, medians, ours and a plain PEFT + Trainer script's in turns: loading, the "
@@ -46,6 +47,10 @@ _NOTES = {
     "scale": "Exponents b of y ~ x^b.",
     "waiting": "Milliseconds a training step in processes of their own, which take turns: with the wait that the "
     "command sets (ours), OpenMP's default and OMP_WAIT_POLICY=PASSIVE, alone and beside a busy process.",
+    "trainers": "Seconds an optimizer step of the default job, median, by processes of their own, which take turns: "
+    "our loop, transformers' Trainer and TRL's SFTTrainer, on our adapters and on PEFT's. `ratio` is PEFT under "
+    "transformers' Trainer over ours under our loop, with its 95 % bootstrap interval, of the steps alone; "
+    "`whole_ratio` of the whole processes. transformers' Trainer has our loss head here, TRL its own.",
 }
 
 

@@ -61,7 +61,7 @@ def train(forward: Forward, lanes: list[Lane]) -> Iterator[Record]:
     ``state.best`` says so. Raises ``DivergedError`` that names the first step whose loss or gradient norm is not
     finite: on the CPU before that step changes a parameter, elsewhere before the next record or checkpoint.
     """
-    yield from _evaluations(forward, lanes)
+    yield from evaluations(forward, lanes)
     forward.model.train()
     clock, watches = Clock(), {lane.name: Watch(lane) for lane in lanes}
     is_first = True
@@ -74,13 +74,13 @@ def train(forward: Forward, lanes: list[Lane]) -> Iterator[Record]:
         clock.count(sum(units))
         seen = [_clipped(lane, loss) for lane, loss in zip(active, losses, strict=True)]
         for lane, found in zip(active, seen, strict=True):
-            _look(forward, lane, watches[lane.name], found)
+            look(forward, lane, watches[lane.name], found)
         for lane, count in zip(active, units, strict=True):
             _update(lane, count)
-        yield from _trained(forward, active, seen, clock)
+        yield from trained(forward, active, seen, clock)
         if any(lane.is_evaluation_due for lane in active):
             clock.pause()
-            yield from _evaluations(forward, active)
+            yield from evaluations(forward, active)
             forward.model.train()
             clock.resume()
     forward.between_steps()
@@ -147,7 +147,7 @@ def _clipped(lane: Lane, loss: Tensor) -> Seen:
     return Seen(lane.state.step + 1, loss, norm, float(lane.schedule.get_last_lr()[0]))
 
 
-def _look(forward: Forward, lane: Lane, watch: Watch, found: Seen) -> None:
+def look(forward: Forward, lane: Lane, watch: Watch, found: Seen) -> None:
     """Check what the lane's last steps found, where somebody asks for it or it costs nothing."""
     watch.note(found)
     times = lane.timetable
@@ -172,7 +172,7 @@ def _update(lane: Lane, units: int) -> None:
     lane.state.units += units
 
 
-def _trained(forward: Forward, lanes: list[Lane], seen: list[Seen], clock: Clock) -> Iterator[Record]:
+def trained(forward: Forward, lanes: list[Lane], seen: list[Seen], clock: Clock) -> Iterator[Record]:
     """What the step just made found, of the lanes whose timetable has it logged."""
     logged = [(lane, found) for lane, found in zip(lanes, seen, strict=True) if lane.timetable.logs(found.step)]
     if not logged:
@@ -190,7 +190,7 @@ def _answers_at_once(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _evaluations(forward: Forward, lanes: list[Lane]) -> Iterator[Record]:
+def evaluations(forward: Forward, lanes: list[Lane]) -> Iterator[Record]:
     """Those that are due."""
     for lane in lanes:
         if lane.is_evaluation_due:
