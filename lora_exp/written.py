@@ -17,8 +17,11 @@ PREFIX = "written/"
 
 
 def look_at_written(work: Work, recorder: Recorder, job: Job | None = None) -> None:
-    """Have the model write, and keep what comes of it: before training, or given ``job`` as the model is saved there."""
-    if work.data.written is None:
+    """Have the model write, and keep what comes of it: before training, or given ``job`` as the model is saved there.
+
+    A run that goes on has what the untrained model wrote among its records already.
+    """
+    if work.data.written is None or (job is None and work.start is not None):
         return
     step = 0
     if job is not None:
