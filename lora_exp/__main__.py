@@ -17,13 +17,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lora_exp import composing
+from lora_exp import composing, following
 from lora_exp.checks import check
 from lora_exp.config import Config, conf_folder, flat_values, register, to_config
 from lora_exp.credentials import CredentialError, adopt_login, redacted, refuse_in_arguments
 from lora_exp.errors import RefusedError, UserError
 from lora_exp.job import RESULT_FILE, SWEEP_FILE, AnyResult, Job, Outcome, filed, read_swept, write_outcome
-from lora_exp.machine import claims, signals
+from lora_exp.machine import claims, launch, signals
 from lora_exp.machine.allocator import keep_freed_memory
 from lora_exp.machine.waiting import wait_briefly
 from lora_exp.rerunning import saved_config_composed
@@ -45,6 +45,8 @@ def hydra_main(composed: DictConfig) -> float:
     """One Hydra job. Returns what a sweeper can minimise: validation loss, or a plan's GiB."""
     with signals.noted(), signals.between_steps():
         signals.obey()
+        if launch.is_launched() and launch.current() is None:
+            raise JobError("Several processes share each job's work here: leave hydra/launcher at basic")
         job = _job(composed)
         try:
             with claims.claimed(job.folder, "hydra.sweep.dir" if job.sweep_folder else "hydra.run.dir"):
@@ -56,9 +58,26 @@ def hydra_main(composed: DictConfig) -> float:
 def main() -> None:
     """``python -m lora_exp`` and the console script ``lora-exp``."""
     if "--version" in sys.argv[1:]:
-        print(versions())
+        if not launch.follows():
+            print(versions())
         return
     signals.install()
+    launched, code = launch.begin(), 1
+    try:
+        if launched is not None and not launched.leads:
+            following.follow(launched)
+        _command()
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        raise
+    finally:
+        if launched is not None and launched.leads:
+            launched.end(code)
+
+
+def _command() -> None:
+    """What the command line asks for."""
     try:
         refuse_in_arguments(sys.argv[1:])
     except CredentialError as error:
@@ -136,6 +155,8 @@ def _run(config: Config, job: Job) -> AnyResult:
         with signals.at_once():
             from lora_exp.run import run
 
+        if (launched := launch.current()) is not None:
+            following.tell(launched, job)
         return run(config, job)
     finally:
         gc.enable()

@@ -6,6 +6,7 @@ import importlib.util
 import math
 from dataclasses import asdict
 
+from lora_exp import parallel
 from lora_exp.backends import backends, trained
 from lora_exp.config import (
     BLOCK_SIZES,
@@ -56,6 +57,8 @@ def _adapter_problems(config: Config) -> list[str]:
     for registry, name in chosen:
         problem = registry.problem(name)
         problems += [problem] if problem else registry[name]().problems(config)
+    if not trainers.problem(config.trainer):
+        problems += parallel.problems(config, trainers[config.trainer].is_parallel)
     if config.start.name != "default" and not config.adapter.is_added:
         start, name = config.start.name, config.adapter.name
         problems.append(f"start={start} has no meaning with adapter={name}, which has no factors: leave start out")

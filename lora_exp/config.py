@@ -288,6 +288,7 @@ class Config:
     seed: int = 0
     backend: str = "native"
     trainer: str = "native"
+    parallel: str = "auto"
     device: str = "auto"
     resume: str | None = None
     plugins: list[str] = field(default_factory=list)
@@ -395,6 +396,8 @@ def flat_values(config: Config) -> dict[str, object]:
             values |= _flat_section(key, value)
     values["lr"] = values.pop("optimizer.lr")
     del values["resume"]
+    if config.parallel == "auto":
+        del values["parallel"]
     if not config.plugins:
         del values["plugins"]
     if config.run is None:

@@ -22,7 +22,7 @@ class Keeping:
 
     def __init__(self, work: Work, folder: Path) -> None:
         self._work, self._folder = work, folder
-        if work.start is None:
+        if work.start is None and work.world.leads:
             (folder / VALUES_FILE).unlink(missing_ok=True)  # an earlier run's
 
     def consider(self, record: Record) -> None:
@@ -39,12 +39,14 @@ class Keeping:
 def take_back_kept(work: Work, folder: Path) -> None:
     """Have the model be what is saved in ``folder``, where the training went on from there to nothing better.
 
-    The file stays: a run that is interrupted later must find it again.
+    The file stays: a run that is interrupted later must find it again. Of several processes the one that wrote it
+    reads it.
     """
     file = folder / VALUES_FILE
-    if not work.train.keeps_best or not file.exists():
-        return
-    copy_strictly(file, read_tensors(file)[0], _numbered(work))
+    if work.train.keeps_best and work.world.leads and file.exists():
+        copy_strictly(file, read_tensors(file)[0], _numbered(work))
+    if work.train.keeps_best:
+        work.world.lead_values(work.adapted.parameters)
 
 
 def _numbered(work: Work) -> dict[str, Tensor]:

@@ -27,6 +27,7 @@ class Recorder:
 
     def __init__(self, tracked: tracking.Run, work: Work, job: Job, share: Utilisation) -> None:
         self.records: list[Record] = []
+        self._writes = work.world.leads  # of several processes one does
         self._tracked, self._job, self._share = tracked, job, share
         self._goes_on, self._digest, self._length = work.start is not None, hashlib.sha256(), 0
         self._keeping = Keeping(work, job.folder)
@@ -34,6 +35,8 @@ class Recorder:
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Recorder:
+        if not self._writes:
+            return self
         self._stream = self._open.enter_context((self._job.folder / METRICS_FILE).open("a" if self._goes_on else "w"))
         self._open.enter_context(self._progress)
         if self._goes_on:
@@ -58,12 +61,15 @@ class Recorder:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._open.close()
-        if error is not None:
+        if error is not None and self._writes:
             with contextlib.suppress(Exception):  # the first error is the one to report
                 log_files(self._tracked, self._job, self.records)
 
     def keep(self, record: Record) -> None:
         """Take one record; after an evaluation save the adapter, as what is earned so far outlives a later failure."""
+        if not self._writes:
+            self.records.append(record)
+            return
         record |= self._share.figures(record)
         line = json.dumps(record) + "\n"
         self._stream.write(line)

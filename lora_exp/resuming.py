@@ -20,9 +20,10 @@ from lora_exp.errors import RefusedError, UserError
 from lora_exp.job import METRICS_FILE, Job
 from lora_exp.keeping import VALUES_FILE
 from lora_exp.machine import claims
+from lora_exp.machine.distributed import World
 from lora_exp.tracking import mlflow as tracking
 from lora_exp.tracking.provenance import library_versions
-from lora_exp.training.checkpoints import FOLDER, Checkpoint, Checkpoints
+from lora_exp.training.checkpoints import FOLDER, Checkpoint, Checkpoints, read
 
 log = logging.getLogger(__name__)
 AUTO = "auto"
@@ -116,6 +117,19 @@ def resumed_run(config: Config, job: Job) -> Iterator[Resumed]:
             _check_settings(found.facts["config"], settings(config), folder)
             log.info(f"resume {folder} from optimizer step {found.step}")
         yield Resumed(folder, found)
+
+
+@contextlib.contextmanager
+def resumed_together(config: Config, job: Job, world: World) -> Iterator[Resumed]:
+    """The same, found by the process that leads; the others read the checkpoint that it has chosen."""
+    if world.leads:
+        with resumed_run(config, job) as found:
+            chosen = None if found.checkpoint is None else str(found.checkpoint.folder)
+            world.tell("resumed", chosen)
+            yield found
+        return
+    chosen = world.told("resumed")
+    yield Resumed(job.folder) if chosen is None else Resumed(Path(chosen).parents[1], read(Path(chosen)))
 
 
 def _named(config: Config) -> Path:

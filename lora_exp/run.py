@@ -21,15 +21,18 @@ from lora_exp.data.origin import record_data
 from lora_exp.job import Job, Result
 from lora_exp.keeping import take_back_kept
 from lora_exp.machine import signals
+from lora_exp.machine.distributed import World, joined
+from lora_exp.machine.launch import one_fate
 from lora_exp.machine.memory import reset_peak
 from lora_exp.machine.place import Place, prepare_backends, resolve_device, resolve_place, set_seed
 from lora_exp.machine.precision import take_precision
 from lora_exp.machine.saving import recover
 from lora_exp.models.dense_weights import DenseWeights
+from lora_exp.parallel import loading_place, spread, world_tags
 from lora_exp.plan.precheck import check_fits, memory_errors_explained
 from lora_exp.recording import Recorder, log_files
 from lora_exp.results import log_result, report, saved_evaluation, say_if_stopped_early, summed_up
-from lora_exp.resuming import Identity, resumed_run
+from lora_exp.resuming import Identity, resumed_together
 from lora_exp.tracking import mlflow as tracking
 from lora_exp.tracking.setup import log_setup, run_name, sweep_name
 from lora_exp.training.batches import (
@@ -57,40 +60,63 @@ def run(config: Config, job: Job) -> Result:
 
     Raises UserError for what the user can mend, with the next move in its message.
     """
+    with joined(config.device) as world:
+        result = _run(config, job, world)
+    assert result is not None
+    return result
+
+
+def follow(config: Config, job: Job) -> None:
+    """The same in a process that another one leads: nothing is written or tracked here."""
+    with joined(config.device) as world:
+        _run(config, job, world)
+
+
+def _run(config: Config, job: Job, world: World) -> Result | None:
     started = time.monotonic()
     is_quantised = config.quantization.name != "none"
-    with signals.at_once():
-        precision = take_precision(config.machine, resolve_device(config.device))
-    place = resolve_place(config.device, config.model.dtype, not config.adapter.is_added, is_quantised)
+    device = world.device(config.device)
+    with signals.at_once(), world.turns("precision"):
+        precision = take_precision(config.machine, resolve_device(device))
+    place = resolve_place(device, config.model.dtype, not config.adapter.is_added, is_quantised)
     prepare_backends(place)
     reset_peak(place.device)
     set_seed(config.seed)
     with signals.at_once():
         models.prepare_source(config.model)
-    recover(job.folder / "adapter")
+    if world.leads:
+        recover(job.folder / "adapter")
     names = run_name(config, job), job.sweep_folder, sweep_name(config, job)
     with (
-        resumed_run(config, job) as resumed,
+        resumed_together(config, job, world) as resumed,
         tracking.open_run(config.tracking, *names, folder=job.folder, run_id=resumed.run_id(config)) as tracked,
+        one_fate(),
     ):
         identity = Identity(config, resumed)
-        log_setup(tracked, config, job, {"dtype": str(place.dtype), "device": str(place.device)})
-        tracked.log_tags(precision.tags())
+        identity.note("processes", str(world.size))
+        if world.leads:
+            log_setup(tracked, config, job, {"dtype": str(place.dtype), "device": str(place.device)})
+            tracked.log_tags({**precision.tags(), **world_tags(config, world)})
         with memory_errors_explained(config, place):
-            with signals.at_once():
-                check_fits(config, place)
-            adapted, data = _prepare(tracked, config, place, identity)
-            resumed.take_up(job.folder)
+            if config.parallel != "fsdp":  # plans are of one process
+                with signals.at_once():
+                    check_fits(config, place)
+            adapted, data = _prepare(tracked, config, place, identity, world)
+            if world.leads:
+                resumed.take_up(job.folder)
             kept = _checkpoints(config, job, lambda: _facts(tracked, recorder, identity))
-            work = replace(_work(adapted, data, config, place), checkpoints=kept, start=resumed.checkpoint)
-            rate = precision.rate(place.autocast or place.dtype)
+            work = replace(_work(adapted, data, config, place, world), checkpoints=kept, start=resumed.checkpoint)
+            rate = precision.rate(place.autocast or place.dtype) * world.size
             share = Utilisation.of(adapted.model, rate, trains_base=not config.adapter.is_added)
-            with Recorder(tracked, work, job, share) as recorder:
+            with Recorder(tracked, work, job, share) as recorder, world.in_step():
                 look_at_written(work, recorder)
                 trainers[config.trainer]().train(work, recorder.keep)
                 look_at_written(work, recorder, job)
-                say_if_stopped_early(work, recorder.records)
+                if world.leads:
+                    say_if_stopped_early(work, recorder.records)
                 _test(work, job, recorder)
+        if not world.leads:
+            return None
         records = recorder.records
         result = summed_up(tracked, work, records, job, time.monotonic() - started)
         log_files(tracked, job, records)
@@ -110,24 +136,28 @@ def _facts(tracked: tracking.Run, recorder: Recorder, identity: Identity) -> dic
     return {"run_id": tracked.run_id, "metrics": recorder.position(), **identity.facts}
 
 
-def _prepare(tracked: tracking.Run, config: Config, place: Place, identity: Identity) -> tuple[Adapted, Data]:
-    with signals.at_once():
+def _prepare(
+    tracked: tracking.Run, config: Config, place: Place, identity: Identity, world: World
+) -> tuple[Adapted, Data]:
+    with signals.at_once(), world.turns("data"):
         source = models.find_source(config.model)
         tokenizer = functools.cache(lambda: models.load_tokenizer(source, config.model))
         data = load_data(config.data, tokenizer)
     identity.note("data", data.fingerprint)
-    record_data(tracked, kind_of(config.data), data)
-    check_rows(data.train, config.train.micro_batch_size)
+    if world.leads:
+        record_data(tracked, kind_of(config.data), data)
+    check_rows(data.train, config.train.micro_batch_size, world.size)
     check_evaluation(data.validation)
-    said = timetable_of(data.train, config.train).in_words(config.train.micro_batch_size)
+    said = timetable_of(data.train, config.train, world.size).in_words(config.train.micro_batch_size)
     log.info(f"train  {said}")
     _resume_collection()
     set_seed(config.seed)  # of a new head, which must not depend on what reading the data has drawn
-    with signals.at_once():
-        base = models.load_base(source, config.model, place, data.shape, config.quantization)
+    loading = loading_place(config, place)
+    with signals.at_once(), world.turns("base"):
+        base = models.load_base(source, config.model, loading, data.shape, config.quantization)
         digest = models.base_files_sha256(base, source)
     identity.note("base_files_sha256", digest)
-    kind_of(config.data).check_model(base, place.device)
+    kind_of(config.data).check_model(base, loading.device)
     config = replace(config, model=models.with_new_modules(config.model, base))
     tracked.log_tags({"base_files_sha256": digest})
     dtype = str(place.dtype).removeprefix("torch.")
@@ -137,7 +167,7 @@ def _prepare(tracked: tracking.Run, config: Config, place: Place, identity: Iden
         models.checkpoint_layers(base)
     set_seed(config.seed)  # again: loading may have drawn numbers, and the adapter's first values must not depend on it
     origin = replace(_origin(config, digest, tokenizer), class_names=data.shape.get("class_names", ()))
-    show = functools.partial(_show, data, config, place)
+    show = functools.partial(_show, data, config, loading)
     origin = replace(origin, dense_weights=DenseWeights(source, base), show=show)
     adapted = adapt(base, config, origin)
     share = 100 * adapted.trainable / adapted.total
@@ -148,10 +178,12 @@ def _prepare(tracked: tracking.Run, config: Config, place: Place, identity: Iden
         f"Initial Parameters : {adapted.base_parameters:,} || LoRA Parameters : {adapted.trainable:,} || "
         f"Trainable Proportion : {share:.3f}%"
     )
+    with signals.at_once():
+        spread(adapted, config, place, world)
     return adapted, data
 
 
-def _work(adapted: Adapted, data: Data, config: Config, place: Place) -> Work:
+def _work(adapted: Adapted, data: Data, config: Config, place: Place, world: World) -> Work:
     section = config.train
     best = Best(
         section.best_metric,
@@ -159,20 +191,22 @@ def _work(adapted: Adapted, data: Data, config: Config, place: Place) -> Work:
         section.early_stopping,
         section.min_delta,
     )
-    timetable = timetable_of(data.train, section)
-    return Work(adapted, data, kind_of(config.data), place, section, config.optimizer, config.seed, timetable, best)
+    timetable, kind = timetable_of(data.train, section, world.size), kind_of(config.data)
+    return Work(adapted, data, kind, place, section, config.optimizer, config.seed, timetable, best, world)
 
 
 def _test(work: Work, job: Job, recorder: Recorder) -> None:
     """Look at the test rows, once, with what is saved."""
     if work.data.test is None:
         return
-    take_back_kept(work, job.folder)
+    if work.world.leads:
+        take_back_kept(work, job.folder)
+    work.world.lead_values(work.adapted.parameters)
     size, pin = work.train.micro_batch_size, work.place.device.type == "cuda"
     rows = len(work.data.test)  # type: ignore[arg-type]
     batches = evaluation_batches(work.data.test, size, rows, pin, work.kind.collate)
     figures = evaluate(forward_of(work), batches, LANE)
-    step = int(saved_evaluation(work, recorder.records)["step"])
+    step = int(saved_evaluation(work, recorder.records)["step"]) if work.world.leads else 0
     recorder.keep({"lane": LANE, "step": step} | {f"test/{name}": value for name, value in figures.items()})
 
 

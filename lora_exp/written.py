@@ -26,7 +26,7 @@ def look_at_written(work: Work, recorder: Recorder, job: Job | None = None) -> N
     step = 0
     if job is not None:
         take_back_kept(work, job.folder)
-        step = int(saved_evaluation(work, recorder.records)["step"])
+        step = int(saved_evaluation(work, recorder.records)["step"]) if work.world.leads else 0
     with work.place.compute():
         figures = work.data.written(work.adapted.model, work.place.device, signals.obey)
     log.info(f"step {step:>4}  written  " + "  ".join(f"{name} {shown(value)}" for name, value in figures.items()))

@@ -38,12 +38,13 @@ _Handler = signal.Handlers | int | Callable[[int, FrameType | None], object] | N
 @dataclass
 class _State:
     """``first``: the signal that counts, ``requests``: how often the process was asked, ``borne``: how many requests
-    are only noted here."""
+    are only noted here, ``held``: whether ``obey`` waits."""
 
     first: int | None = None
     requests: int = 0
     last: float = 0.0
     borne: int = 1
+    held: bool = False
     is_over: bool = False
     hook: Callable[[sys.UnraisableHookArgs], object] = sys.__unraisablehook__
     previous: dict[int, _Handler] = field(default_factory=dict)
@@ -99,7 +100,7 @@ def is_pressing() -> bool:
 
 def obey() -> None:
     """End here if a signal has come."""
-    if _state.first is not None:
+    if _state.first is not None and not _state.held:
         raise Stopped(_state.first)
 
 
@@ -115,6 +116,16 @@ def at_once() -> Iterator[None]:
 def between_steps() -> contextlib.AbstractContextManager[None]:
     """For work that calls ``obey`` itself; a second signal ends it at once."""
     return _borne(1)
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """For work that several processes do in step: they agree where to end, and ``obey`` ends none of them alone."""
+    before, _state.held = _state.held, True
+    try:
+        yield
+    finally:
+        _state.held = before
 
 
 def while_closing() -> contextlib.AbstractContextManager[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,9 +19,14 @@ _POOLED = 50  # batches whose rows are sorted together: fewer would pad more, mo
 Collate = Callable[[list[dict[str, Tensor]]], Batch]
 
 
-def check_rows(rows: Rows, size: int) -> None:
-    """Raise UserError if ``rows`` do not fill one micro batch. Asked before a base is loaded for them."""
+def check_rows(rows: Rows, size: int, processes: int = 1) -> None:
+    """Raise UserError if ``rows`` do not fill a micro batch a process. Asked before a base is loaded for them."""
     have = len(rows)  # type: ignore[arg-type]
+    if size * processes > have >= size:
+        raise UserError(
+            f"{processes} processes with train.micro_batch_size={size} are too many for {have} training rows: "
+            "start fewer, or lower it"
+        )
     if size > have:
         raise UserError(
             f"train.micro_batch_size={size} is more than the {have} training rows: "
@@ -34,11 +40,11 @@ def check_evaluation(rows: Rows) -> None:
         raise UserError("No row is held out for validation: raise data.val_fraction, or give more data")
 
 
-def timetable_of(rows: Rows, section: TrainConfig) -> Timetable:
-    """When a training on ``rows`` does what. Streamed ones have no number."""
+def timetable_of(rows: Rows, section: TrainConfig, processes: int = 1) -> Timetable:
+    """When a training on ``rows`` does what, by the micro batches of all processes. Streamed rows have no number."""
     have = len(rows) if hasattr(rows, "__len__") else None
     known = None if have is None else micro_batches_of(have, section.micro_batch_size, section.drop_last)
-    return Timetable.of(section, known)
+    return Timetable.of(replace(section, grad_accum_steps=section.grad_accum_steps * processes), known)
 
 
 class TrainingBatches(Iterator[Batch]):
@@ -55,7 +61,7 @@ class TrainingBatches(Iterator[Batch]):
         self, rows: Rows, size: int, seed: int, pin: bool, collate: Collate,
         drop_last: bool = False, rank: int = 0, processes: int = 1,
     ) -> None:  # fmt: skip
-        check_rows(rows, size)
+        check_rows(rows, size, processes)
         self._rows, self._pin, self._collate = rows, pin, collate
         self._rank, self._processes = rank, processes
         self._generator = torch.Generator().manual_seed(seed)

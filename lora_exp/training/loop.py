@@ -10,16 +10,17 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_exp.errors import UserError
+from lora_exp.machine.distributed import ALONE, World
 from lora_exp.training.clock import Clock
 from lora_exp.training.lane import Lane, LaneState
-from lora_exp.training.metrics import Metric, RowLosses, Sums, chosen
+from lora_exp.training.metrics import Metric, RowLosses, Sums, chosen, merged
 from lora_exp.training.objectives import Batch
 from lora_exp.training.watch import DivergedError, Seen, Watch
 
@@ -37,6 +38,7 @@ class Forward:
     ``check_gradients`` is called after the first backward pass, ``between_steps`` before every optimizer step and after
     the last, ``between_batches`` before every evaluation batch: both may raise to end the training, where its state is
     whole. ``metrics`` are an evaluation's, by name. ``join`` makes one batch of the lanes'.
+    ``world``: the processes that train together, each on batches of its own.
     """
 
     model: nn.Module
@@ -50,6 +52,7 @@ class Forward:
     unit: str = "tokens"
     between_batches: Callable[[], object] = lambda: None
     between_steps: Callable[[], object] = lambda: None
+    world: World = ALONE
     join: Callable[[Sequence[Batch]], Batch] = field(default=lambda batches: _concatenate(batches))
 
 
@@ -90,12 +93,14 @@ def train(forward: Forward, lanes: list[Lane]) -> Iterator[Record]:
 def evaluate(forward: Forward, batches: list[Batch], name: str) -> dict[str, float]:
     """The metrics over ``batches`` by the lane ``name``; ``loss`` is the mean in nats a prediction."""
     forward.model.eval()
-    sums = Sums()
-    for batch in batches:
+    found = []
+    for batch, counts in forward.world.share(batches):
         forward.between_batches()
         here = _to_device(batch, forward.device)
         with forward.compute(), forward.route({name: _rows(batch)}):
-            sums = sums.plus(forward.losses(forward.model, here))
+            losses = forward.losses(forward.model, here)
+        found += [asdict(Sums().plus(losses))] if counts else []
+    sums = merged(Sums(**each) for each in forward.world.gathered(found))
     return {name: metric(sums) for name, metric in forward.metrics.items()}
 
 
@@ -104,8 +109,9 @@ def _accumulate(forward: Forward, lanes: list[Lane]) -> tuple[list[Tensor], list
 
     Returns the losses and how many tokens (images, rows) each lane saw.
     """
-    drawn = [[next(lane.batches) for _ in range(lane.timetable.micro_batches(lane.state.step + 1))] for lane in lanes]
-    counts = [sum(int(forward.count(batch).sum()) for batch in micro) for micro in drawn]
+    turns = [lane.timetable.micro_batches(lane.state.step + 1) for lane in lanes]  # of all processes
+    drawn = [[next(lane.batches) for _ in forward.world.own(n)] for lane, n in zip(lanes, turns, strict=True)]
+    counts, units = _totals(forward, drawn)
     losses = [torch.zeros((), device=forward.device) for _ in lanes]
     for turn in range(max(map(len, drawn))):
         having = [number for number, micro in enumerate(drawn) if turn < len(micro)]  # an epoch's end takes fewer
@@ -116,7 +122,24 @@ def _accumulate(forward: Forward, lanes: list[Lane]) -> tuple[list[Tensor], list
         torch.stack(scaled).sum().backward()
         for number, mean in zip(having, means, strict=True):
             losses[number] = losses[number] + mean.detach()
-    return losses, [sum(_tokens(batch) for batch in micro) for micro in drawn]
+    if forward.world.most(max(turns)) > max(map(len, drawn)):
+        _keep_pace(forward, lanes[0])
+    forward.world.sum_gradients(parameter for lane in lanes for parameter in lane.parameters)
+    return [forward.world.summed(loss) for loss in losses], units
+
+
+def _totals(forward: Forward, drawn: list[list[Batch]]) -> tuple[list[int], list[int]]:
+    """How many predictions, and tokens, each lane's part of the optimizer step has in all processes."""
+    counts = [sum(int(forward.count(batch).sum()) for batch in micro) for micro in drawn]
+    units = [sum(_tokens(batch) for batch in micro) for micro in drawn]
+    totals = forward.world.totals([*counts, *units])
+    return totals[: len(drawn)], totals[len(drawn) :]
+
+
+def _keep_pace(forward: Forward, lane: Lane) -> None:
+    """A pass that changes nothing: others have one more, and a sharded model's passes are all processes' together."""
+    (totals,) = _row_totals(forward, {lane.name: lane.evaluation[0]})
+    (totals.sum() * 0).backward()
 
 
 def _row_totals(forward: Forward, batches: Mapping[str, Batch]) -> tuple[Tensor, ...]:

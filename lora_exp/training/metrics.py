@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -44,9 +44,12 @@ class Sums:
     def plus(self, rows: RowLosses) -> Sums:
         """Sums with these rows added."""
         here = {name: values.double().sum(0).tolist() for name, values in rows.counted.items()}
-        counted = {**self.counted, **{name: _sum(self.counted.get(name), value) for name, value in here.items()}}
-        loss = self.loss + rows.total.double().sum().item()
-        return Sums(loss, self.count + int(rows.count.sum().item()), counted)
+        return self.and_(Sums(rows.total.double().sum().item(), int(rows.count.sum().item()), here))
+
+    def and_(self, other: Sums) -> Sums:
+        """Sums of both."""
+        theirs = {name: _sum(self.counted.get(name), value) for name, value in other.counted.items()}
+        return Sums(self.loss + other.loss, self.count + other.count, {**self.counted, **theirs})
 
     def of(self, name: str) -> float | list[float]:
         """What was counted under ``name``, a class each where it was so. Raises UserError if nothing was."""
@@ -72,6 +75,11 @@ def _sum(before: float | list[float] | None, here: float | list[float]) -> float
     assert isinstance(before, float)
     assert isinstance(here, float)
     return before + here
+
+
+def merged(parts: Iterable[Sums]) -> Sums:
+    """All parts of an evaluation, added up in their order."""
+    return functools.reduce(Sums.and_, parts, Sums())
 
 
 class Metric:

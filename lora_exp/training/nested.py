@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
+from safetensors.torch import load, save
 from torch import Tensor
 
 _PLAIN = (str, int, float, bool, type(None))
@@ -31,6 +33,19 @@ def joined(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
     if kind == "tuple":
         return tuple(joined(each, tensors) for each in value)
     return {joined(key, tensors): joined(each, tensors) for key, each in value}
+
+
+def packed(state: Any) -> bytes:
+    """``state`` as bytes, for another process."""
+    plain, tensors = parted(state)
+    return save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"plain": json.dumps(plain)})
+
+
+def unpacked(given: bytes) -> Any:
+    """What ``packed`` was given."""
+    length = int.from_bytes(given[:8], "little")  # of safetensors' header
+    plain = json.loads(given[8 : 8 + length])["__metadata__"]["plain"]
+    return joined(json.loads(plain), load(given))
 
 
 def _plain(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:

@@ -13,8 +13,8 @@ class Saver:
     """Of one lane, which it takes up where the work's ``start`` left it."""
 
     def __init__(self, work: Work, lane: Lane) -> None:
-        self._lane, self._checkpoints = lane, work.checkpoints
-        self._state = TrainingState(work.adapted, lane)
+        self._lane, self._checkpoints, self._world = lane, work.checkpoints, work.world
+        self._state = TrainingState(work.adapted, lane, work.world)
         if work.start is not None:
             self._state.restore(work.start.state)
         self._saved = lane.state.step
@@ -23,7 +23,7 @@ class Saver:
         """Save if it is time to, and end here if a signal has come."""
         if self._lane.timetable.saves(self._lane.state.step) or self._lane.is_over:
             self.save()
-        signals.obey()
+        self._world.obey()
 
     def save_if_not_pressed(self) -> None:
         """Save where a first signal has ended the training; with a second one nothing is waited for."""
@@ -40,5 +40,7 @@ class Saver:
                 f"A trained value is no longer finite after optimizer step {state.step}: lower optimizer.lr; the "
                 "checkpoints before it are kept"
             )
-        self._checkpoints.save(state.step, self._state.take(), best=state.best.step, is_last=self._lane.is_over)
+        taken = self._state.take()  # of all processes, of which one writes
+        if self._world.leads:
+            self._checkpoints.save(state.step, taken, best=state.best.step, is_last=self._lane.is_over)
         self._saved = state.step

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from lora_exp.errors import UserError
+from lora_exp.machine.distributed import ALONE, World
 from lora_exp.training.batches import TrainingBatches
+from lora_exp.training.nested import packed, unpacked
 
 if TYPE_CHECKING:
     from lora_exp.backends import Adapted
@@ -26,7 +28,8 @@ State = Mapping[str, Any]
 class TrainingState:
     """Takes and restores the state of ``lane``. To be made before the first step."""
 
-    def __init__(self, adapted: Adapted, lane: Lane) -> None:
+    def __init__(self, adapted: Adapted, lane: Lane, world: World = ALONE) -> None:
+        self._world = world
         assert isinstance(lane.batches, TrainingBatches)
         self._adapted, self._lane, self._batches = adapted, lane, lane.batches
         self._at_start = {name: _digest(value) for name, value in adapted.model.named_buffers()}
@@ -42,11 +45,14 @@ class TrainingState:
             "optimizer": self._lane.optimizer.state_dict(),
             "schedule": self._lane.schedule.state_dict(),
             "scaler": None if self._lane.scaler is None else self._lane.scaler.state_dict(),
-            "masks": dict(self._adapted.masks()),
-            "batches": self._batches.state_dict(),
             "lane": self._lane.state.to_json(),
-            "generators": generators(),
+            "processes": [unpacked(each) for each in self._world.collected(packed(self._own()))],
         }
+
+    def _own(self) -> State:
+        """What differs between processes that train together."""
+        masks, batches = dict(self._adapted.masks()), self._batches.state_dict()
+        return {"masks": masks, "batches": batches, "generators": generators()}
 
     def restore(self, state: State) -> None:
         """Raises UserError if the state is another model's."""
@@ -57,10 +63,11 @@ class TrainingState:
         self._lane.schedule.load_state_dict(dict(state["schedule"]))
         if self._lane.scaler is not None:
             self._lane.scaler.load_state_dict(dict(state["scaler"]))
-        self._adapted.load_masks(state["masks"])
-        self._batches.load_state_dict(state["batches"])
+        own = state["processes"][self._world.rank]
+        self._adapted.load_masks(own["masks"])
+        self._batches.load_state_dict(own["batches"])
         self._lane.state.restore(state["lane"])
-        load_generators(state["generators"])  # last: what is above may draw
+        load_generators(own["generators"])  # last: what is above may draw
 
     def _parameters(self) -> dict[str, Tensor]:
         """What is trained, and what was drawn beside it."""

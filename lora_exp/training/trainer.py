@@ -16,6 +16,7 @@ from lora_exp.registry import Registry
 if TYPE_CHECKING:
     from lora_exp.backends import Adapted
     from lora_exp.data import Data, DataKind
+    from lora_exp.machine.distributed import World
     from lora_exp.machine.place import Place
     from lora_exp.training.best import Best
     from lora_exp.training.checkpoints import Checkpoint, Checkpoints
@@ -31,7 +32,8 @@ class Work:
 
     ``timetable``: what ``train`` says of its length and intervals, for these rows. ``best`` is fed with each record
     that is kept: a trainer ends when it says ``should_stop``. ``checkpoints``: where the training's state is kept;
-    None: nowhere. ``start``: what to go on from; None: from the beginning.
+    None: nowhere. ``start``: what to go on from; None: from the beginning. ``world``: the processes that do the work
+    together; the timetable counts the micro batches of all of them.
     """
 
     adapted: Adapted
@@ -43,6 +45,7 @@ class Work:
     seed: int
     timetable: Timetable
     best: Best
+    world: World
     checkpoints: Checkpoints | None = None
     start: Checkpoint | None = None
 
@@ -50,10 +53,12 @@ class Work:
 class Trainer:
     """Trains ``Work``. Its records are those of ``training.loop.train``, whoever's loop made them.
 
-    ``resumes``: whether it keeps checkpoints, and goes on from ``Work.start``.
+    ``resumes``: whether it keeps checkpoints, and goes on from ``Work.start``. ``is_parallel``: whether it knows
+    ``Work.world``, and shares its work with other processes.
     """
 
     resumes: ClassVar[bool] = False
+    is_parallel: ClassVar[bool] = False
 
     def problems(self, config: Config) -> list[str]:
         """What it cannot do of the config, as can be seen before anything is loaded."""

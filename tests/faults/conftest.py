@@ -25,7 +25,7 @@ FORKED = Path(__file__).with_name("forked.py")
 class Ended:
     """How a forked command line ended, and the folder it stood in."""
 
-    code: int
+    code: Any  # a list of those of several processes
     out: str
     err: str
     folder: Path
@@ -110,7 +110,8 @@ def _sent(forking: subprocess.Popen[str], order: dict[str, Any], place: Path, sh
     assert forking.stdout is not None
     forking.stdin.write(json.dumps(order) + "\n")
     forking.stdin.flush()
-    forking.stdout.readline()
+    if "processes" not in order:
+        forking.stdout.readline()
     code = json.loads(forking.stdout.readline())["code"]
     return Ended(code, (shown / "out").read_text(), (shown / "err").read_text(), place)
 

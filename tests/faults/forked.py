@@ -3,6 +3,8 @@
 Reads JSON lines: ``arguments``, ``folder`` (where it stands), ``terminal`` (where ``out`` and ``err`` go),
 ``environment``, and the aim: at the call number ``at`` of ``target`` (``module:name``) ``do`` happens, or after
 ``kill_after_s`` it is killed from outside. Answers ``pid``, then ``code``.
+With ``processes`` it forks as many, which know each other as a launcher's do; the aim is at that of ``rank``, each
+has its own ``out`` and ``err`` (``err.1``, …), and ``code`` is a list.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import importlib
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -32,6 +35,9 @@ def main() -> None:
     print("ready", flush=True)
     for line in sys.stdin:
         order = json.loads(line)
+        if "processes" in order:
+            print(json.dumps({"code": _together(order)}), flush=True)
+            continue
         pid = os.fork()
         if pid == 0:
             os._exit(_child(order))
@@ -52,13 +58,29 @@ def _end(pid: int, kill_after_s: float | None) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def _together(order: dict[str, Any]) -> list[int]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
+    pids = []
+    for rank in range(order["processes"]):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(order["processes"])}
+        theirs = {**order, "environment": order["environment"] | meeting | place, "suffix": f".{rank}" if rank else ""}
+        if rank != order.get("rank", 0):
+            theirs.pop("target", None)
+        if (pid := os.fork()) == 0:
+            os._exit(_child(theirs))
+        pids.append(pid)
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+
 def _child(order: dict[str, Any]) -> int:
     folder = Path(order["folder"])
     folder.mkdir(parents=True, exist_ok=True)
     os.chdir(folder)
     os.environ.update(order.get("environment", {}))
     for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(Path(order.get("terminal", ".")) / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
+        file = Path(order.get("terminal", ".")) / (name + order.get("suffix", ""))
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
@@ -158,6 +180,16 @@ def _fill_disk(order: dict[str, Any]) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def _refuse(order: dict[str, Any]) -> None:
+    from lora_exp.errors import UserError
+
+    raise UserError("a value is wrong: mend it")
+
+
+def _fail(order: dict[str, Any]) -> None:
+    raise RuntimeError("what nobody foresaw")
+
+
 def _nothing(order: dict[str, Any]) -> None:
     del order
 
@@ -174,6 +206,8 @@ DEEDS: dict[str, Callable[[dict[str, Any]], None]] = {
     "full disk": _fill_disk,
     "nothing": _nothing,
     "raise": _raise,
+    "refuse": _refuse,
+    "fail": _fail,
 }
 
 if __name__ == "__main__":

@@ -98,3 +98,8 @@ def test_several_processes_share_an_order() -> None:
     parts = [drawn(batches(8, 2, rank=rank, processes=2), 6) for rank in (0, 1)]
     together = [batch for pair in zip(*parts, strict=True) for batch in pair]
     assert together == drawn(batches(8, 2), 12)
+
+
+def test_too_few_rows_for_all_processes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"3 processes with train.micro_batch_size=2 are too many for 5 training rows"):
+        batches(5, 2, processes=3)

@@ -23,8 +23,13 @@ class Identity:
 
 
 def found(model: nn.Module, known: Identity | None) -> Identity:
-    """The identity of `model`'s base: `known`, where it still has those values, else computed anew."""
+    """The identity of `model`'s base: `known`, where it still has those values, else computed anew.
+
+    A base that is shared out among processes (FSDP) is what it was before: no process holds all of it.
+    """
     tensors = [tensor for _, parameter in _base(model) for tensor in parameter]
+    if any(hasattr(tensor, "to_local") for tensor in tensors):  # torch's DTensor, which takes long to import
+        return known or Identity(None, Fingerprint([]))
     if any(tensor.is_meta for tensor in tensors):
         return Identity(None, Fingerprint([]))
     if known is not None and known.values.holds(tensors):

@@ -17,6 +17,7 @@ LANE = "default"
 @trainer("native")
 class Native(Trainer):
     resumes = True
+    is_parallel = True
 
     def train(self, work: Work, keep: Keep) -> None:
         from lora_exp.machine import signals
@@ -44,11 +45,13 @@ def lane_of(work: Work) -> Lane:
     section, pin, collate = work.train, work.place.device.type == "cuda", work.kind.collate
     adapted, plain = work.adapted, undecayed(work.adapted.model)
     optimizer = build_optimizer(adapted.parameters, work.optimizer, adapted.fast, plain)
-    size = section.micro_batch_size
+    size, world = section.micro_batch_size, work.world
     return Lane(
         name=LANE,
         parameters=adapted.parameters,
-        batches=training_batches(work.data.train, size, work.seed, pin, collate, section.drop_last),
+        batches=training_batches(
+            work.data.train, size, work.seed, pin, collate, section.drop_last, world.rank, world.size
+        ),
         evaluation=evaluation_batches(work.data.validation, size, section.eval_blocks, pin, collate),
         optimizer=optimizer,
         schedule=build_schedule(optimizer, section, work.timetable),
@@ -76,6 +79,7 @@ def forward_of(work: Work) -> Forward:
         metrics=chosen(*kind.metrics, *work.train.metrics),
         unit=kind.unit,
         between_batches=signals.obey,
-        between_steps=signals.obey,
+        between_steps=work.world.obey,
+        world=work.world,
         join=kind.join,
     )
