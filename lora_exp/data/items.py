@@ -126,8 +126,9 @@ class Items(Generic[_Item]):
         if may_be_few or not self.count:
             return bytearray(self.count)
         have = f"a single {unit}" if self.count == 1 else f"{self.count} {unit}s"
+        source = self._section.path or self._section.name or "packaged"
         raise UserError(
-            f"data={self._section.label} ({self._section.path or self._section.name or 'packaged'}) is {have}, of which none can be held out: "
+            f"data={self._section.label} ({source}) is {have}, of which none can be held out: "
             "give more, or name data.validation_path"
         )
 

@@ -36,7 +36,7 @@ class Data:
     ``shape``: what the model must be made to fit, such as its number of classes; ``class_names``: those of a language
     model that is to have a head for them. ``test``: rows that nothing is chosen by, looked at once at the end.
     ``fingerprint``: the hash of all that the rows follow from, ``sources.fingerprint``. ``said``: what a person must
-    hear of them, such as how many records are left out. ``example``: a row in words, ANSI-dimmed where it is not learnt.
+    hear of them, such as how many records are left out. ``example``: a row in words, dimmed where it is not learnt.
     ``written(model, device, between)``: metrics of what a model writes by itself for held-out rows, looked at before
     training and after; ``between`` is called now and then, and may end it by an exception.
     """

@@ -61,7 +61,7 @@ def repeated(stretch: Stretch, weight: float, seed: str) -> list[Stretch]:
 
 
 def pieces(texts: Iterator[str]) -> Iterator[str]:
-    """A text that comes in parts, in pieces of at most twice PIECE characters.
+    """A text that comes in parts, in pieces of at most PIECE characters.
 
     It is cut between a line and the next that does not begin with a space: there, tokenizers that split text into
     words first have tokens end anyway.
