@@ -53,7 +53,7 @@ def to_conversation(record: Record, names: Fields, system: str | None = None) ->
     messages = _messages(record, names)
     if system and messages[0]["role"] not in ("system", "developer"):
         messages = [{"role": "system", "content": system}, *messages]
-    answers = [message for message in messages if message["role"] == ANSWERS]
+    answers = [message for message in messages if is_learnt(message)]
     if not answers:
         raise BadRecordError(f"no message is the {ANSWERS}'s: nothing is to be learnt")
     if any(not message["content"].strip() and not any(map(message.get, _CALLS)) for message in answers):
@@ -62,17 +62,23 @@ def to_conversation(record: Record, names: Fields, system: str | None = None) ->
     return Conversation(messages, tools if isinstance(tools, list) and tools else None)
 
 
+def is_learnt(message: Message) -> bool:
+    """Whether it is an answer, and none of those that stand in a prompt or have the ``weight`` 0 (OpenAI's files)."""
+    return message["role"] == ANSWERS and message.get("weight", 1) != 0
+
+
 def _messages(record: Record, names: Fields) -> list[Message]:
     conversation = next((key for key in (names.messages, "conversations") if key in record), None)
     if conversation:
         return _listed(record[conversation], conversation, names)
     if names.completion in record:
-        return [*_side(record, names.prompt, "user", names), *_side(record, names.completion, ANSWERS, names)]
+        asked = [{**message, "weight": 0} for message in _side(record, names.prompt, "user", names)]
+        return [*asked, *_side(record, names.completion, ANSWERS, names)]
     if names.output in record:
-        asked: Message = {"role": "user", "content": _text(record, names.instruction)}
+        instruction: Message = {"role": "user", "content": _text(record, names.instruction)}
         if record.get(names.input):
-            asked["input"] = _text(record, names.input)
-        return [asked, {"role": ANSWERS, "content": _text(record, names.output)}]
+            instruction["input"] = _text(record, names.input)
+        return [instruction, {"role": ANSWERS, "content": _text(record, names.output)}]
     has = ", ".join(map(str, list(record)[:12])) or "nothing"
     raise BadRecordError(
         f"none of {names.messages}, {names.completion}, {names.output} is there (it has {has}): name what holds the "

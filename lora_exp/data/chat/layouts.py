@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_exp.data.chat.conversations import ANSWERS, BadRecordError, Conversation, Message
+from lora_exp.data.chat.conversations import ANSWERS, BadRecordError, Conversation, Message, is_learnt
 from lora_exp.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def plain(tokenizer: PreTrainedTokenizerBase) -> Layout:
                 text += f"\n\n### Input:\n{message['input']}"
             if message["role"] == ANSWERS:
                 text += end
+            if is_learnt(message):
                 answers.append((start, len(text)))
         return [Laid(text, answers)]
 
@@ -66,6 +67,7 @@ def raw(tokenizer: PreTrainedTokenizerBase) -> Layout:
             text += message["content"] + message.get("input", "")
             if message["role"] == ANSWERS:
                 text += end
+            if is_learnt(message):
                 answers.append((start, len(text)))
         return [Laid(text, answers)]
 
@@ -80,9 +82,7 @@ def by_template(tokenizer: PreTrainedTokenizerBase, template: str | None, option
     """
 
     def lay(conversation: Conversation) -> list[Laid]:
-        messages = [_joined(message) for message in conversation.messages]
-        render = _renderer(tokenizer, template, {**options, "tools": conversation.tools})
-        return _laid(messages, render)
+        return _laid(conversation.messages, _renderer(tokenizer, template, {**options, "tools": conversation.tools}))
 
     return lay
 
@@ -98,7 +98,7 @@ def read_template(named: str) -> str:
 
 
 def _laid(messages: list[Message], render: Render) -> list[Laid]:
-    places = [index for index, message in enumerate(messages) if message["role"] == ANSWERS]
+    places = [index for index, message in enumerate(messages) if is_learnt(message)]
     text = render(messages, False)
     found = [_answer(text, messages[: place + 1], render) for place in places]
     if all(found):
@@ -140,7 +140,7 @@ def _prompt(messages: list[Message], render: Render) -> str:
 
 def _joined(message: Message) -> Message:
     """With an instruction's input below it."""
-    rest = {key: value for key, value in message.items() if key != "input"}
+    rest = {key: value for key, value in message.items() if key not in ("input", "weight")}
     return {**rest, "content": f"{message['content']}\n\n{message['input']}"} if message.get("input") else rest
 
 
@@ -152,7 +152,7 @@ def _renderer(tokenizer: PreTrainedTokenizerBase, template: str | None, options:
     def render(messages: list[Message], asks: bool) -> str:
         try:
             text = tokenizer.apply_chat_template(
-                messages,
+                [_joined(message) for message in messages],
                 chat_template=chosen,
                 add_generation_prompt=asks,
                 tokenize=False,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_exp.data.broken import BadRecords
-from lora_exp.data.chat.conversations import BadRecordError, Conversation, Fields, Record, to_conversation
+from lora_exp.data.chat.conversations import BadRecordError, Conversation, Fields, Record, is_learnt, to_conversation
 from lora_exp.data.chat.layouts import Laid, Layout, by_template, plain, raw, read_template
 from lora_exp.data.chat.packing import Packed
 from lora_exp.data.chat.source import sources
@@ -168,7 +168,7 @@ class _Maker:
     def _laid(self, conversation: Conversation) -> list[Laid]:
         """With ``learn=answers`` what stands behind the last answer is left out, as nothing is learnt there."""
         messages, learns_all = conversation.messages, self.section.learn == "all"
-        last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
+        last = max(index for index, message in enumerate(messages) if is_learnt(message))
         kept = messages if learns_all else messages[: last + 1]
         found = self.lay(Conversation(kept, conversation.tools))
         return found[-1:] if learns_all else found

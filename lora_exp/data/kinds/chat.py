@@ -123,7 +123,7 @@ class Chat(DataKind):
 
     @property
     def rows(self) -> str:
-        return f"rows of {'' if self.packing else 'up to '}{self.max_length} tokens"
+        return f"rows of up to {self.max_length} tokens"
 
     @property
     def remedies(self) -> list[str]:

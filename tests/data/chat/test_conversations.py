@@ -14,8 +14,8 @@ FORMS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "instruction, empty input": ({"instruction": "a", "input": "", "output": "b"}, [ASKED, ANSWERED]),
     "instruction, null input": ({"instruction": "a", "input": None, "output": "b"}, [ASKED, ANSWERED]),
     "instruction, input": ({"instruction": "a", "input": "c", "output": "b"}, [{**ASKED, "input": "c"}, ANSWERED]),
-    "prompt": ({"prompt": "a", "completion": "b"}, [ASKED, ANSWERED]),
-    "prompt of messages": ({"prompt": [ASKED], "completion": [ANSWERED]}, [ASKED, ANSWERED]),
+    "prompt": ({"prompt": "a", "completion": "b"}, [{**ASKED, "weight": 0}, ANSWERED]),
+    "prompt of messages": ({"prompt": [ASKED], "completion": [ANSWERED]}, [{**ASKED, "weight": 0}, ANSWERED]),
     "messages": ({"messages": [ASKED, ANSWERED], "id": 3}, [ASKED, ANSWERED]),
     "messages with more": (
         {"messages": [ASKED, {**ANSWERED, "reasoning_content": "c", "name": None}]},

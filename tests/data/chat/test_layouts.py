@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from lora_exp.data.chat.conversations import BadRecordError, Conversation
+from lora_exp.data.chat.conversations import BadRecordError, Conversation, Fields, to_conversation
 from lora_exp.data.chat.layouts import by_template, plain, raw
 from lora_exp.data.chat.packing import pack, pad
 from lora_exp.data.chat.tokens import tokenise
@@ -120,6 +120,26 @@ def test_a_template_that_rewrites_earlier_answers_gives_a_row_an_answer(tiny: An
         prompt = tokenizer.apply_chat_template(conversation.messages[:place], add_generation_prompt=True)["input_ids"]
         assert ids[: len(prompt)] == prompt  # what the model sees before it answers
         assert is_learnt == [False] * len(prompt) + [True] * (len(ids) - len(prompt))
+
+
+@pytest.mark.parametrize("layout", ["template", "plain", "raw"])
+def test_answers_in_a_prompt_or_of_weight_0_are_not_learnt(tiny: Any, layout: str) -> None:
+    tokenizer = tiny("llama3")
+    turns = says("a", "one", "b", "two").messages
+    for record in (
+        {"prompt": turns[:3], "completion": turns[3:]},
+        {"messages": [turns[0], {**turns[1], "weight": 0}, *turns[2:]]},
+    ):
+        conversation = to_conversation(record, Fields())
+        lay = (
+            by_template(tokenizer, None, {})
+            if layout == "template"
+            else {"plain": plain, "raw": raw}[layout](tokenizer)
+        )
+        (laid,) = lay(conversation)
+        assert "one" in laid.text
+        end = ENDS["llama3"] if layout == "template" else "</s>"
+        assert [laid.text[start:stop] for start, stop in laid.answers] == [f"two{end}"]
 
 
 def test_thoughts_are_learnt_where_the_template_keeps_them(tiny: Any) -> None:
