@@ -45,8 +45,8 @@ def say_if_stopped_early(work: Work, records: list[Record]) -> None:
     best, last = work.best, int(records[-1]["step"])
     if best.should_stop and last < work.timetable.steps:
         log.info(
-            f"stopped after {last} of {work.timetable.steps} steps: {best.without_gain} evaluations in a row without a "
-            f"gain in {best.metric} of more than {best.min_delta:g}"
+            f"stopped after {last} of {work.timetable.steps} steps, as train.early_stopping={best.patience} has it: no "
+            f"gain in {best.metric} of more than {best.min_delta:g} since step {best.step}"
         )
 
 

@@ -201,7 +201,7 @@ def test_epochs_give_the_steps(cli: Cli, tiny_overrides: list[str], workplace: P
         (["train.early_stopping=0"], "train.early_stopping=0 is below 1"),
         (["train.early_stopping=2", "train.eval_every=0"], "of which train.eval_every=0 leaves none"),
         (["train.min_delta=-1"], "train.min_delta=-1 is below 0"),
-        (["train.schedule=polynomial", "+train.schedule_options.end=1"], "end is no option of train.sched"),
+        (["train.schedule=polynomial", "train.schedule_options={end: 1}"], "end is no option of train.sched"),
         (["train.steps=many"], "train.steps=many is not a whole number: such as train.steps=24"),
     ],
 )  # fmt: skip

@@ -43,8 +43,11 @@ _NEEDED = {  # one of them, with an example
 }
 
 
-def schedule_problems(name: str, options: dict[str, Any]) -> list[str]:
+def schedule_problems(name: str, options: object) -> list[str]:
     """What is wrong with ``train.schedule`` and ``train.schedule_options``."""
+    options = {} if options is None else options
+    if not isinstance(options, dict):
+        return [f"train.schedule_options={options} is not a mapping: such as '{{min_lr_rate: 0.1}}', or null"]
     if name not in SCHEDULES:
         return [f"train.schedule={name} is not known: choose one of {', '.join(SCHEDULES)}"]
     known = SCHEDULES[name]
@@ -72,7 +75,7 @@ def build_schedule(optimizer: torch.optim.Optimizer, section: TrainConfig, timet
         return _plain(optimizer, _PLAIN[section.schedule], timetable)
     from transformers.optimization import get_scheduler  # imports PEFT, two seconds that the plain ones do without
 
-    options = {key: value for key, value in section.schedule_options.items() if value is not None}
+    options = {key: value for key, value in (section.schedule_options or {}).items() if value is not None}
     try:
         _check_decay(options, timetable)
         made: LambdaLR = get_scheduler(

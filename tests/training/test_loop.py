@@ -261,6 +261,18 @@ def test_the_step_that_diverged_is_named_before_anything_can_be_saved(
         assert steps == {bad_step - 1}
 
 
+def test_where_nothing_is_logged_a_nan_is_found_all_the_same(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_exp.training.loop._answers_at_once", lambda device: False)
+    monkeypatch.setattr("lora_exp.training.watch.MOST_UNSEEN", 4)
+    model = LoraModel(base(tiny_llama), LoraConfig(rank=2, target_modules=TARGETS), verbose=False)
+    plan = section(steps=12, log_every=0, eval_every=0, save_every=None)
+    here = lane("a", list(model.adapter_parameters().values()), micro_batches(1, 2), plan)
+    here.batches = poisoned(model, 6, 12)
+    with pytest.raises(DivergedError, match=r"nan at optimizer step 6 \(lane a\), with a learning rate of 0\.0\d+: "):
+        list(train(forward(model), [here]))
+    assert here.state.step == 7  # looked at after 4 and 8 steps, before the 8th changes a parameter
+
+
 def test_between_records_nothing_is_read_from_a_device_that_does_not_answer_at_once(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -77,11 +77,11 @@ def test_names_and_options_are_those_of_transformers_but_for_what_looks_at_the_l
         ("polynomial", {"end": 2}, "end is no option of train.schedule=polynomial; it takes lr_end, power"),
         ("cosine_with_min_lr", {}, "needs min_lr or min_lr_rate: such as train.schedule_options='{min_lr_rate: 0.1}'"),
         ("warmup_stable_decay", {}, "needs num_decay_steps"),
+        ("warmup_stable_decay", None, "needs num_decay_steps"),
+        ("linear", 3, "train.schedule_options=3 is not a mapping: such as '{min_lr_rate: 0.1}', or null"),
     ],
 )
-def test_what_a_schedule_does_not_know_is_said_before_anything_is_loaded(
-    name: str, options: dict[str, Any], says: str
-) -> None:
+def test_what_a_schedule_does_not_know_is_said_before_anything_is_loaded(name: str, options: object, says: str) -> None:
     assert says in " ".join(schedule_problems(name, options))
 
 
