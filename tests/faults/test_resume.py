@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import signal
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from lora_exp.job import read_outcome
@@ -55,6 +57,32 @@ def test_it_ends_in_the_same_bits(kind: str, forked: Forked, tiny_overrides: lis
     outcomes = [read_outcome(each.folder / "outputs/job") for each in (whole, done)]
     assert [(each.status, each.result.eval_loss, each.result.best_step) for each in outcomes]  # type: ignore[union-attr]
     assert len({(each.result.eval_loss, each.result.best_step) for each in outcomes}) == 1  # type: ignore[union-attr]
+
+
+@pytest.mark.slow
+def test_convolutions_end_in_the_same_bits(forked: Forked, tmp_path: Path) -> None:
+    """A frozen EfficientNet with a head that is trained in full beside LoRA on its convolutions."""
+    pytest.importorskip("efficientnet_lite_pytorch")
+    from lora_exp.models import efficientnet_lite as lite
+
+    torch.manual_seed(0)
+    torch.save(lite.network(16).state_dict(), tmp_path / "weights.pth")
+    lite.convert(tmp_path / "weights.pth", tmp_path)
+    drawn = random.Random(0)
+    lines = [[drawn.randrange(128) + 127 * label for _ in range(64)] + [label] for label in [0, 1] * 20]
+    (tmp_path / "images.csv").write_text("\n".join(",".join(map(str, line)) for line in lines))
+    overrides = [
+        "+experiment=vision_conv2d", "tracking.experiment=lora_exp", f"model.path={tmp_path}", "dropout=0.1",
+        f"data.path={tmp_path / 'images.csv'}", "data.image_size=16", "data.train_images=20", "device=cpu", *LENGTH,
+        "train.warmup_steps=1", "train.eval_every=3", "train.eval_blocks=8", "train.micro_batch_size=4", JOB,
+    ]  # fmt: skip
+    whole = forked(*overrides)
+    assert whole.code == 0, whole.err
+    half = forked(*overrides, target=STEP, at=8, do="kill")
+    done = forked(*overrides, "resume=auto", folder=half.folder)
+    assert done.code == 0, done.err
+    assert done.earned() == whole.earned()
+    assert done.points() == whole.points()
 
 
 @pytest.fixture
@@ -176,9 +204,13 @@ def test_a_full_disk_costs_the_checkpoint_that_did_not_fit(forked: Forked, tiny_
     assert done.points() == whole.points()
 
 
-def test_a_finished_run_is_found_finished(forked: Forked, tiny_overrides: list[str], text_file: Path) -> None:
+def test_a_finished_run_is_found_finished(
+    forked: Forked, tiny_overrides: list[str], text_file: Path, tmp_path: Path
+) -> None:
     """Nothing is trained again, nothing is in MLflow twice; and where nothing was, a run begins."""
-    overrides = [*tiny_overrides, JOB, "train.keep=best", "resume=auto", f"data.test_path={text_file}"]
+    test = tmp_path / "test.txt"
+    test.write_text(text_file.read_text().replace("king", "queen"))
+    overrides = [*tiny_overrides, JOB, "train.keep=best", "resume=auto", f"data.test_path={test}"]
     first = forked(*overrides)
     assert first.code == 0, first.err
     again = forked(*overrides, folder=first.folder, target=STEP, do="kill")
