@@ -36,8 +36,6 @@ _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 class TrackingError(UserError):
     """The tracking server cannot be reached, or would not take what it was given."""
 
-    result: object = None
-
 
 def tracking_uri(section: TrackingConfig) -> str:
     """``tracking.uri``, else $MLFLOW_TRACKING_URI, else SQLite in ./outputs."""
