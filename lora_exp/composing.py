@@ -29,6 +29,12 @@ from lora_exp.keys import nearest, unknown_key, unknown_keys, wrong_data, wrong_
 from lora_exp.plugins import PluginError, import_plugins
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
+# Of joblib's, submitit's and Python's own pools of processes.
+_DEAD_WORKER = ("TerminatedWorkerError", "UncompletedJobError", "BrokenProcessPool")
+_DEAD_WORKER_SAID = (
+    "A worker process of the launcher died ({}): the jobs in it are lost, those that had ended are kept. If the memory "
+    "was too small, run fewer jobs at once (hydra.launcher.n_jobs) or smaller ones"
+)
 
 
 def in_order(arguments: Sequence[str]) -> list[str]:
@@ -142,6 +148,8 @@ def explain(error: Exception) -> str | None:
     """What a person can do about an error of Hydra's, or None for one that is not foreseen."""
     if isinstance(error, ConfigError):
         return str(error)
+    if type(error).__name__ in _DEAD_WORKER:
+        return _DEAD_WORKER_SAID.format(str(error).strip().splitlines()[0])
     place = _place(str(error))
     if isinstance(error, MissingConfigException) and error.options:
         return _wrong_choice(error, place)

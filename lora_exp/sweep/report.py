@@ -25,6 +25,7 @@ from lora_exp.job import (
     shown,
 )
 from lora_exp.plots import final_loss, loss_curves
+from lora_exp.sweep.lost import note_lost
 from lora_exp.tracking import mlflow as tracking
 from lora_exp.tracking.sweeps import SweepRun
 
@@ -76,6 +77,7 @@ def report_sweep(folder: Path, interrupted: bool) -> bool:
 
     Returns whether every job finished. There is no table when no job got as far as an outcome.
     """
+    note_lost(folder)
     jobs = collect(folder)
     finished = all(job.outcome.status == "FINISHED" for job in jobs)
     status = "KILLED" if interrupted else "FINISHED" if finished and jobs else "FAILED"
@@ -113,6 +115,7 @@ def differing(jobs: list[JobReport]) -> list[str]:
 
     A job without factors has no rank, which is no other rank.
     """
+    jobs = [job for job in jobs if job.outcome.values] or jobs  # those that ended before theirs were known
     names = dict.fromkeys(name for job in jobs for name in job.outcome.values)
     having = {name: [job for job in jobs if name in job.outcome.values or name not in KNOBS] for name in names}
     varying = [name for name in names if len({_text(job.outcome.values.get(name)) for job in having[name]}) > 1]

@@ -6,6 +6,7 @@ import base64
 import contextlib
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,14 +28,13 @@ _DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it prints the address with the login in it
 }
+_CAUSE = re.compile(r"\[Errno \d+\] [\w ]+|Read timed out|Connection aborted")
 # The UI then opens on training runs and not on its pages for language-model applications.
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 
 
 class TrackingError(UserError):
     """The tracking server cannot be reached, or would not take what it was given."""
-
-    result: object = None
 
 
 def tracking_uri(section: TrackingConfig) -> str:
@@ -126,8 +126,11 @@ def said_clearly(section: TrackingConfig) -> Iterator[None]:
 
 
 def reason(error: Exception) -> str:
-    """What an error says, for a line: MLflow's may go on for pages of SQL or HTML."""
-    return redacted(str(error).partition("\n[SQL")[0])[:500]
+    """What an error says, for a line: MLflow's may go on for pages of SQL or HTML, or of who called whom."""
+    text = str(error).partition("\n[SQL")[0]
+    if "API request to" in text and (cause := _CAUSE.search(text)):
+        text = cause[0]
+    return redacted(text)[:500]
 
 
 @contextlib.contextmanager

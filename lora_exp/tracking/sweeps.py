@@ -22,7 +22,7 @@ from lora_exp.tracking.client import client_of, experiment_id, tracking_uri, wit
 from lora_exp.tracking.leftovers import tell_rest
 from lora_exp.tracking.links import where_to_look
 from lora_exp.tracking.outbox import outboxes
-from lora_exp.tracking.stale import PROCESS_TAG
+from lora_exp.tracking.stale import PROCESS_TAG, end_stale
 from lora_exp.tracking.tracked import MlflowRun
 
 if TYPE_CHECKING:
@@ -99,6 +99,7 @@ def ended_sweep(folder: Path, status: str) -> Iterator[SweepRun | None]:
             yield SweepRun(tracked, section, known.get("experiment_id"))
         finally:
             tracked.close(_PATIENCE_S)
+            end_stale(client_of(section))  # of jobs whose process died
 
 
 class SweepRun:

@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -196,9 +197,12 @@ def _count(file: Path) -> int:
 
 
 def _free_port() -> int:
-    with socket.socket() as ear:
-        ear.bind(("127.0.0.1", 0))
-        return int(ear.getsockname()[1])
+    """None that the system gives to clients: one of those may be connected to itself while its server is away."""
+    while True:
+        port = random.randrange(20_000, 30_000)
+        with contextlib.suppress(OSError), socket.socket() as ear:
+            ear.bind(("127.0.0.1", port))
+            return port
 
 
 @contextlib.contextmanager

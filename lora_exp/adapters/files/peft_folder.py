@@ -144,11 +144,18 @@ def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor], dict[str, str]
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever the bytes led it to
-        raise UserError(f"{path} cannot be read ({str(error)[:200]}); it is damaged or not PEFT's") from error
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+    except Exception as error:  # torch raises whatever the bytes led it to, with advice that is to run what is in there
+        raise UserError(
+            f"{path} cannot be read as tensors alone; it is damaged, or holds what could run code and is never loaded: "
+            "copy it anew, or have its owner save it as adapter_model.safetensors"
+        ) from error
+    if not isinstance(found, dict) or not all(isinstance(key, str) and _has_values(found[key]) for key in found):
         raise UserError(f"{path} holds something else than named tensors; give an adapter in PEFT's format")
     return found
+
+
+def _has_values(found: object) -> bool:
+    return isinstance(found, Tensor) and found.layout == torch.strided and not found.is_meta
 
 
 def _stacks(stored: Json, model: nn.Module, source: str) -> dict[str, tuple[str, int]]:

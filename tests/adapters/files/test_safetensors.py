@@ -1,7 +1,9 @@
 """What is in a file is checked before anything changes; what is written is whole, for whom the umask says."""
 
+import io
 import json
 import os
+import pickle
 import struct
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,6 +16,7 @@ from torch import nn
 from lora_exp.adapters import LoraConfig, LoraModel
 from lora_exp.adapters.files.safetensors import read_tensors, write_tensors
 from lora_exp.adapters.files.whole import write_text, write_whole
+from lora_exp.errors import UserError
 
 
 def values(model):
@@ -112,6 +115,70 @@ def test_damaged_files_are_said_to_be(damage, make_tiny, tmp_path):
         with pytest.raises(ValueError, match=f"{name} cannot be read"):
             model.load_model(tmp_path / name) if name[0] == "o" else model.load_adapter(tmp_path, "b")
         (tmp_path / name).unlink()
+
+
+class RunsCode:
+    """What a pickle may hold: a call that is made when it is read."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+def saved(content, **how):
+    stream = io.BytesIO()
+    torch.save(content, stream, **how)
+    return stream.getvalue()
+
+
+def damaged_pickles(tensors, mark):
+    """Files that were a PEFT pickle once, or never were, by what is wrong with them."""
+    key = sorted(tensors)[0]
+    whole, legacy = saved(tensors), saved(tensors, _use_new_zipfile_serialization=False)
+    flipped = {
+        f"byte {at} flipped": whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :] for at in range(0, 900, 150)
+    }
+    return {
+        "half": whole[: len(whole) // 2],
+        "end cut off": whole[:-30],
+        "half, older format": legacy[: len(legacy) // 2],
+        "end cut off, older format": legacy[:-7],
+        "a pickle": pickle.dumps(RunsCode(mark)),
+        "code among tensors": saved({**tensors, key: RunsCode(mark)}),
+        "code, older format": saved({key: RunsCode(mark)}, _use_new_zipfile_serialization=False),
+        "marks without end": b"\x80\x02" + b"(" * 100_000 + b".",
+        "a text of 2 GiB": b"\x80\x02X\xff\xff\xff\x7fabc.",
+        "numbers for names": saved({1: tensors[key]}),
+        "no name": saved({**tensors, None: tensors[key]}),
+        "sparse": saved({**tensors, key: tensors[key].to_sparse()}),
+        "without values": saved({**tensors, key: tensors[key].to("meta")}),
+        "complex": saved({**tensors, key: tensors[key].to(torch.complex64)}),
+        "nothing": saved(None),
+        **flipped,
+    }
+
+
+def test_damaged_pickles_end_in_one_error_and_run_nothing(make_tiny, tmp_path):
+    model = LoraModel(make_tiny(), LoraConfig(rank=2, target_modules=["q_proj"]), verbose=False)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_model.safetensors").unlink()
+    mark = tmp_path / "ran"
+    said = {}
+    for number, (name, content) in enumerate(damaged_pickles(tensors, mark).items()):
+        (tmp_path / "adapter_model.bin").write_bytes(content)
+        try:
+            model.load_adapter(tmp_path, f"a{number}")
+        except UserError as error:
+            said[name] = str(error)
+    assert {name for name in damaged_pickles(tensors, mark) if not name.startswith("byte")} <= set(said)
+    assert len([name for name in said if name.startswith("byte")]) >= 3  # some bytes of a zip file mean nothing
+    for name, text in said.items():
+        assert "adapter_model.bin" in text, name
+        assert "weights_only" not in text, name  # torch's own advice is to run it
+    assert not mark.exists()
 
 
 def test_a_pickle_of_something_else(make_tiny, tmp_path):
