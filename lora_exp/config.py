@@ -166,8 +166,8 @@ class TrainConfig:
     ``eval_every``, ``log_every`` and ``save_every`` are optimizer steps (12) or epochs ("0.5 epoch"); 0: never between
     the start and the end. Of the checkpoints the last ``keep_checkpoints`` and the best stay; 0: none is written.
     ``eval_blocks`` counts rows (blocks, images). ``drop_last``: of each epoch, a last micro batch that is not full.
-    ``schedule_options``: a mapping of what the schedule can be told. ``warmup_steps`` or ``warmup_ratio``, of all steps;
-    neither: 2 steps.
+    ``schedule_options``: a mapping of what the schedule can be told. ``warmup_steps`` or ``warmup_ratio``, of all
+    steps; neither: 2 steps.
 
     ``keep``: the adapter of the ``last`` evaluation or of the ``best`` by ``best_metric``; null: the last, with early
     stopping the best. ``early_stopping``: after so many evaluations in a row that are not better by ``min_delta``.

@@ -64,7 +64,7 @@ def to_conversation(record: Record, names: Fields, system: str | None = None) ->
 
 def is_learnt(message: Message) -> bool:
     """Whether it is an answer, and none of those that stand in a prompt or have the ``weight`` 0 (OpenAI's files)."""
-    return message["role"] == ANSWERS and message.get("weight", 1) != 0
+    return bool(message["role"] == ANSWERS and message.get("weight", 1) != 0)
 
 
 def _messages(record: Record, names: Fields) -> list[Message]:
