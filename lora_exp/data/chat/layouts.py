@@ -100,29 +100,37 @@ def read_template(named: str) -> str:
 def _laid(messages: list[Message], render: Render) -> list[Laid]:
     places = [index for index, message in enumerate(messages) if is_learnt(message)]
     text = render(messages, False)
-    found = [_answer(text, messages[: place + 1], render) for place in places]
-    if all(found):
-        return [Laid(text, [answer for answer in found if answer])]
+    found = []
+    for place in places:
+        answer = _answer(text, messages[: place + 1], render, place + 1 == len(messages))
+        if answer is None:
+            break
+        found.append(answer)
+    else:
+        return [Laid(text, found)]
     return [_last_alone(messages[: place + 1], render) for place in places]
 
 
 def _last_alone(messages: list[Message], render: Render) -> Laid:
     text = render(messages, False)
-    answer = _answer(text, messages, render)
+    answer = _answer(text, messages, render, True)
     if answer is None:
         raise BadRecordError("the chat template writes an answer's beginning otherwise than what it is asked for with")
     return Laid(text, [answer])
 
 
-def _answer(text: str, messages: list[Message], render: Render) -> tuple[int, int] | None:
-    """Where in ``text`` the last of ``messages`` is; None where ``text`` does not begin as they do alone.
+def _answer(text: str, messages: list[Message], render: Render, is_whole: bool) -> tuple[int, int] | None:
+    """Where in ``text``, which is all of them if ``is_whole``, the last of ``messages`` is; None where ``text`` does not
+    begin as they do alone.
 
     A prompt that opens what the answer then leaves out, such as a thought, is followed as far as both agree.
     """
-    until = render(messages, False)
-    before, prompt = render(messages[:-1], False) if messages[:-1] else "", _prompt(messages[:-1], render)
+    until = text if is_whole else render(messages, False)
+    prompt = render(messages[:-1], True) if messages[:-1] else ""
     start = _agreeing(prompt, until)
-    if not text.startswith(until) or start < len(before):
+    if not text.startswith(until):
+        return None
+    if start < len(prompt) and start < len(render(messages[:-1], False)):
         return None
     return start, len(until)
 
@@ -132,10 +140,6 @@ def _agreeing(one: str, other: str) -> int:
     if other.startswith(one):
         return len(one)
     return next(place for place, (left, right) in enumerate(zip(one, f"{other}\0", strict=False)) if left != right)
-
-
-def _prompt(messages: list[Message], render: Render) -> str:
-    return render(messages, True) if messages else ""
 
 
 def _joined(message: Message) -> Message:

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_exp.data.broken import BadRecords
-from lora_exp.data.chat.conversations import BadRecordError, Conversation, Fields, Record, is_learnt, to_conversation
+from lora_exp.data.chat.conversations import (
+    BadRecordError,
+    Conversation,
+    Fields,
+    Message,
+    Record,
+    is_learnt,
+    to_conversation,
+)
 from lora_exp.data.chat.layouts import Laid, Layout, by_template, plain, raw, read_template
 from lora_exp.data.chat.packing import Packed
 from lora_exp.data.chat.source import sources
@@ -170,8 +178,25 @@ class _Maker:
         messages, learns_all = conversation.messages, self.section.learn == "all"
         last = max(index for index, message in enumerate(messages) if is_learnt(message))
         kept = messages if learns_all else messages[: last + 1]
-        found = self.lay(Conversation(kept, conversation.tools))
+        near = self._near(kept)
+        found = self.lay(Conversation(near, conversation.tools))
+        if len(near) < len(kept) and (len(found) > 1 or self._count(found[0].text) <= self.section.max_length):
+            found = self.lay(Conversation(kept, conversation.tools))
         return found[-1:] if learns_all else found
+
+    def _near(self, messages: list[Message]) -> list[Message]:
+        """As many as fill a row, up to an answer: to lay out a long conversation takes the square of its length."""
+        if self.section.overlong == "broken":  # whose length is told
+            return messages
+        count = 0
+        for index, message in enumerate(messages):
+            count += self._count(message["content"])
+            if count > self.section.max_length and is_learnt(message):
+                return messages[: index + 1]
+        return messages
+
+    def _count(self, text: str) -> int:
+        return len(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _check_learnt(section: Chat, counts: Counts, what: str) -> None:

@@ -37,6 +37,7 @@ def asked(count: int, words: int = 3) -> list[dict[str, str]]:
 
 
 def load(tokenizer: Any, tmp_path: Path, records: list[Any], **changes: Any) -> Data:
+    tmp_path.mkdir(exist_ok=True)
     given = {"max_length": 64, "val_fraction": 0.25, **changes}
     section = Chat(label="c", path=str(written(tmp_path, records)), cache_dir=str(tmp_path / "cache"), **given)
     assert section.problems("train") == []
@@ -90,6 +91,28 @@ def test_what_is_too_long_is_cut_and_counted(tokenizer: Any, tmp_path: Path) -> 
         UserError, match=r"1 of 9 records cannot be used.*\n.*line 9: \d+ tokens, and data.max_length=64"
     ):
         load(tokenizer, tmp_path, records, overlong="broken")
+
+
+def test_a_long_conversation_is_cut_as_if_it_had_been_laid_out_whole(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lora_exp.data.chat.loading import _Maker
+
+    turns = [
+        {"role": role, "content": f"turn {index} of many"} for index in range(30) for role in ("user", "assistant")
+    ]
+    template = tmp_path / "chatml.jinja"
+    records = [{"messages": [*turns[: 2 * count], *turns]} for count in range(8)]
+    found = []
+    for is_whole in (False, True):
+        if is_whole:
+            monkeypatch.setattr(_Maker, "_near", lambda self, messages: messages)
+        for text in (CHATML, (Path(__file__).parent / "templates/qwen3.jinja").read_text()):
+            template.write_text(text)
+            changes = {"template": str(template), "packing": False, "max_length": 100}
+            data = load(tokenizer, tmp_path / f"{is_whole}", records, **changes)
+            found.append((data.said, texts(tokenizer, data.train, learnt=True)))
+    assert found[:2] == found[2:]
 
 
 def test_rows_without_a_learnt_token_are_counted_and_none_at_all_is_an_error(tokenizer: Any, tmp_path: Path) -> None:
