@@ -120,8 +120,8 @@ def _last_alone(messages: list[Message], render: Render) -> Laid:
 
 
 def _answer(text: str, messages: list[Message], render: Render, is_whole: bool) -> tuple[int, int] | None:
-    """Where in ``text``, which is all of them if ``is_whole``, the last of ``messages`` is; None where ``text`` does not
-    begin as they do alone.
+    """Where in ``text``, which is all of them if ``is_whole``, the last of ``messages`` is; None where ``text`` does
+    not begin as they do alone.
 
     A prompt that opens what the answer then leaves out, such as a thought, is followed as far as both agree.
     """
