@@ -1,4 +1,4 @@
-"""Tokenising holds pieces, not the text: the process needs hardly more memory for sixteen times as much of it."""
+"""Tokenising holds pieces, not the text: the process needs hardly more memory for eight times as much of it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ print(len(blocks.train), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
 def test_memory_does_not_grow_with_the_text(tiny_llama: Path, tmp_path: Path, suffix: str) -> None:
     found = []
-    for count in (1, 16):
+    for count in (1, 8):
         file = tmp_path / f"{count}{suffix}"
         with file.open("w") as stream:
             for index in range(count * 1000):
@@ -36,5 +36,5 @@ def test_memory_does_not_grow_with_the_text(tiny_llama: Path, tmp_path: Path, su
         done = subprocess.run(arguments, capture_output=True, text=True, check=True, env={**os.environ})
         found.append([int(figure) for figure in done.stdout.split()[-2:]])
     (few, small), (many, large) = found
-    assert many > 15 * few
-    assert large - small < 200 * 1024, f"{small / 1024:.0f} MiB for 1 MB, {large / 1024:.0f} MiB for 16 MB"
+    assert many > 7 * few
+    assert large - small < 150 * 1024, f"{small / 1024:.0f} MiB for 1 MB, {large / 1024:.0f} MiB for 8 MB"
