@@ -166,7 +166,9 @@ def test_test_rows_are_looked_at_once_with_what_is_saved(
     ]
     client = MlflowClient(f"sqlite:///{workplace}/outputs/mlflow.db")
     assert client.get_run(found.run_id).data.metrics["test/loss"] == found.test["loss"]
-    assert not list(workplace.glob("outputs/**/.best*"))
+    kept = [load_file(file) for file in workplace.glob("outputs/**/.best.safetensors")]  # for who resumes it
+    assert len(kept) == (keep == "best")
+    assert all(torch.equal(values[name], value) for values in kept for name, value in course[step].items())
 
 
 def test_epochs_give_the_steps(cli: Cli, tiny_overrides: list[str], workplace: Path) -> None:
