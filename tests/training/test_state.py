@@ -146,7 +146,7 @@ def test_the_rest_is_the_same_to_the_bit(kind: str, left_at: int, tmp_path: Path
     other = Training.of(kind)
     found = Checkpoints(tmp_path).newest()
     assert found is not None
-    other.state.restore(found.state)
+    other.state.restore(found.state())
     assert begun
     assert other.run() == rest
     assert rest[-1]["step"] == STEPS
