@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -36,12 +35,18 @@ class DamagedError(UserError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One that was whole when it was read. ``facts`` are JSON, ``state`` is what ``Checkpoints.save`` was given."""
+    """One that was whole when it was read. ``facts`` are JSON."""
 
     folder: Path
     step: int
     facts: Mapping[str, Any]
-    state: Mapping[str, Any]
+
+    def state(self) -> Mapping[str, Any]:
+        """What ``Checkpoints.save`` was given, on the CPU: read anew, as it is too large to be kept beside a model."""
+        plain: Mapping[str, Any] = joined(
+            json.loads((self.folder / _STATE).read_text()), load_file(self.folder / _TENSORS)
+        )
+        return plain
 
 
 class Checkpoints:
@@ -134,11 +139,10 @@ def read(folder: Path) -> Checkpoint:
             if file_sha256(folder / name) != digests[name]:
                 raise DamagedError(f"{name} is not what was written")
         facts = json.loads((folder / _FACTS).read_text())
-        plain, tensors = json.loads((folder / _STATE).read_text()), load_file(folder / _TENSORS)
-        return Checkpoint(folder, int(facts["step"]), facts, joined(plain, tensors))
+        return Checkpoint(folder, int(facts["step"]), facts)
     except FileNotFoundError as error:
         raise DamagedError(f"{Path(error.filename).name} is missing") from None
-    except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, OSError) as error:
         if isinstance(error, DamagedError):
             raise
         raise DamagedError(f"it cannot be read: {error}") from error
@@ -148,7 +152,7 @@ def _write(folder: Path, facts: Mapping[str, Any], state: Mapping[str, Any]) -> 
     plain, tensors = parted(state)
     (folder / _FACTS).write_text(json.dumps(facts, indent=2) + "\n")
     (folder / _STATE).write_text(json.dumps(plain))
-    save_file({name: _owned(tensor) for name, tensor in tensors.items()}, folder / _TENSORS)
+    save_file(_apart(tensors), folder / _TENSORS)
     (folder / _TENSORS).chmod((folder / _STATE).stat().st_mode & 0o777)  # safetensors makes it for the owner alone
     for name in (_FACTS, _STATE, _TENSORS):
         _sync(folder / name)
@@ -158,10 +162,16 @@ def _write(folder: Path, facts: Mapping[str, Any], state: Mapping[str, Any]) -> 
     _sync(folder)
 
 
-def _owned(tensor: Tensor) -> Tensor:
-    """Contiguous, on the CPU and with memory of its own: what several parameters share is written for each."""
-    own = tensor.detach().to("cpu").contiguous()
-    return own.clone() if own.data_ptr() == tensor.data_ptr() else own
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, none with memory of another's: what several parameters share is written for each."""
+    found: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().to("cpu").contiguous()
+        own = own.clone() if own.untyped_storage().data_ptr() in taken else own
+        taken.add(own.untyped_storage().data_ptr())
+        found[name] = own
+    return found
 
 
 def _sync(path: Path) -> None:

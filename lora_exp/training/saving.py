@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+
 from lora_exp.machine import signals
 from lora_exp.training.lane import Lane
 from lora_exp.training.state import TrainingState
 from lora_exp.training.trainer import Work
 from lora_exp.training.watch import DivergedError, all_finite
+
+log = logging.getLogger(__name__)
 
 
 class Saver:
@@ -16,7 +20,7 @@ class Saver:
         self._lane, self._checkpoints, self._world = lane, work.checkpoints, work.world
         self._state = TrainingState(work.adapted, lane, work.world)
         if work.start is not None:
-            self._state.restore(work.start.state)
+            self._state.restore(work.start.state())
         self._saved = lane.state.step
 
     def between_steps(self) -> None:
@@ -27,8 +31,11 @@ class Saver:
 
     def save_if_not_pressed(self) -> None:
         """Save where a first signal has ended the training; with a second one nothing is waited for."""
-        if not signals.is_pressing():
-            self.save()
+        if signals.is_pressing():
+            return
+        self.save()
+        if self._checkpoints is not None and self._saved:
+            log.info(f"what was learnt up to optimizer step {self._saved} is kept: resume=auto goes on with it")
 
     def save(self) -> None:
         """Save what has been learnt since the last time. Raises ``DivergedError`` rather than keep a NaN."""

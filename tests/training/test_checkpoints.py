@@ -63,7 +63,7 @@ def test_the_last_and_the_best_stay(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step_00000003", "step_00000005", "step_00000006"]
     found = made.newest()
     assert found is not None
-    torch.testing.assert_close(dict(found.state), state(6), rtol=0, atol=0)
+    torch.testing.assert_close(dict(found.state()), state(6), rtol=0, atol=0)
 
 
 def test_none_at_all_is_none(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_a_process_that_ends_while_it_writes_leaves_those_before(at: int, tmp_pa
     found = made.newest()
     assert found is not None
     assert found.step in (3, 4)
-    torch.testing.assert_close(dict(found.state), state(found.step), rtol=0, atol=0)
+    torch.testing.assert_close(dict(found.state()), state(found.step), rtol=0, atol=0)
     made.save(5, state(5))
     assert names(tmp_path)[-1] == "step_00000005"
     assert len(names(tmp_path)) == 2  # of a half-written one nothing is left
@@ -166,6 +166,17 @@ def test_files_are_on_the_disk_before_their_folder_has_its_name(
     monkeypatch.setattr(module, "_sync", lambda path: (synced.append(path.name), real(path)))
     Checkpoints(tmp_path).save(1, state(1))
     assert synced == [*FILES[:3], FILES[3], ".step_00000001.writing", tmp_path.name]
+
+
+def test_what_shares_memory_is_written_for_each(tmp_path: Path) -> None:
+    shared = torch.arange(6.0)
+    given = {"one": shared, "same": shared, "part": shared[2:4], "turned": shared.view(2, 3).T, "none": torch.zeros(0)}
+    Checkpoints(tmp_path).save(1, given)
+    found = Checkpoints(tmp_path).newest()
+    assert found is not None
+    state = found.state()
+    assert state.keys() == given.keys()
+    assert all(torch.equal(state[name], value) for name, value in given.items())
 
 
 def test_its_files_are_open_to_whom_the_umask_says(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -17,15 +18,18 @@ from lora_exp import LoraConfig, LoraModel
 from lora_exp.backends import Adapted
 from lora_exp.config import OptimizerConfig, TrainConfig
 from lora_exp.errors import UserError
+from lora_exp.machine.distributed import ALONE
 from lora_exp.training.batches import training_batches
 from lora_exp.training.checkpoints import Checkpoints
 from lora_exp.training.lane import Lane
 from lora_exp.training.loop import Forward, Record, train
 from lora_exp.training.metrics import RowLosses
 from lora_exp.training.optimizers import build_optimizer
+from lora_exp.training.saving import Saver
 from lora_exp.training.schedules import build_schedule
 from lora_exp.training.state import TrainingState
 from lora_exp.training.timetable import Timetable
+from lora_exp.training.watch import DivergedError
 
 STEPS, LEFT_AT, ROWS, SIZE = 9, 5, 8, 2
 DATA = [{"labels": torch.tensor([i % 3]), "inputs": torch.randn(16, generator=torch.Generator().manual_seed(i))}
@@ -146,7 +150,7 @@ def test_the_rest_is_the_same_to_the_bit(kind: str, left_at: int, tmp_path: Path
     other = Training.of(kind)
     found = Checkpoints(tmp_path).newest()
     assert found is not None
-    other.state.restore(found.state)
+    other.state.restore(found.state())
     assert begun
     assert other.run() == rest
     assert rest[-1]["step"] == STEPS
@@ -162,6 +166,19 @@ def test_another_model_is_refused_before_anything_is_changed() -> None:
     with pytest.raises(UserError, match="The checkpoint is of another model"):
         other.state.restore(state)
     assert all(torch.equal(value, before[name]) for name, value in other.values().items())
+
+
+def test_a_poisoned_state_is_never_written(tmp_path: Path) -> None:
+    training = Training.of("all weights")
+    work: Any = SimpleNamespace(checkpoints=Checkpoints(tmp_path), adapted=training.adapted, world=ALONE, start=None)
+    saver = Saver(work, training.lane)
+    training.run(leave_at=1)
+    saver.save()
+    training.run(leave_at=2)
+    training.lane.parameters[0].data[0, 0] = float("nan")
+    with pytest.raises(DivergedError, match=r"no longer finite after optimizer step 2: lower optimizer\.lr"):
+        saver.save()
+    assert Checkpoints(tmp_path).steps() == [1]
 
 
 def test_only_buffers_that_change_are_kept() -> None:
