@@ -23,6 +23,7 @@ test: lint
 # Runs that are killed at random moments, also while a checkpoint is written, and gone on with: minutes.
 torture: $(STAMP)
 	TRIALS=$(TRIALS) SEED=$(SEED) $(BIN)/python -m pytest tests/faults/test_torture.py -q -s $(ARGS)
+	PYTHONPATH=. $(BIN)/python tests/faults/outages.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from lora_exp.machine import signals
 from lora_exp.tracking.client import reason
@@ -34,6 +35,7 @@ class Delivery:
         self._tries = {"lines": 0, "files": 0}  # that failed, one after the other
         self._last_success = time.monotonic()
         self._sends_file = False
+        self._turn = threading.Lock()
         self.trouble = ""
         self._thread = threading.Thread(target=self._deliver_on, name="tracking", daemon=True)
         self._thread.start()
@@ -42,6 +44,16 @@ class Delivery:
     def is_failing(self) -> bool:
         """Whether the last try failed."""
         return bool(self._tries["lines"])
+
+    @contextlib.contextmanager
+    def held_back(self) -> Iterator[None]:
+        """Tell nothing during a block, as far as what is on its way ends within two seconds."""
+        has_turn = self._turn.acquire(timeout=2)
+        try:
+            yield
+        finally:
+            if has_turn:
+                self._turn.release()
 
     def wake(self) -> None:
         """There is a new line."""
@@ -105,7 +117,8 @@ class Delivery:
         kind = "files" if "artifact" in entries[0] else "lines"
         self._sends_file = kind == "files"
         try:
-            self._tell(entries)
+            with self._turn:
+                self._tell(entries)
         except GoneError:
             raise
         except Exception as error:

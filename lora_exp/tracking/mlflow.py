@@ -85,8 +85,8 @@ def open_run(
         except BaseException as error:
             stop = signals.stop_behind(error)
             status = "KILLED" if stop is not None or not isinstance(error, Exception) else "FAILED"
-            make_room()
-            run.close_failed(status, str(stop or error) or type(error).__name__, _PATIENCE_AT_FAILURE_S)
+            said = str(stop or error) or type(error).__name__
+            run.close_failed(status, said, _PATIENCE_AT_FAILURE_S, make_room)
             raise
         else:
             run.log_status("FINISHED")

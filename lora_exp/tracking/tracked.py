@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 from lora_exp.config import TrackingConfig
 from lora_exp.credentials import holds_login, redacted
 from lora_exp.machine import signals
+from lora_exp.tracking import database
 from lora_exp.tracking.client import client_of, environment, tracking_uri
 from lora_exp.tracking.delivery import Delivery
 from lora_exp.tracking.outbox import Entry, Outbox
@@ -130,14 +131,19 @@ class MlflowRun:
         finally:
             self._outbox.close()
 
-    def close_failed(self, status: str, error: str, patience_s: float) -> None:
-        """The same for a run that did not finish. Its status is what must be true: nothing else comes before it."""
-        if not self._delivery.is_failing:
-            with contextlib.suppress(Exception), environment(_WITHOUT_PATIENCE):
-                (self._client or client_of(self._section)).set_terminated(self.run_id, status)
-        with contextlib.suppress(OSError):  # a full disk
-            self.log_tags({"error": error[:_LONGEST_ERROR]})
-            self.log_status(status)
+    def close_failed(self, status: str, error: str, patience_s: float, make_room: Callable[[], None]) -> None:
+        """The same for a run that did not finish. Its status is what must be true: nothing else comes before it.
+
+        ``make_room`` is called first, and nothing else may take what room there is on a full disk.
+        """
+        with self._delivery.held_back():
+            make_room()
+            if not self._delivery.is_failing or database.file_of(tracking_uri(self._section)) is not None:
+                with contextlib.suppress(Exception), environment(_WITHOUT_PATIENCE):
+                    (self._client or client_of(self._section)).set_terminated(self.run_id, status)
+            with contextlib.suppress(OSError):
+                self.log_tags({"error": error[:_LONGEST_ERROR]})
+                self.log_status(status)
         # A second signal ends the waiting; the first error is the one to report.
         with contextlib.suppress(Exception, signals.Stopped), signals.between_steps():
             self.close(patience_s)
