@@ -29,8 +29,9 @@ def settings(*overrides: str) -> Config:
 
 
 def layout(folder: Path) -> dict[str, object]:
-    """Its files, and what stands in those that tell of the training."""
-    files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+    """Its files but checkpoints, and what stands in those that tell of the training."""
+    names = (str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+    files = sorted(name for name in names if not name.startswith("checkpoints/"))
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     keys = [sorted(key for key in record if key not in ("train/entropy", "train/mean_token_accuracy"))
             for record in records]  # fmt: skip
