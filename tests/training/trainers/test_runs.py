@@ -98,8 +98,10 @@ def test_what_they_do_not_do_is_refused_before_anything_is_loaded(overrides: lis
 
 
 def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="trainer=hf trains in one process, and 2 were launched"):
+    launched = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="trainer=hf trains in one process here: use trainer=native"):
         check(settings("trainer=hf"))
 
 
