@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from typing import TYPE_CHECKING
 
 from lora_exp.config import Config
@@ -53,6 +52,4 @@ def beyond_transformers(config: Config) -> list[str]:
             f"{chosen} trains on the first GPU, not on device={config.device}: "
             f"set CUDA_VISIBLE_DEVICES={number} and device=cuda, or use trainer=native"
         )
-    if (processes := int(os.environ.get("WORLD_SIZE") or 1)) > 1:
-        problems.append(f"{chosen} trains in one process, and {processes} were launched: use trainer=native")
     return problems

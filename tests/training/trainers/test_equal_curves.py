@@ -20,6 +20,7 @@ from lora_exp.data import Data, kind_of, load_data
 from lora_exp.data.kinds.text import Text
 from lora_exp.errors import UserError
 from lora_exp.machine import signals
+from lora_exp.machine.distributed import ALONE
 from lora_exp.machine.place import Place, set_seed
 from lora_exp.training.best import Best
 from lora_exp.training.loop import DivergedError, Record
@@ -94,7 +95,9 @@ def make_work(workplace: Path, tiny_llama: Path, text_file: Path) -> MakeWork:
         section, optimizer = config.train, config.optimizer
         rows = micro_batches_of(len(data.train), section.micro_batch_size, section.drop_last)  # type: ignore[arg-type]
         best = Best(patience=section.early_stopping, min_delta=section.min_delta)
-        return Work(adapted, data, own, place, section, optimizer, config.seed, Timetable.of(section, rows), best)
+        return Work(
+            adapted, data, own, place, section, optimizer, config.seed, Timetable.of(section, rows), best, ALONE
+        )
 
     return make
 

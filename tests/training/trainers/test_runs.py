@@ -29,8 +29,9 @@ def settings(*overrides: str) -> Config:
 
 
 def layout(folder: Path) -> dict[str, object]:
-    """Its files, and what stands in those that tell of the training."""
-    files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+    """Its files but checkpoints, and what stands in those that tell of the training."""
+    names = (str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+    files = sorted(name for name in names if not name.startswith("checkpoints/"))
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     keys = [sorted(key for key in record if key not in ("train/entropy", "train/mean_token_accuracy"))
             for record in records]  # fmt: skip
@@ -97,8 +98,10 @@ def test_what_they_do_not_do_is_refused_before_anything_is_loaded(overrides: lis
 
 
 def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="trainer=hf trains in one process, and 2 were launched"):
+    launched = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="trainer=hf trains in one process here: use trainer=native"):
         check(settings("trainer=hf"))
 
 
