@@ -59,6 +59,10 @@ def _fsdp_problems(config: Config) -> list[str]:
             f"parallel=fsdp shares out what is frozen, and adapter={config.adapter.name} trains weights of the base: "
             f"{instead}"
         )
+    if config.backend == "peft":
+        found.append(
+            f"parallel=fsdp leaves PEFT unable to save, which looks at the base for it: {instead}, or backend=native"
+        )
     if config.plan.strict:
         found.append("plan.strict=true plans for one process, and parallel=fsdp shares the base out: leave it out")
     return found

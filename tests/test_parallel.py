@@ -28,6 +28,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         (replace(FSDP, parallel="both"), "parallel=both is not known: choose one of auto, ddp, fsdp"),
         (replace(FSDP, quantization=QuantizationConfig("int8")), "cannot share out quantization=int8's packed weights"),
         (replace(FSDP, adapter=AdapterConfig("full", trains="weights")), "adapter=full trains weights of the base"),
+        (replace(FSDP, backend="peft"), "leaves PEFT unable to save"),
         (replace(FSDP, plan=PlanConfig(strict=True)), "plan.strict=true plans for one process"),
         (replace(FSDP, task="plan", quantization=QuantizationConfig("nf4")), None),
     ],

@@ -7,7 +7,7 @@ Its file is imported to look at a config, so that what takes long to import is i
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from lora_exp.config import Config, OptimizerConfig, TrainConfig
@@ -24,6 +24,12 @@ if TYPE_CHECKING:
     from lora_exp.training.timetable import Timetable
 
     Keep = Callable[[Record], object]
+
+
+def _alone() -> World:
+    from lora_exp.machine.distributed import ALONE
+
+    return ALONE
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class Work:
     seed: int
     timetable: Timetable
     best: Best
-    world: World
+    world: World = field(default_factory=_alone)
     checkpoints: Checkpoints | None = None
     start: Checkpoint | None = None
 

@@ -31,7 +31,6 @@ CASES = {
     "fsdp, DoRA": ["parallel=fsdp", "adapter=dora"],
     "fsdp, biases": ["parallel=fsdp", "bias=all"],
     "fsdp, VeRA": ["parallel=fsdp", "adapter=vera"],
-    "fsdp, PEFT": ["parallel=fsdp", "backend=peft"],
     "fsdp, PiSSA": ["parallel=fsdp", "start=pissa"],
     "fsdp, embedding": ["parallel=fsdp", "layer=all", "targets=[embed_tokens,q_proj]"],
     "fsdp, head": ["parallel=fsdp", "model.modules_to_save=[lm_head]"],
