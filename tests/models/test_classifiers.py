@@ -261,3 +261,19 @@ def test_merged_weights_give_the_same_logits(kind: str, folders: Any, tmp_path: 
         expected = model(**inputs).logits
         model.merge()
         torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_new_pooler_that_would_be_quantised_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    from transformers import BertModel
+
+    wider = facts("bert")
+    wider.hidden_size = wider.intermediate_size = 64
+    BertModel(wider, add_pooling_layer=False).save_pretrained(tmp_path / "base")
+    config = configured(tmp_path / "base", quantization=QuantizationConfig("nf4"))
+    with pytest.raises(UserError, match=r"quantization\.skip_modules=\[bert\.pooler\]"):
+        load_base(find_source(config.model), config.model, CPU, SHAPE, config.quantization)
+    config.quantization.skip_modules = ["bert.pooler"]
+    adapted, _ = trained(config, tmp_path / "adapter")
+    assert config.model.modules_to_save == ["bert.pooler", "classifier"]
+    assert {parameter.dtype for parameter in adapted.parameters} == {torch.float32}
