@@ -43,6 +43,14 @@ def test_a_file_is_cut_where_the_whole_text_is(
     assert len(read["test"]) == (len(text) - cut(text, test) if test else len(read["test"]))
 
 
+@pytest.mark.parametrize("line", [905, 940, 985, 991, 1015, 1060, 1095])
+def test_a_cut_moves_to_a_line_that_is_as_far_off_as_may_be(tmp_path: Path, line: int) -> None:
+    text = "x" * line + "\n" + "y" * (2000 - line - 1)
+    (tmp_path / "a.txt").write_text(text)
+    parts = divided(tmp_path / "a.txt", len(text), 0.5, 0.0)
+    assert parts["validation"].start == cut(text, 0.5) == line + 1
+
+
 def test_line_ends_and_byte_order_marks_are_no_text(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree\n")
