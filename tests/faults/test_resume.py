@@ -30,7 +30,7 @@ SLOW = {
     "plain": [],
     "dora": ["adapter=dora", "dropout=0.1"],
     "modules to save": ["model.modules_to_save=[lm_head]"],
-    "nf4": ["quantization=nf4", "quantization.block_size=32"],
+    "nf4": ["quantization=nf4", "quantization.block_size=32", "quantization.skip_modules=[down_proj]"],
     "peft": ["backend=peft", "dropout=0.3"],
     "LoRA-FA": ["adapter=lora_fa", "start=orthogonal"],
     "pissa": ["start=pissa"],
