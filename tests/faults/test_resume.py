@@ -30,7 +30,7 @@ SLOW = {
     "plain": [],
     "dora": ["adapter=dora", "dropout=0.1"],
     "modules to save": ["model.modules_to_save=[lm_head]"],
-    "nf4": ["quantization=nf4", "quantization.block_size=32"],
+    "nf4": ["quantization=nf4", "quantization.block_size=32", "quantization.skip_modules=[down_proj]"],
     "peft": ["backend=peft", "dropout=0.3"],
     "LoRA-FA": ["adapter=lora_fa", "start=orthogonal"],
     "pissa": ["start=pissa"],
@@ -219,3 +219,13 @@ def test_a_finished_run_is_found_finished(
     assert again.points() == first.points()
     outcomes = [read_outcome(job(each)) for each in (first, again)]
     assert len({str(each.result.test) for each in outcomes}) == 1  # type: ignore[union-attr]
+
+
+def test_a_sweep_goes_on_where_it_was(forked: Forked, tiny_overrides: list[str]) -> None:
+    """Its first job was finished, its second was not; none of the first's steps is done again."""
+    overrides = [*tiny_overrides, *LENGTH, "rank=2,4", "-m", "hydra.sweep.dir=outputs/sweep"]
+    killed = forked(*overrides, target=STEP, at=9 + 8, do="kill")
+    assert killed.code == -signal.SIGKILL
+    done = forked(*overrides, "resume=auto", folder=killed.folder, target=STEP, at=4, do="kill")
+    assert done.code == 0, done.err  # three steps were left
+    assert done.statuses() == ["FINISHED", "FINISHED", "FINISHED"]
