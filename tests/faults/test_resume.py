@@ -36,7 +36,9 @@ SLOW = {
     "pissa": ["start=pissa"],
     "vera": ["adapter=vera"],
     "LoRA+": ["optimizer.lora_plus_ratio=4"],
-    "early stopping, best": ["train.early_stopping=2", "train.min_delta=0.5", "train.eval_every=1"],
+    "early stopping, best": [
+        "train.early_stopping=2", "train.min_delta=0.5", "train.eval_every=1", "train.save_every=1",
+    ],
 }  # fmt: skip
 
 
