@@ -173,6 +173,7 @@ def begin() -> Launch | None:
     global _launch
     if not is_launched():
         return None
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a leader that is gone is said in our words
     from torch.distributed.rendezvous import rendezvous
 
     store, rank, size = next(rendezvous("env://"))

@@ -122,7 +122,9 @@ def test_what_ends_the_leader_ends_all(do: str, forked: Forked, tiny_overrides: 
     done = forked(*tiny_overrides, *SMALL, processes=2, target=STEP, at=2, do=do, signal=int(signal.SIGINT))
     assert done.code[0] == {"refuse": 1, "signal": 130, "kill": -9}[do], done.err
     assert done.code[1] == (done.code[0] if do != "kill" else 1)
-    assert (done.folder / "err.1").read_text() == ""
+    said = (done.folder / "err.1").read_text()
+    assert "Traceback" not in said
+    assert not said or do == "kill"  # then torch, loaded before it is told to be quiet, has words for a lost connection
 
 
 @pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
