@@ -177,7 +177,7 @@ def _shown(rows: Texts, classes: Sequence[str], tokenizer: PreTrainedTokenizerBa
     """The first row, dimmed as nothing of it is predicted, and its class."""
     if not len(rows):
         return ""
-    text = str(tokenizer.decode(rows.tokens[0]["input_ids"]))
+    text = " ".join(str(tokenizer.decode(rows.tokens[0]["input_ids"])).split())
     return f"\x1b[2m{text[:_SHOWN]}{'…' * (len(text) > _SHOWN)}\x1b[0m → {classes[rows.labels[0]]}"
 
 
