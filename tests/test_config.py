@@ -43,8 +43,8 @@ def test_every_yaml_composes_converts_and_passes_the_checks(group: str, choice: 
     needed = {
         "model=hf": ["model.name=org/model"],
         "data=text": [own],
-        "data=chat": [f"data.path={Path(__file__).parent}"],
-        "data=text_classification": [f"data.path={Path(__file__).parent}"],
+        "data=chat": ["data.name=org/set"],
+        "data=text_classification": ["data.name=org/set"],
         "model=minilm": classes,
         "model=encoder": [*classes, "model.name=org/model"],
         "adapter=head": vision,

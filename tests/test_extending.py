@@ -102,7 +102,7 @@ WRONG = [
     ("plugins=[my_data] data=capitals data.length=long", "data.length=long is not a whole number", "", False),
     ("plugins=[my_data] data=capitals data.length=1", "data.length=1 is below 2", "", False),
     ("plugins=[my_data] data=capitals data.length=2", "data.length=2 cuts off the answer to 'The capital", "", False),
-    ("data=capitals", "data.kind=pairs is not known: choose one of images, text", "", False),
+    ("data=capitals", "data.kind=pairs is not known: choose one of chat, images, text, text_classification", "", False),
     ("plugins=[my_metric] train.metrics=[bit]", "train.metrics=bit is not known", "bits", False),
 ]
 
