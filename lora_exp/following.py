@@ -32,7 +32,18 @@ def follow(launch: Launch) -> NoReturn:
     """Do every job that the leader tells, without a word, and end as the leader ends.
 
     What goes wrong here is known to the leader, which says it, and goes on with a sweep's next job or does not.
+    A leader that is gone without a word (``kill -9``) took the store with it: that ends with 1.
     """
+    from torch.distributed import DistNetworkError
+
+    try:
+        sys.exit(_followed(launch))
+    except DistNetworkError:
+        sys.exit(1)
+
+
+def _followed(launch: Launch) -> int:
+    """The leader's exit code, once it tells no more jobs."""
     _be_silent()
     with signals.at_once():
         from lora_exp.run import follow as do
@@ -42,7 +53,7 @@ def follow(launch: Launch) -> NoReturn:
         with contextlib.suppress(Exception, signals.Stopped), signals.between_steps():
             do(_config(job), Job(Path(job["folder"])))
             patience_s = 0.0
-    sys.exit(launch.code())
+    return launch.code()
 
 
 def _config(job: Mapping[str, Any]) -> Config:
