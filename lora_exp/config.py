@@ -154,7 +154,7 @@ class DataConfig:
     cache_dir: str | None = None
 
 
-_QUIET = {"test_fraction": 0.0, "max_bad_fraction": 0.0, "sample_seed": 0}  # not listed where nobody has set them
+_QUIET = ("test_fraction", "max_bad_fraction", "sample_seed")  # not listed where nobody has set them
 
 data_kinds: Registry[type[DataConfig]] = Registry("data.kind", "lora_exp.data.kinds")
 
@@ -425,7 +425,9 @@ def _flat_section(group: str, section: dict[str, object]) -> dict[str, object]:
     if group == "layer" and section["types"] == [section["name"]]:
         return {group: section["name"]}
     if group == "data":
-        section = {name: value for name, value in section.items() if name not in _QUIET or value != _QUIET[name]}
+        section = {
+            name: value for name, value in section.items() if name not in _QUIET or value != getattr(DataConfig, name)
+        }
     if group == "quantization":  # what is at its default is left out, as none has no use for it
         section = {name: value for name, value in section.items() if value != getattr(QuantizationConfig, name, None)}
     skipped = {title, "kind", "packaged", "cache_dir", "targets", "architecture"}

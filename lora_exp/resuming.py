@@ -10,11 +10,12 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lora_exp.config import Config
+from lora_exp.adapters.numerics.precision import Answers
+from lora_exp.config import Config, MachineConfig
 from lora_exp.credentials import redacted
 from lora_exp.errors import RefusedError, UserError
 from lora_exp.job import METRICS_FILE, Job
@@ -55,6 +56,11 @@ class Resumed:
         known = self.facts.get("run_id")
         return str(known) if known and config.tracking.enabled else None
 
+    def machine(self, section: MachineConfig) -> MachineConfig:
+        """With the answers that the run began with, where the config leaves them to be measured: its bits need them."""
+        known = self.facts.get("machine", {})
+        return replace(section, **{name: answer for name, answer in known.items() if getattr(section, name) == "auto"})
+
     def take_up(self, folder: Path) -> None:
         """Have ``folder`` hold what the run had when the checkpoint was written, and none of what came after."""
         if self.checkpoint is None:
@@ -74,8 +80,9 @@ class Resumed:
 class Identity:
     """What two halves of one run must have in common; ``facts`` of it go into every checkpoint."""
 
-    def __init__(self, config: Config, resumed: Resumed) -> None:
+    def __init__(self, config: Config, resumed: Resumed, answers: Answers) -> None:
         self.facts: dict[str, Any] = {"config": settings(config), "versions": library_versions()}
+        self.facts["machine"] = asdict(answers)
         self._before = resumed.facts
         if resumed.goes_on:
             _compare_versions(self._before["versions"], self.facts["versions"])

@@ -25,14 +25,14 @@ from lora_exp.machine.distributed import World, joined
 from lora_exp.machine.launch import one_fate
 from lora_exp.machine.memory import reset_peak
 from lora_exp.machine.place import Place, prepare_backends, resolve_device, resolve_place, set_seed
-from lora_exp.machine.precision import take_precision
+from lora_exp.machine.precision import Precision, take_precision
 from lora_exp.machine.saving import recover
 from lora_exp.models.dense_weights import DenseWeights
 from lora_exp.parallel import loading_place, spread, world_tags
 from lora_exp.plan.precheck import check_fits, memory_errors_explained
 from lora_exp.recording import Recorder, log_files
 from lora_exp.results import log_result, report, saved_evaluation, say_if_stopped_early, summed_up
-from lora_exp.resuming import Identity, resumed_together
+from lora_exp.resuming import Identity, Resumed, resumed_together
 from lora_exp.tracking import mlflow as tracking
 from lora_exp.tracking.setup import log_setup, run_name, sweep_name
 from lora_exp.training.batches import (
@@ -74,56 +74,66 @@ def follow(config: Config, job: Job) -> None:
 
 def _run(config: Config, job: Job, world: World) -> Result | None:
     started = time.monotonic()
-    is_quantised = config.quantization.name != "none"
-    device = world.device(config.device)
+    with resumed_together(config, job, world) as resumed:
+        precision, place = _placed(config, resumed, world)
+        set_seed(config.seed)
+        with signals.at_once():
+            models.prepare_source(config.model)
+        if world.leads:
+            recover(job.folder / "adapter")
+        names = run_name(config, job), job.sweep_folder, sweep_name(config, job)
+        run_id = resumed.run_id(config)
+        with (
+            tracking.open_run(config.tracking, *names, folder=job.folder, run_id=run_id) as tracked,
+            one_fate(),
+        ):
+            identity = Identity(config, resumed, precision.answers)
+            identity.note("processes", str(world.size))
+            if world.leads:
+                log_setup(tracked, config, job, {"dtype": str(place.dtype), "device": str(place.device)})
+                tracked.log_tags({**precision.tags(), **world_tags(config, world)})
+            with memory_errors_explained(config, place):
+                if config.parallel != "fsdp":  # plans are of one process
+                    with signals.at_once():
+                        check_fits(config, place)
+                adapted, data = _prepare(tracked, config, place, identity, world)
+                if world.leads:
+                    resumed.take_up(job.folder)
+                kept = _checkpoints(config, job, lambda: _facts(tracked, recorder, identity))
+                work = replace(_work(adapted, data, config, place, world), checkpoints=kept, start=resumed.checkpoint)
+                rate = precision.rate(place.autocast or place.dtype) * world.size
+                share = Utilisation.of(adapted.model, rate, trains_base=not config.adapter.is_added)
+                with Recorder(tracked, work, job, share) as recorder, world.in_step():
+                    _train(work, job, config, recorder)
+            if not world.leads:
+                return None
+            records = recorder.records
+            result = summed_up(tracked, work, records, job, time.monotonic() - started)
+            log_files(tracked, job, records)
+            log_result(tracked, result, records, job)
+            tracked.log_model(f"{config.model.label}-{config.adapter.name}", flat_values(config), result.step)
+    report(result)
+    return result
+
+
+def _placed(config: Config, resumed: Resumed, world: World) -> tuple[Precision, Place]:
+    """How this machine multiplies, as a run that goes on did before, and where the run computes."""
+    device, is_quantised = world.device(config.device), config.quantization.name != "none"
     with signals.at_once(), world.turns("precision"):
-        precision = take_precision(config.machine, resolve_device(device))
+        precision = take_precision(resumed.machine(config.machine), resolve_device(device))
     place = resolve_place(device, config.model.dtype, not config.adapter.is_added, is_quantised)
     prepare_backends(place)
     reset_peak(place.device)
-    set_seed(config.seed)
-    with signals.at_once():
-        models.prepare_source(config.model)
-    if world.leads:
-        recover(job.folder / "adapter")
-    names = run_name(config, job), job.sweep_folder, sweep_name(config, job)
-    with (
-        resumed_together(config, job, world) as resumed,
-        tracking.open_run(config.tracking, *names, folder=job.folder, run_id=resumed.run_id(config)) as tracked,
-        one_fate(),
-    ):
-        identity = Identity(config, resumed)
-        identity.note("processes", str(world.size))
-        if world.leads:
-            log_setup(tracked, config, job, {"dtype": str(place.dtype), "device": str(place.device)})
-            tracked.log_tags({**precision.tags(), **world_tags(config, world)})
-        with memory_errors_explained(config, place):
-            if config.parallel != "fsdp":  # plans are of one process
-                with signals.at_once():
-                    check_fits(config, place)
-            adapted, data = _prepare(tracked, config, place, identity, world)
-            if world.leads:
-                resumed.take_up(job.folder)
-            kept = _checkpoints(config, job, lambda: _facts(tracked, recorder, identity))
-            work = replace(_work(adapted, data, config, place, world), checkpoints=kept, start=resumed.checkpoint)
-            rate = precision.rate(place.autocast or place.dtype) * world.size
-            share = Utilisation.of(adapted.model, rate, trains_base=not config.adapter.is_added)
-            with Recorder(tracked, work, job, share) as recorder, world.in_step():
-                look_at_written(work, recorder)
-                trainers[config.trainer]().train(work, recorder.keep)
-                look_at_written(work, recorder, job)
-                if world.leads:
-                    say_if_stopped_early(work, recorder.records)
-                _test(work, job, recorder)
-        if not world.leads:
-            return None
-        records = recorder.records
-        result = summed_up(tracked, work, records, job, time.monotonic() - started)
-        log_files(tracked, job, records)
-        log_result(tracked, result, records, job)
-        tracked.log_model(f"{config.model.label}-{config.adapter.name}", flat_values(config), result.step)
-    report(result)
-    return result
+    return precision, place
+
+
+def _train(work: Work, job: Job, config: Config, recorder: Recorder) -> None:
+    look_at_written(work, recorder)
+    trainers[config.trainer]().train(work, recorder.keep)
+    look_at_written(work, recorder, job)
+    if work.world.leads:
+        say_if_stopped_early(work, recorder.records)
+    _test(work, job, recorder)
 
 
 def _checkpoints(config: Config, job: Job, facts: Callable[[], dict[str, Any]]) -> Checkpoints | None:

@@ -57,8 +57,23 @@ def test_it_ends_in_the_same_bits(kind: str, forked: Forked, tiny_overrides: lis
     assert done.points() == whole.points()
     assert done.statuses() == ["FINISHED"]
     outcomes = [read_outcome(each.folder / "outputs/job") for each in (whole, done)]
-    assert [(each.status, each.result.eval_loss, each.result.best_step) for each in outcomes]  # type: ignore[union-attr]
     assert len({(each.result.eval_loss, each.result.best_step) for each in outcomes}) == 1  # type: ignore[union-attr]
+
+
+def test_it_multiplies_as_it_did_before(forked: Forked, tiny_overrides: list[str]) -> None:
+    """A machine that would answer otherwise by now, or another one, must not change the bits."""
+    overrides = [*tiny_overrides, JOB, *LENGTH, "model.dtype=bfloat16"]
+    forced = {"LORA_EXP_BF16": "float32", "LORA_EXP_FLOAT32": "blas"}
+    whole = forked(*overrides, environment=forced)
+    half = forked(*overrides, environment=forced, target=STEP, at=8, do="kill")
+    done = forked(
+        *overrides,
+        "resume=auto",
+        folder=half.folder,
+        environment={"LORA_EXP_BF16": "native", "LORA_EXP_FLOAT32": "blas"},
+    )
+    assert done.code == 0, done.err
+    assert done.earned() == whole.earned()
 
 
 @pytest.mark.slow
