@@ -62,7 +62,7 @@ def test_it_ends_in_the_same_bits(kind: str, forked: Forked, tiny_overrides: lis
 
 def test_it_multiplies_as_it_did_before(forked: Forked, tiny_overrides: list[str]) -> None:
     """A machine that would answer otherwise by now, or another one, must not change the bits."""
-    overrides = [*tiny_overrides, JOB, *LENGTH, "model.dtype=bfloat16"]
+    overrides = [*tiny_overrides, JOB, *LENGTH, "model.dtype=auto"]  # by the answer, float32 or bfloat16
     forced = {"LORA_EXP_BF16": "float32", "LORA_EXP_FLOAT32": "blas"}
     whole = forked(*overrides, environment=forced)
     half = forked(*overrides, environment=forced, target=STEP, at=8, do="kill")
