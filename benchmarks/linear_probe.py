@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lora_exp import models
-from lora_exp.config import conf_folder, register, to_config
+from lora_exp.config import conf_folder
 from lora_exp.data import DataKind, kind_of, load_data
 from lora_exp.machine.place import resolve_place
+from lora_exp.schema import register, to_config
 from lora_exp.training.classes import class_losses
 from lora_exp.training.metrics import Sums, chosen
 

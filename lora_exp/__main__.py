@@ -19,14 +19,16 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lora_exp import composing, following
 from lora_exp.checks import check
-from lora_exp.config import Config, conf_folder, flat_values, register, to_config
+from lora_exp.config import Config, conf_folder
 from lora_exp.credentials import CredentialError, adopt_login, redacted, refuse_in_arguments
 from lora_exp.errors import RefusedError, UserError
 from lora_exp.job import RESULT_FILE, SWEEP_FILE, AnyResult, Job, Outcome, filed, read_swept, write_outcome
+from lora_exp.listed import flat_values
 from lora_exp.machine import claims, launch, signals
 from lora_exp.machine.allocator import keep_freed_memory
 from lora_exp.machine.waiting import wait_briefly
 from lora_exp.rerunning import saved_config_composed
+from lora_exp.schema import register, to_config
 from lora_exp.sweep.callback import begun
 from lora_exp.tracking.provenance import versions
 

@@ -8,14 +8,7 @@ from dataclasses import asdict
 
 from lora_exp import parallel
 from lora_exp.backends import backends, trained
-from lora_exp.config import (
-    BLOCK_SIZES,
-    Config,
-    ConfigError,
-    DataConfig,
-    QuantizationConfig,
-    resolve_alpha,
-)
+from lora_exp.config import BLOCK_SIZES, Config, ConfigError, DataConfig, QuantizationConfig, resolve_alpha
 from lora_exp.credentials import login_problems
 from lora_exp.data import kind_of
 from lora_exp.inputs import model_path_problem, source_problems

@@ -5,15 +5,13 @@ Imports nothing heavy, so that ``--help``, ``--cfg job`` and a config error answ
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING
 
 from lora_exp.adapters.config import scaling_factor
 from lora_exp.errors import UserError
@@ -21,7 +19,6 @@ from lora_exp.registry import Registry
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes'
 DEFAULT_STEPS, DEFAULT_WARMUP_STEPS = 24, 2
-KNOBS = ("rank", "alpha", "scale", "dropout", "bias", "start")  # of the factors: without them they have no meaning
 
 
 @dataclass
@@ -153,8 +150,6 @@ class DataConfig:
     sample_seed: int = 0
     cache_dir: str | None = None
 
-
-_QUIET = ("test_fraction", "max_bad_fraction", "sample_seed")  # not listed where nobody has set them
 
 data_kinds: Registry[type[DataConfig]] = Registry("data.kind", "lora_exp.data.kinds")
 
@@ -295,13 +290,6 @@ class Config:
     plugins: list[str] = field(default_factory=list)
 
 
-@dataclass
-class _Schema(Config):
-    """What Hydra composes into. Which fields ``data`` has is known when its kind is, so that all are let in here."""
-
-    data: Any = field(default_factory=lambda: asdict(DataConfig()))
-
-
 class ConfigError(UserError):
     """Every problem of one config, all at once."""
 
@@ -311,48 +299,11 @@ class ConfigError(UserError):
         super().__init__("\n".join([head, *(f"  - {problem}" for problem in problems)]))
 
 
-def register() -> None:
-    """Put the schema where the defaults list of ``conf/config.yaml`` finds it."""
-    schema = OmegaConf.structured(_Schema)
-    OmegaConf.set_struct(schema.data, False)
-    ConfigStore.instance().store(name="schema", node=schema)
-    OmegaConf.register_new_resolver("lora_exp.choices", _choices, replace=True)
-
-
-def _choices(group: str) -> str:
-    """A group's choices, for ``--help``."""
-    return ", ".join(sorted(file.stem for file in (conf_folder() / group).glob("*.yaml")))
-
-
 def conf_folder() -> Path:
     """The folder of YAML files: inside the installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parent
     installed = package / "conf"
     return installed if installed.is_dir() else package.parent / "conf"
-
-
-def to_config(composed: DictConfig) -> Config:
-    """Turn what Hydra composed into dataclasses, once. Raises ``ConfigError`` for values that are not set."""
-    missing = sorted(OmegaConf.missing_keys(composed))
-    if missing:
-        raise ConfigError([f"{key} is not set: add {key}=VALUE" for key in missing])
-    config = OmegaConf.to_object(composed)
-    assert isinstance(config, Config)
-    config = Config(**vars(config) | {"data": data_section(composed.data)})
-    model = config.model
-    model.label = model.label or model.name or (Path(model.path).name if model.path else None)
-    if config.train.steps is None and config.train.epochs is None:
-        config.train.steps = DEFAULT_STEPS
-    return config
-
-
-def data_section(composed: DictConfig) -> DataConfig:
-    """``data`` as its kind has it. Raises UserError for an unknown kind, OmegaConf's errors for a field or a value."""
-    given = OmegaConf.to_container(composed, resolve=True)
-    kind = data_kinds[str(composed.kind)]
-    section = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), given))
-    assert isinstance(section, DataConfig)
-    return section
 
 
 def resolve_alpha(alpha: object, rank: int) -> float:
@@ -383,53 +334,3 @@ def scale_of(config: Config) -> float:
 def uses_rslora(config: Config) -> bool:
     """Whether the scaling's rule is rank-stabilised."""
     return config.scaling.name == "rslora"
-
-
-def flat_values(config: Config) -> dict[str, object]:
-    """The config as short names and plain values: what a run is listed and compared by.
-
-    A group stands under its own name (``model``, ``adapter``, …), its other fields as ``group.field``.
-    """
-    sections = asdict(config)
-    values = {key: value for key, value in sections.items() if not isinstance(value, dict)}
-    for key, value in sections.items():
-        if isinstance(value, dict):
-            values |= _flat_section(key, value)
-    values["lr"] = values.pop("optimizer.lr")
-    del values["resume"]
-    if config.parallel == "auto":
-        del values["parallel"]
-    if not config.plugins:
-        del values["plugins"]
-    if config.run is None:
-        del values["run"]
-    if not config.adapter.is_added:  # LoRA's knobs have no meaning there, and would group unlike runs
-        return {key: value for key, value in values.items() if key not in KNOBS}
-    with contextlib.suppress(ValueError, ZeroDivisionError):  # a config that check() refuses is listed as it is
-        values |= {"alpha": resolve_alpha(config.alpha, config.rank), "scale": scale_of(config)}
-    return values
-
-
-def _flat_section(group: str, section: dict[str, object]) -> dict[str, object]:
-    if group == "tracking":
-        return {}
-    if group == "machine":
-        return {f"machine.{name}": value for name, value in section.items() if value != "auto"}
-    if group == "plan":
-        return {"plan.gpu_gib": section["gpu_gib"]} if section["gpu_gib"] else {}
-    title = "label" if section.get("label") else "name"
-    values = {group: section[title]} if title in section else {}
-    if group == "adapter":  # a choice that says no more than its name
-        section = {name: value for name, value in section.items() if value != "adapter"}
-        section |= {"variant": None} if section["variant"] == section["name"] else {}
-    if group == "layer" and section["types"] == [section["name"]]:
-        return {group: section["name"]}
-    if group == "data":
-        section = {
-            name: value for name, value in section.items() if name not in _QUIET or value != getattr(DataConfig, name)
-        }
-    if group == "quantization":  # what is at its default is left out, as none has no use for it
-        section = {name: value for name, value in section.items() if value != getattr(QuantizationConfig, name, None)}
-    skipped = {title, "kind", "packaged", "cache_dir", "targets", "architecture"}
-    rest = {f"{group}.{name}": value for name, value in section.items() if name not in skipped}
-    return values | {key: value for key, value in rest.items() if value not in (None, {}, [])}

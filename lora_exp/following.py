@@ -14,11 +14,12 @@ from typing import Any, NoReturn
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from lora_exp.config import Config, to_config
+from lora_exp.config import Config
 from lora_exp.job import Job
 from lora_exp.machine import signals
 from lora_exp.machine.launch import Launch
 from lora_exp.plugins import import_plugins
+from lora_exp.schema import to_config
 
 _CLOSING_S = 20.0  # how long the leader is waited for after an end, before a launcher sees that this process goes
 

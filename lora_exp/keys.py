@@ -13,7 +13,8 @@ import omegaconf
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ValidationError
 
-from lora_exp.config import Config, DataConfig, data_kinds, data_section
+from lora_exp.config import Config, DataConfig, data_kinds
+from lora_exp.schema import data_section
 
 _TYPES = {
     int: "a whole number",

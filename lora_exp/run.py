@@ -15,11 +15,12 @@ from torch import nn
 
 from lora_exp import models
 from lora_exp.backends import Adapted, Origin, adapt
-from lora_exp.config import Config, flat_values
+from lora_exp.config import Config
 from lora_exp.data import Data, Tokenizer, kind_of, load_data
 from lora_exp.data.origin import record_data
 from lora_exp.job import Job, Result
 from lora_exp.keeping import take_back_kept
+from lora_exp.listed import flat_values
 from lora_exp.machine import signals
 from lora_exp.machine.distributed import World, joined
 from lora_exp.machine.launch import one_fate

@@ -11,16 +11,9 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig
 
 from lora_exp.checks import check
-from lora_exp.config import (
-    Config,
-    ConfigError,
-    conf_folder,
-    flat_values,
-    register,
-    resolve_alpha,
-    scale_of,
-    to_config,
-)
+from lora_exp.config import Config, ConfigError, conf_folder, resolve_alpha, scale_of
+from lora_exp.listed import flat_values
+from lora_exp.schema import register, to_config
 
 register()
 GROUPS = sorted(folder.name for folder in conf_folder().iterdir() if folder.is_dir() and folder.name != "hydra")

@@ -12,7 +12,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from lora_exp.config import KNOBS
 from lora_exp.job import (
     RESULT_FILE,
     AnyResult,
@@ -24,6 +23,7 @@ from lora_exp.job import (
     read_outcome,
     shown,
 )
+from lora_exp.listed import KNOBS
 from lora_exp.plots import final_loss, loss_curves
 from lora_exp.sweep.lost import note_lost
 from lora_exp.tracking import mlflow as tracking

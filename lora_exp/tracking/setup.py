@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lora_exp.config import Config, flat_values
+from lora_exp.config import Config
 from lora_exp.credentials import redacted
 from lora_exp.job import Job
+from lora_exp.listed import flat_values
 from lora_exp.tracking.provenance import provenance_tags
 from lora_exp.tracking.tracked import Run
 

@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_exp import LoraModel
 from lora_exp.backends import Origin, adapt
-from lora_exp.config import Config, conf_folder, register, to_config
+from lora_exp.config import Config, conf_folder
 from lora_exp.machine.cache import file_sha256
+from lora_exp.schema import register, to_config
 
 register()
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft

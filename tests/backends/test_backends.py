@@ -12,7 +12,8 @@ from hydra import compose, initialize_config_dir
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lora_exp.backends import adapt
-from lora_exp.config import Config, conf_folder, register, to_config
+from lora_exp.config import Config, conf_folder
+from lora_exp.schema import register, to_config
 
 register()
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft

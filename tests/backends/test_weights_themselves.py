@@ -13,7 +13,8 @@ from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 
 from lora_exp.backends import adapt
-from lora_exp.config import Config, conf_folder, register, to_config
+from lora_exp.config import Config, conf_folder
+from lora_exp.schema import register, to_config
 
 register()
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 29, "intermediate_size": 24}

@@ -56,7 +56,8 @@ def load(folder: Path, kind: str, place: Place = CPU, **options: Any) -> Any:
 def settings(*overrides: str) -> Config:
     from hydra import compose, initialize_config_dir
 
-    from lora_exp.config import conf_folder, register, to_config
+    from lora_exp.config import conf_folder
+    from lora_exp.schema import register, to_config
 
     register()
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):

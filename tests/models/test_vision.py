@@ -13,7 +13,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from lora_exp.checks import check
-from lora_exp.config import Config, ConfigError, conf_folder, flat_values, register, to_config
+from lora_exp.config import Config, ConfigError, conf_folder
+from lora_exp.listed import flat_values
+from lora_exp.schema import register, to_config
 
 pytest.importorskip("efficientnet_lite_pytorch")
 

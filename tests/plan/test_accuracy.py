@@ -11,8 +11,9 @@ from hydra import compose, initialize_config_dir
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.measured import Measured, measure
-from lora_exp.config import Config, conf_folder, register, to_config
+from lora_exp.config import Config, conf_folder
 from lora_exp.plan.estimate import Plan, Planner
+from lora_exp.schema import register, to_config
 
 register()
 pytestmark = [

@@ -10,10 +10,11 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from lora_exp.config import Config, conf_folder, register, to_config
+from lora_exp.config import Config, conf_folder
 from lora_exp.machine.place import Place
 from lora_exp.plan import layers, precheck
 from lora_exp.plan.estimate import Plan, Planner
+from lora_exp.schema import register, to_config
 
 register()
 CASES = {

@@ -12,13 +12,14 @@ from transformers import AutoModelForCausalLM
 
 from lora_exp.adapters import LoraConfig, LoraModel
 from lora_exp.backends import adapt
-from lora_exp.config import Config, QuantizationConfig, conf_folder, register, to_config
+from lora_exp.config import Config, QuantizationConfig, conf_folder
 from lora_exp.models import checkpoint_layers
 from lora_exp.models.unloaded import facts_of, meta_model
 from lora_exp.plan.architecture import quantised_names
 from lora_exp.plan.estimate import Plan, Planner
 from lora_exp.plan.fit import fit
 from lora_exp.plan.sizes import base_bytes, quantised_bytes
+from lora_exp.schema import register, to_config
 from lora_exp.training.objectives import causal_lm_losses
 
 register()

@@ -8,8 +8,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from lora_exp.composing import swept_keys
-from lora_exp.config import Config, TrackingConfig, conf_folder, register
+from lora_exp.config import Config, TrackingConfig, conf_folder
 from lora_exp.job import Job
+from lora_exp.schema import register
 from lora_exp.tracking.setup import run_name, sweep_name
 
 register()

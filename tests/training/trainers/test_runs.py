@@ -14,7 +14,8 @@ import torch
 from mlflow.tracking import MlflowClient
 
 from lora_exp.checks import check
-from lora_exp.config import Config, ConfigError, conf_folder, register, to_config
+from lora_exp.config import Config, ConfigError, conf_folder
+from lora_exp.schema import register, to_config
 from lora_exp.training.reports import Reports
 
 Cli = Callable[..., Any]

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from lora_exp.config import PackagedConfig, conf_folder, data_section
+from lora_exp.config import PackagedConfig, conf_folder
 from lora_exp.data.chat import source as sources_module
 from lora_exp.data.chat.sources import chitchat, gsm_symbolic
 from lora_exp.data.kinds.chat import Chat
 from lora_exp.errors import UserError
 from lora_exp.machine.packaged import locate_packaged
+from lora_exp.schema import data_section
 
 
 def said(*pairs: tuple[str, str]) -> list[dict[str, str]]:
