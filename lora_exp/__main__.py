@@ -30,6 +30,7 @@ from lora_exp.machine.waiting import wait_briefly
 from lora_exp.rerunning import saved_config_composed
 from lora_exp.schema import register, to_config
 from lora_exp.sweep.callback import begun
+from lora_exp.task import tasks
 from lora_exp.tracking.provenance import versions
 
 log = logging.getLogger("lora_exp")
@@ -144,22 +145,7 @@ def _run(config: Config, job: Job) -> AnyResult:
     # stay: looking through them for garbage meanwhile took a tenth of the start. A run switches it on again.
     gc.disable()
     try:
-        if config.task == "plan":
-            with signals.at_once():
-                from lora_exp.plan.run import run_plan
-
-            return run_plan(config, job)
-        if config.task == "sync":
-            with signals.at_once():
-                from lora_exp.tracking.sync import run_sync
-
-            return run_sync(config)
-        with signals.at_once():
-            from lora_exp.run import run
-
-        if (launched := launch.current()) is not None:
-            following.tell(launched, job)
-        return run(config, job)
+        return tasks[config.task]().run(config, job)
     finally:
         gc.enable()
 

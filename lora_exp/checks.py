@@ -13,10 +13,10 @@ from lora_exp.credentials import login_problems
 from lora_exp.data import kind_of
 from lora_exp.inputs import model_path_problem, source_problems
 from lora_exp.models.kind import model_kind_of, model_kinds
+from lora_exp.task import tasks
 from lora_exp.training.checks import train_problems
 from lora_exp.training.trainer import trainers
 
-TASKS = ("train", "plan", "sync")
 QUANTIZATIONS = ("none", "nf4", "fp4", "int8")
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
 BIASES = ("none", "all", "lora_only")
@@ -27,6 +27,7 @@ def check(config: Config) -> None:
     """Raise ``ConfigError`` with every problem that can be seen before anything is loaded."""
     problems = [*_adapter_problems(config), *_place_problems(config), *_number_problems(config)]
     problems += _resume_problems(config)
+    problems += _task_problems(config)
     problems += [*_kind_problems(config), *_quantization_problems(config)]
     if problems:
         raise ConfigError(problems)
@@ -58,6 +59,11 @@ def _adapter_problems(config: Config) -> list[str]:
     return problems
 
 
+def _task_problems(config: Config) -> list[str]:
+    problem = tasks.problem(config.task)
+    return [problem] if problem else tasks[config.task]().problems(config)
+
+
 def _resume_problems(config: Config) -> list[str]:
     if config.resume is None or config.task != "train" or trainers.problem(config.trainer):
         return []
@@ -69,8 +75,7 @@ def _resume_problems(config: Config) -> list[str]:
 
 
 def _place_problems(config: Config) -> list[str]:
-    problems = _not_among("task", config.task, TASKS)
-    problems += _not_among("model.dtype", config.model.dtype, DTYPES)
+    problems = _not_among("model.dtype", config.model.dtype, DTYPES)
     if not (config.model.name or config.model.path or config.model.packaged):
         problems.append("no model is named: add model.name=ORG/NAME (hub) or model.path=FOLDER (hub layout)")
     problems += _not_among("machine.bf16", config.machine.bf16, ("auto", "native", "float32"))

@@ -16,6 +16,7 @@ from omegaconf import MISSING
 from lora_exp.adapters.config import scaling_factor
 from lora_exp.errors import UserError
 from lora_exp.registry import Registry
+from lora_exp.use_config import BestConfig, EvaluateConfig, ExportConfig, GenerateConfig, ServeConfig
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes'
 DEFAULT_STEPS, DEFAULT_WARMUP_STEPS = 24, 2
@@ -259,7 +260,8 @@ class Config:
     ``resume``: what to go on from: ``auto`` (the job's own folder, if it holds a checkpoint), another run's folder, or
     the id of its MLflow run; null: begin anew.
 
-    ``run``: the folder that ``task=sync`` looks into.
+    ``run``: what tasks on finished runs are about: an MLflow run's id, a run's or an adapter's folder, ``best``, or a
+    list of them; of ``task=sync`` the folder that is looked into.
     """
 
     layer: LayerConfig = field(default_factory=LayerConfig)
@@ -273,9 +275,14 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    best: BestConfig = field(default_factory=BestConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
     task: str = "train"
-    run: str | None = None
+    run: Any = None
     rank: int = 8
     alpha: Any = 16
     dropout: float = 0.0

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lora_exp.adapters.files.whole import write_text
 from lora_exp.credentials import redacted
+from lora_exp.task import tasks
 
 RESULT_FILE = "result.json"
 METRICS_FILE = "metrics.jsonl"
@@ -108,8 +109,21 @@ class SyncResult:
         return 0.0
 
 
-AnyResult = Result | PlanResult | SyncResult
-RESULTS: dict[str, type[AnyResult]] = {"train": Result, "plan": PlanResult, "sync": SyncResult}
+@dataclass(frozen=True)
+class UseResult:
+    """What came of a task on finished runs: ``figures`` by name, and the ``files`` or folders it left."""
+
+    figures: dict[str, float] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)
+    run_id: str | None = None
+
+    @property
+    def objective(self) -> float:
+        """The loss, where one was taken."""
+        return self.figures.get("loss", 0.0)
+
+
+AnyResult = Result | PlanResult | SyncResult | UseResult
 
 
 @dataclass(frozen=True)
@@ -151,7 +165,7 @@ def read_outcome(folder: Path) -> Outcome | None:
         return None
     raw = json.loads(file.read_text())
     result = raw.pop("result")
-    kind = RESULTS[raw["values"].get("task", "train")]
+    kind = tasks[raw["values"].get("task", "train")].result
     if result and kind is Result and "metrics" not in result:  # as results were written once
         old = {name: result.pop(f"eval_{name}", None) for name in ("perplexity", "accuracy")}
         result["metrics"] = {name: value for name, value in old.items() if value is not None}

@@ -1,48 +1,118 @@
-"""``rerun=FOLDER``: what a saved run was configured with, value by value, whatever the defaults are by now."""
+"""Commands about saved runs: their own values are composed, whatever the defaults are by now.
+
+``rerun=FOLDER`` runs one again. ``run=…`` of a task on finished runs (``task=export run=best``) takes the first's.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from lora_exp.config import ConfigError, conf_folder
+from lora_exp.config import ConfigError, TrackingConfig, conf_folder
+from lora_exp.task import tasks
+from lora_exp.use.runs import FoundRun, base_named, find_run, names_of
+from lora_exp.use_config import BestConfig
 
 _KEY = "rerun="
 _NAME = "rerun"
 _OF_ONE_RUN = ("resume",)  # where it went on from is no part of what it was
+_OF_ONE_TASK = ("task", "run", "plan", "export", "best", "evaluate", "generate", "serve", *_OF_ONE_RUN)
+_CHOSEN_ALWAYS = ("export",)  # has no meaning without a choice, and an older run has none
+_USED = "outputs/used/${now:%Y-%m-%d}/${now:%H-%M-%S-%f}"  # where tasks on finished runs have their own folders
 
 
 @contextlib.contextmanager
 def saved_config_composed(arguments: Sequence[str]) -> Iterator[list[str]]:
-    """The command line with ``rerun=FOLDER`` turned into what makes Hydra compose that folder's config.
+    """The command line turned into what makes Hydra compose the config of the run that it names, if it names one.
 
-    Hydra's own settings stay this package's, and other overrides go on top. Raises ConfigError.
+    Hydra's own settings stay this package's, and other overrides go on top. Raises UserError.
     """
     _refuse_bare_config(arguments)
     asked = [argument for argument in arguments if argument.startswith(_KEY)]
     others = [argument for argument in arguments if not argument.startswith(_KEY)]
-    if not asked:
+    if asked:
+        folder = Path(asked[-1].removeprefix(_KEY)).expanduser()
+        primary = _primary(_saved(folder, "rerun"), _OF_ONE_RUN, others)
+    elif runs := _found(others):
+        others = [argument for argument in others if not argument.startswith("run=")]
+        primary = _of_runs(runs, others)
+    else:
         yield others
         return
-    folder = Path(asked[-1].removeprefix(_KEY)).expanduser()
-    _refuse_groups(folder, others)
     with tempfile.TemporaryDirectory() as place:
-        OmegaConf.save(_primary(_saved(folder)), Path(place) / f"{_NAME}.yaml")
+        OmegaConf.save(primary, Path(place) / f"{_NAME}.yaml")
         yield [*others, "--config-path", place, "--config-name", _NAME]
 
 
-def _saved(folder: Path) -> DictConfig:
+def _found(arguments: Sequence[str]) -> list[FoundRun]:
+    """The finished runs that a command line is about: ``run=A run=B``, or ``run=[A,B]``."""
+    task = _values(arguments, "task=")
+    if not task or tasks.problem(str(task[-1])) or not tasks[str(task[-1])].of_runs:
+        return []
+    named = [name for value in _values(arguments, "run=") for name in names_of(value)]
+    best, tracking = BestConfig(), TrackingConfig(enabled="tracking=none" not in arguments)
+    for section, key in ((best, "best"), (tracking, "tracking")):
+        for field in ("of", "metric", "better", "uri", "experiment"):
+            if hasattr(section, field) and (given := _values(arguments, f"{key}.{field}=")):
+                setattr(section, field, None if given[-1] is None else str(given[-1]))
+    return [find_run(name, best, tracking) for name in dict.fromkeys(named)]
+
+
+def _values(arguments: Sequence[str], key: str) -> list[Any]:
+    """What the command line gives ``key``, in order. Raises ConfigError for several to go through."""
+    found = []
+    for argument in arguments:
+        if not argument.startswith(key):
+            continue
+        try:
+            override = OverridesParser.create().parse_override(argument)
+        except HydraException:
+            continue  # Hydra says so itself
+        if override.is_sweep_override():
+            raise ConfigError([f"{argument} is not swept: several runs are a list, run=[A,B], or run=A run=B"])
+        found.append(override.value())
+    return found
+
+
+def _of_runs(runs: Sequence[FoundRun], others: Sequence[str]) -> dict[str, Any]:
+    """The first run's config, to be used; of an adapter that lies alone, the defaults with the base that it names."""
+    first = runs[0]
+    if first.folder is not None:
+        primary = _primary(_saved(first.folder, "run"), _OF_ONE_TASK, others)
+    else:
+        model = _base_choice(first.adapter)
+        primary = _composed({}, _groups() | ({} if _typed(others, "model") else {"model": model}))
+        if model == "hf" and not _typed(others, "model"):
+            primary["model"] = {"name": base_named(first.adapter)}
+    primary["run"] = [str(run.place) for run in runs]
+    primary["hydra"] = {**primary["hydra"], "run": {"dir": _USED}}
+    return primary
+
+
+def _base_choice(adapter: Path) -> str:
+    """The file of ``conf/model`` whose model an adapter is for; ``hf``, which takes a name, if none is."""
+    named = base_named(adapter)
+    for file in sorted((conf_folder() / "model").glob("*.yaml")):
+        loaded = OmegaConf.load(file)
+        if named and isinstance(loaded, DictConfig) and OmegaConf.select(loaded, "name") == named:
+            return file.stem
+    return "hf"
+
+
+def _saved(folder: Path, key: str) -> DictConfig:
     for file in (folder / "config.yaml", folder / ".hydra/config.yaml"):
         if file.is_file() and isinstance(loaded := OmegaConf.load(file), DictConfig) and _is_saved(loaded):
             return loaded
     raise ConfigError(
-        [f"rerun={folder} has no config.yaml of a run: name a job's folder, such as outputs/runs/DATE/TIME"]
+        [f"{key}={folder} has no config.yaml of a run: name a job's folder, such as outputs/runs/DATE/TIME"]
     )
 
 
@@ -51,28 +121,46 @@ def _is_saved(loaded: DictConfig) -> bool:
     return "defaults" not in loaded and "model" in loaded and "adapter" in loaded
 
 
-def _primary(saved: DictConfig) -> dict[str, Any]:
-    own = OmegaConf.to_container(OmegaConf.load(conf_folder() / "config.yaml"), resolve=False)
-    assert isinstance(own, dict)
-    hydra = {**own["hydra"], "searchpath": [f"file://{conf_folder()}"]}
-    groups = [
-        group for group in own["defaults"] if isinstance(group, dict) and next(iter(group)).startswith("override")
-    ]
+def _primary(saved: DictConfig, left_out: Sequence[str], others: Sequence[str]) -> dict[str, Any]:
+    """A config to compose: the ``saved`` values, but for those ``left_out`` and groups that are chosen anew."""
     values = OmegaConf.to_container(saved, resolve=False)
     assert isinstance(values, dict)
-    kept = {str(key): value for key, value in values.items() if key not in _OF_ONE_RUN}
-    return {"defaults": ["schema", *groups, "_self_"], **kept, "hydra": hydra}
+    kept = {str(key): value for key, value in values.items() if key not in left_out}
+    anew = {
+        group: choice
+        for group, choice in _groups().items()
+        if _typed(others, group) or (group not in kept and group in _CHOSEN_ALWAYS)
+    }
+    return _composed({key: value for key, value in kept.items() if key not in anew}, anew)
 
 
-def _refuse_groups(folder: Path, others: Sequence[str]) -> None:
-    named = [argument for argument in others if (conf_folder() / argument.partition("=")[0].lstrip("+~")).is_dir()]
-    if named:
-        raise ConfigError(
-            [
-                f"{named[0]} chooses a file, but rerun={folder} has every value already: change values (rank=4), or "
-                f"type what was typed ({folder / 'overrides.txt'}) with {named[0]}"
-            ]
-        )
+def _composed(values: Mapping[str, Any], groups: Mapping[str, str]) -> dict[str, Any]:
+    own = _own()
+    hydra = {**own["hydra"], "searchpath": [f"file://{conf_folder()}"]}
+    overriding = [each for each in own["defaults"] if isinstance(each, dict) and _is_override(each)]
+    chosen = [{group: choice} for group, choice in groups.items()]
+    return {"defaults": ["schema", *chosen, *overriding, "_self_"], **values, "hydra": hydra}
+
+
+def _groups() -> dict[str, str]:
+    """Each group with its default choice."""
+    listed = [each for each in _own()["defaults"] if isinstance(each, dict) and not _is_override(each)]
+    return {str(group): str(choice) for each in listed for group, choice in each.items()}
+
+
+def _own() -> dict[str, Any]:
+    own = OmegaConf.to_container(OmegaConf.load(conf_folder() / "config.yaml"), resolve=False)
+    assert isinstance(own, dict)
+    return {str(key): value for key, value in own.items()}
+
+
+def _is_override(entry: Mapping[str, Any]) -> bool:
+    return str(next(iter(entry))).startswith("override")
+
+
+def _typed(others: Sequence[str], group: str) -> bool:
+    """Whether a file of a group is chosen on the command line."""
+    return any(argument.startswith(f"{group}=") for argument in others)
 
 
 def _refuse_bare_config(arguments: Sequence[str]) -> None:

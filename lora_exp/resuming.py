@@ -30,8 +30,8 @@ log = logging.getLogger(__name__)
 AUTO = "auto"
 # What a run may be gone on with otherwise: where it runs and is tracked, and how often it is saved.
 MAY_DIFFER = (
-    "resume", "task", "run", "device", "machine", "plan", "tracking", "train.save_every", "train.keep_checkpoints",
-    "data.cache_dir", "model.cache_dir",
+    "resume", "task", "run", "export", "best", "evaluate", "generate", "serve", "device", "machine", "plan", "tracking",
+    "train.save_every", "train.keep_checkpoints", "data.cache_dir", "model.cache_dir",
 )  # fmt: skip
 
 

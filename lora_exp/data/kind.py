@@ -103,6 +103,10 @@ class DataKind(DataConfig):
         """``Data.shape`` for a plan, which has no tokenizer; read from the data only where the model depends on it."""
         return {}
 
+    def shape_of(self, class_names: Sequence[str]) -> Mapping[str, Any]:
+        """``Data.shape`` of a finished run, from the names of its classes, where those are known."""
+        return {} if self.positions is None else {self.length_field: self.positions}
+
     def row(self) -> Row:
         """A row as ``collate`` takes it, to plan with: its shapes and dtypes count, not its values."""
         raise UserError(f"data.kind={self.kind} has no row to plan with: train it (task=train), or give the kind one")

@@ -19,6 +19,7 @@ from lora_exp.job import (
     PlanResult,
     Result,
     SyncResult,
+    UseResult,
     read_metrics,
     read_outcome,
     shown,
@@ -178,7 +179,7 @@ def _row(job: JobReport, varying: list[str], columns: list[str]) -> list[str]:
 
 
 def _cells(result: AnyResult) -> dict[str, str]:
-    if isinstance(result, SyncResult):
+    if isinstance(result, (SyncResult, UseResult)):
         return {}
     if isinstance(result, PlanResult):
         return {name: show(result) for name, show in PLAN_COLUMNS.items()}

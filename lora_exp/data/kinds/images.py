@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_exp.data.kind import Batch, Data, DataKind, Row, Tokenizer, data_kind
@@ -58,6 +58,9 @@ class Images(DataKind):
         from lora_exp.data.images import load_table
 
         return load_table(self).shape
+
+    def shape_of(self, class_names: Sequence[str]) -> Mapping[str, Any]:
+        return self.plan_shape()
 
     def row(self) -> Row:
         import torch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_exp.data.kind import Batch, Data, DataKind, Row, Tokenizer, data_kind
@@ -57,6 +57,9 @@ class TextClassification(DataKind):
         from lora_exp.data.labelled_text import class_names, examples
 
         return {"class_names": class_names(examples(self)[0], self), "max_length": self.max_length}
+
+    def shape_of(self, class_names: Sequence[str]) -> Mapping[str, Any]:
+        return {"class_names": tuple(class_names), "max_length": self.max_length}
 
     def row(self) -> Row:
         import torch

@@ -1,0 +1,82 @@
+"""What a format of exports is: it writes a finished run's model into a folder, and loads it again in its own runtime.
+
+A file in ``formats/`` says ``@export_format("name")`` above a class that follows ``Format``: a YAML in ``conf/export``
+with ``format: name`` then chooses it. Its file is imported to look at a config, so that what takes long to import is
+imported inside its methods.
+
+Letters: N texts, T tokens a text, V entries of the vocabulary (or classes).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from lora_exp.registry import Registry
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from lora_exp.config import Config
+    from lora_exp.use.loading import Trained
+    from lora_exp.use_config import ExportConfig
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What a format's own rounding lets through: the largest difference of a logit, and the mean KL in nats."""
+
+    max_logit: float
+    max_kl: float
+
+
+@dataclass(frozen=True)
+class Wish:
+    """One export: the run ``name`` of ``trained``, as ``section`` asks. ``say(share)`` moves a progress bar to 0…1."""
+
+    trained: Trained
+    name: str
+    section: ExportConfig
+    say: Callable[[float], object]
+
+
+class Format:
+    """``runtime``: what loads it, in words. ``needs``: packages that this takes, with the extra that brings them."""
+
+    runtime: ClassVar[str] = ""
+    needs: ClassVar[tuple[str, ...]] = ()
+    extra: ClassVar[str | None] = None
+
+    def problems(self, config: Config) -> list[str]:
+        """What can be seen to be wrong with the config before anything is loaded."""
+        return []
+
+    def check(self, wish: Wish) -> None:
+        """Raise UserError, with the next move, for a model or an adapter that the format cannot hold."""
+
+    def needed_bytes(self, wish: Wish) -> int:
+        """About how much room what is written takes."""
+        raise NotImplementedError
+
+    def write(self, wish: Wish, folder: Path) -> None:
+        """Fill ``folder``, which is new. The model is as before when this returns."""
+        raise NotImplementedError
+
+    def tolerance(self, section: ExportConfig) -> Tolerance:
+        """How far the runtime's answers may be from the trained model's."""
+        raise NotImplementedError
+
+    def logits(self, folder: Path, tokens: Tensor, base: Path | None) -> Tensor:
+        """What the runtime answers to ``tokens`` (N, T), of equal lengths: (N, T, V), or (N, V) of a classifier.
+
+        Called in a fresh process that has loaded nothing else. ``base``: the folder of the base's own files, for
+        what holds an adapter alone.
+        """
+        raise NotImplementedError
+
+
+formats: Registry[type[Format]] = Registry("export.format", "lora_exp.export.formats")
+export_format = formats.add

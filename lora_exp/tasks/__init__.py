@@ -1,0 +1,1 @@
+"""The tasks, one file each (``lora_exp.task``)."""
