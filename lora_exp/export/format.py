@@ -62,7 +62,7 @@ class Format:
         raise NotImplementedError
 
     def write(self, wish: Wish, folder: Path) -> None:
-        """Fill ``folder``, which is new. The model is as before when this returns."""
+        """Fill ``folder``, which is new. The model may be used up by it (merged, unloaded)."""
         raise NotImplementedError
 
     def tolerance(self, section: ExportConfig) -> Tolerance:
