@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -119,11 +120,9 @@ class Training:
 
         forward = Forward(self.adapted.model, losses, count, torch.device("cpu"), between_steps=between)
         seen: list[Record] = []
-        try:
+        with contextlib.suppress(KeyboardInterrupt):  # of leave_at
             for record in train(forward, [self.lane]):
                 seen.append({name: value for name, value in record.items() if not name.endswith("_per_s")})
-        except KeyboardInterrupt:
-            pass
         return seen
 
     def values(self) -> dict[str, Tensor]:

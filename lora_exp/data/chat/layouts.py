@@ -37,36 +37,31 @@ Render = Callable[["list[Message]", bool], str]
 def plain(tokenizer: PreTrainedTokenizerBase) -> Layout:
     """``### Instruction:``, ``### Input:`` and ``### Response:`` (github.com/tatsu-lab/stanford_alpaca)."""
     heads = {"user": "### Instruction:\n", ANSWERS: "### Response:\n"}
+
+    def text_of(index: int, message: Message) -> tuple[str, str]:
+        given = f"\n\n### Input:\n{message['input']}" if message.get("input") else ""
+        return ("\n\n" if index else "") + heads.get(message["role"], ""), message["content"] + given
+
+    return _one_after_another(tokenizer, text_of)
+
+
+def raw(tokenizer: PreTrainedTokenizerBase) -> Layout:
+    """The messages one after another as they are, an answer with its end: for prompts that are laid out already."""
+    return _one_after_another(tokenizer, lambda index, message: ("", message["content"] + message.get("input", "")))
+
+
+def _one_after_another(
+    tokenizer: PreTrainedTokenizerBase, text_of: Callable[[int, Message], tuple[str, str]]
+) -> Layout:
+    """Of each message what stands before it, and its text, which is learnt with its end where it is an answer."""
     begin, end = _ends(tokenizer)
 
     def lay(conversation: Conversation) -> list[Laid]:
         text, answers = begin, []
         for index, message in enumerate(conversation.messages):
-            text += ("\n\n" if index else "") + heads.get(message["role"], "")
-            start = len(text)
-            text += message["content"]
-            if message.get("input"):
-                text += f"\n\n### Input:\n{message['input']}"
-            if message["role"] == ANSWERS:
-                text += end
-            if is_learnt(message):
-                answers.append((start, len(text)))
-        return [Laid(text, answers)]
-
-    return lay
-
-
-def raw(tokenizer: PreTrainedTokenizerBase) -> Layout:
-    """The messages one after another as they are, an answer with its end: for prompts that are laid out already."""
-    begin, end = _ends(tokenizer)
-
-    def lay(conversation: Conversation) -> list[Laid]:
-        text, answers = begin, []
-        for message in conversation.messages:
-            start = len(text)
-            text += message["content"] + message.get("input", "")
-            if message["role"] == ANSWERS:
-                text += end
+            head, content = text_of(index, message)
+            start = len(text) + len(head)
+            text += head + content + (end if message["role"] == ANSWERS else "")
             if is_learnt(message):
                 answers.append((start, len(text)))
         return [Laid(text, answers)]

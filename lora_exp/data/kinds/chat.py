@@ -56,6 +56,7 @@ class Chat(DataKind):
     learners: ClassVar[tuple[str, ...]] = ("causal_lm",)
     unit: ClassVar[str] = "tokens"
     metrics: ClassVar[tuple[str, ...]] = ("perplexity",)
+    length_field: ClassVar[str] = "max_length"
     needs_tokenizer: ClassVar[bool] = True
 
     @property
