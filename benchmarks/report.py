@@ -48,9 +48,9 @@ _NOTES = {
     "waiting": "Milliseconds a training step in processes of their own, which take turns: with the wait that the "
     "command sets (ours), OpenMP's default and OMP_WAIT_POLICY=PASSIVE, alone and beside a busy process.",
     "trainers": "Seconds an optimizer step of the default job, median, by processes of their own, which take turns: "
-    "our loop, transformers' Trainer and TRL's SFTTrainer, on our adapters and on PEFT's. `ratio` is PEFT under "
+    "our loop and transformers' Trainer, on our adapters and on PEFT's. `ratio` is PEFT under "
     "transformers' Trainer over ours under our loop, with its 95 % bootstrap interval, of the steps alone; "
-    "`whole_ratio` of the whole processes. transformers' Trainer has our loss head here, TRL its own.",
+    "`whole_ratio` of the whole processes. transformers' Trainer has our loss head here.",
 }
 
 
