@@ -77,3 +77,31 @@ def _other_figures(record: Mapping[str, float]) -> list[str]:
 def _bar() -> Progress:
     columns = (BarColumn(bar_width=30), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"), TimeRemainingColumn())
     return Progress(*columns, console=Console(), transient=True)
+
+
+class Steps:
+    """A bar for work of a known number of steps; nothing where there is no terminal. Use as a context manager."""
+
+    def __init__(self, title: str, total: int) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        self._bar = Progress(*columns, console=Console(), transient=True) if sys.stdout.isatty() else None
+        self._task = self._bar.add_task(title, total=total) if self._bar else None
+
+    def __enter__(self) -> Steps:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def advance(self, steps: int = 1) -> None:
+        """So many more are done."""
+        if self._bar and self._task is not None:
+            self._bar.advance(self._task, steps)

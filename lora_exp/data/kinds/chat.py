@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lora_exp.data.kind import Batch, Data, DataKind, Row, Tokenizer, data_kind
+from lora_exp.data.kind import Ask, Batch, Data, DataKind, Row, Tokenizer, data_kind
 from lora_exp.errors import UserError
 from lora_exp.inputs import RECORD_SUFFIXES
 from lora_exp.registry import check_options
@@ -15,6 +16,8 @@ from lora_exp.registry import check_options
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+    from torch.utils.data import Dataset
+    from transformers import PreTrainedTokenizerBase
 
     from lora_exp.training.metrics import RowLosses
 
@@ -148,6 +151,18 @@ class Chat(DataKind):
             from lora_exp.data.chat.packing_check import check_keeps_apart
 
             check_keeps_apart(model, device)
+
+    def asks(self, tokenizer: PreTrainedTokenizerBase) -> Ask | None:
+        from lora_exp.data.chat.layouts import question
+        from lora_exp.data.chat.loading import layout_of
+
+        lay, _ = layout_of(self, tokenizer)
+        return functools.partial(question, lay, self.system)
+
+    def openings(self, rows: Dataset[Row], count: int) -> list[tuple[list[int], list[int]]]:
+        from lora_exp.data.chat.writing import questions_of
+
+        return [(each.prompt, each.answer) for each in questions_of(rows, count)]
 
     def collate(self, rows: list[Row]) -> Batch:
         from lora_exp.data.chat.packing import pad
