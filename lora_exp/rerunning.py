@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,10 +16,11 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from lora_exp.config import ConfigError, TrackingConfig, conf_folder
 from lora_exp.task import tasks
-from lora_exp.use.runs import FoundRun, base_named, find_run, names_of
+from lora_exp.use.runs import PROVENANCE, FoundRun, base_named, find_export, find_run, names_of
 from lora_exp.use_config import BestConfig
 
 _KEY = "rerun="
@@ -55,9 +57,13 @@ def saved_config_composed(arguments: Sequence[str]) -> Iterator[list[str]]:
 def _found(arguments: Sequence[str]) -> list[FoundRun]:
     """The finished runs that a command line is about: ``run=A run=B``, or ``run=[A,B]``."""
     task = _values(arguments, "task=")
-    if not task or tasks.problem(str(task[-1])) or not tasks[str(task[-1])].of_runs:
+    if not task or tasks.problem(str(task[-1])):
         return []
-    named = [name for value in _values(arguments, "run=") for name in names_of(value)]
+    kind, named = tasks[str(task[-1])], [name for value in _values(arguments, "run=") for name in names_of(value)]
+    if kind.of_exports:
+        return [find_export(name) for name in dict.fromkeys(named)]
+    if not kind.of_runs:
+        return []
     best, tracking = BestConfig(), TrackingConfig(enabled="tracking=none" not in arguments)
     for section, key in ((best, "best"), (tracking, "tracking")):
         for field in ("of", "metric", "better", "uri", "experiment"):
@@ -85,8 +91,8 @@ def _values(arguments: Sequence[str], key: str) -> list[Any]:
 def _of_runs(runs: Sequence[FoundRun], others: Sequence[str]) -> dict[str, Any]:
     """The first run's config, to be used; of an adapter that lies alone, the defaults with the base that it names."""
     first = runs[0]
-    if first.folder is not None:
-        primary = _primary(_saved(first.folder, "run"), _OF_ONE_TASK, others)
+    if first.folder is not None or (first.adapter / PROVENANCE).is_file():
+        primary = _primary(_saved(first.folder or first.adapter, "run"), _OF_ONE_TASK, others)
     else:
         model = _base_choice(first.adapter)
         primary = _composed({}, _groups() | ({} if _typed(others, "model") else {"model": model}))
@@ -111,9 +117,21 @@ def _saved(folder: Path, key: str) -> DictConfig:
     for file in (folder / "config.yaml", folder / ".hydra/config.yaml"):
         if file.is_file() and isinstance(loaded := OmegaConf.load(file), DictConfig) and _is_saved(loaded):
             return loaded
+    if (exported := _exported(folder)) is not None:
+        return exported
     raise ConfigError(
         [f"{key}={folder} has no config.yaml of a run: name a job's folder, such as outputs/runs/DATE/TIME"]
     )
+
+
+def _exported(folder: Path) -> DictConfig | None:
+    """The config that an export keeps, of the run that it was made of."""
+    try:
+        kept = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["config"]
+        loaded = OmegaConf.create(kept)
+    except (OSError, ValueError, LookupError, TypeError, OmegaConfBaseException):
+        return None
+    return loaded if isinstance(loaded, DictConfig) and _is_saved(loaded) else None
 
 
 def _is_saved(loaded: DictConfig) -> bool:

@@ -17,13 +17,15 @@ if TYPE_CHECKING:
 class Task:
     """``trains``: whether data is read and a model trained. ``plans``: whether shapes alone are looked at.
 
-    ``of_runs``: whether ``run`` names finished runs, the first of which the config is taken from.
+    ``of_runs``: whether ``run`` names finished runs, the first of which the config is taken from; ``of_exports``:
+    whether it names what ``task=export`` wrote of one, which has that config too.
     """
 
     result: ClassVar[type[AnyResult]]
     trains: ClassVar[bool] = False
     plans: ClassVar[bool] = False
     of_runs: ClassVar[bool] = False
+    of_exports: ClassVar[bool] = False
 
     def problems(self, config: Config) -> list[str]:
         """What can be seen to be wrong with the config, for this task alone."""

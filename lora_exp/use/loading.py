@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from lora_exp import models
 from lora_exp.adapters import LoraModel
 from lora_exp.adapters.files.safetensors import copy_strictly, read_tensors
+from lora_exp.backends import name_base
 from lora_exp.backends.class_names import FILE as CLASSES_FILE
 from lora_exp.config import Config
-from lora_exp.data import kind_of
+from lora_exp.data import DataKind, kind_of
 from lora_exp.errors import UserError
 from lora_exp.machine import signals
 from lora_exp.machine.place import Place, resolve_device, resolve_place, set_seed
@@ -97,12 +98,14 @@ def load_trained(config: Config, only: int | None = None) -> Trained:
         )
         source = models.find_source(config.model)
         set_seed(config.seed)
-        base = models.load_base(source, config.model, place, _shape(config, runs), config.quantization)
+        shape = shape_in(runs[0].adapter if runs else None, kind_of(config.data))
+        base = models.load_base(source, config.model, place, shape, config.quantization)
         digest = models.base_files_sha256(base, source)
     base.eval()
     base.requires_grad_(False)
+    name_base(base, None if config.model.path else config.model.name)
     dtype = str(place.dtype).removeprefix("torch.")
-    log.info(f"model  {config.model.label} in {dtype} on {place.device}, SHA-256 {digest[:12]}")
+    log.info(f"model  {config.model.label} in {dtype} on {place.device}, base_files_sha256 {digest[:12]}")
     return _with_adapters(Trained(base, config, place, source, digest), runs)
 
 
@@ -188,9 +191,9 @@ def _swapped_in(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[Non
         copy_strictly(Path("the base's weights"), before, {name: known[name].detach() for name in before})
 
 
-def _shape(config: Config, runs: Sequence[FoundRun]) -> Mapping[str, Any]:
-    """What the runs' data asked of the model: its classes, as the first run's folder names them."""
-    kind, file = kind_of(config.data), runs[0].adapter / CLASSES_FILE if runs else None
+def shape_in(folder: Path | None, kind: DataKind) -> Mapping[str, Any]:
+    """What data of a ``kind`` asked of the model: its classes, as the folder with what was trained names them."""
+    file = folder / CLASSES_FILE if folder is not None else None
     if file is None or not file.is_file():
         return kind.shape_of([])
     facts = json.loads(file.read_text(encoding="utf-8"))

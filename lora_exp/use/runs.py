@@ -19,6 +19,7 @@ from lora_exp.use_config import BestConfig
 log = logging.getLogger(__name__)
 BEST = "best"
 OUTPUTS = Path("outputs")
+PROVENANCE = "provenance.json"  # what an export's folder has
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 _STEP = re.compile(r"step_(\d{8,})")  # a checkpoint's folder
 # What a folder of trained weights has: an adapter in PEFT's format, chosen weights of the base, or all of them.
@@ -48,7 +49,10 @@ class FoundRun:
 
     @property
     def run_id(self) -> str | None:
-        return self.result.run_id if self.result is not None else None
+        """That of its MLflow run; a copy of one's artifacts has no result."""
+        file = self.folder / "run_id" if self.folder is not None else None
+        copied = file.read_text(encoding="utf-8").strip() if file is not None and file.is_file() else None
+        return self.result.run_id if self.result is not None else copied
 
     @property
     def title(self) -> str:
@@ -93,7 +97,20 @@ def find_run(name: str, best: BestConfig, tracking: TrackingConfig) -> FoundRun:
     )
 
 
+def find_export(name: str) -> FoundRun:
+    """An export, as ``adapter``, by its folder. Raises UserError for anything else."""
+    folder = Path(name).expanduser()
+    if not (folder / PROVENANCE).is_file():
+        raise UserError(f"run={name} is no export (it has no {PROVENANCE}): name a folder that task=export wrote")
+    return FoundRun(folder.resolve())
+
+
 def _in_folder(folder: Path, name: str) -> FoundRun:
+    if (folder / PROVENANCE).is_file() and not (folder / _SAVED[0]).is_file():
+        raise UserError(
+            f"run={name} is an export of a whole model, and no run: use it as a base by model.path={name}, or name its "
+            f"run (it stands in {PROVENANCE})"
+        )
     if (found := _STEP.fullmatch(folder.name)) and _is_saved(folder.parents[1] / "adapter"):
         return FoundRun(folder.parents[1] / "adapter", folder.parents[1], int(found[1]))
     if folder.name == "adapter" and _is_saved(folder) and (folder.parent / "config.yaml").is_file():
