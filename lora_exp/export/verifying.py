@@ -20,7 +20,7 @@ from lora_exp.export.reference import Figures, Reference, compare
 from lora_exp.machine import signals
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 _READING = "lora_exp.export.reading"
 _LOOK_S = 0.05
@@ -73,7 +73,7 @@ def compared(kind: Format) -> str:
     return "a log-probability" if kind.log_probabilities else "a logit"
 
 
-def _run(kind: Format, order: dict[str, object]) -> None:
+def _run(kind: Format, order: Mapping[str, object]) -> None:
     """The child's end, however it comes; it ends with this process's wish to end."""
     home = str(Path(__file__).resolve().parents[2])
     paths = os.pathsep.join(part for part in (home, os.environ.get("PYTHONPATH", "")) if part)

@@ -12,10 +12,10 @@ from typing import Any
 
 import mlflow
 import pandas
-from mlflow.pyfunc import PythonModel
+from mlflow.pyfunc.model import PythonModel
 
 
-class Answering(PythonModel):  # type: ignore[misc]
+class Answering(PythonModel):
     """``model`` and ``tokenizer`` are transformers'."""
 
     def load_context(self, context: Any) -> None:
@@ -44,12 +44,15 @@ class Answering(PythonModel):  # type: ignore[misc]
     def _tokens(self, row: dict[str, Any]) -> Any:
         """(1, T): by the chat template of a model that learnt from chats, else the text as it is."""
         messages, prompt = row.get("messages"), row.get("prompt")
-        has_messages = messages is not None and not isinstance(messages, float)  # NaN of a table's gap
-        if not has_messages and not isinstance(prompt, str):
+        asked: list[dict[str, str]] = []
+        if messages is not None and not isinstance(messages, float):  # NaN is a table's gap
+            asked = [dict(each) for each in messages]
+        elif not isinstance(prompt, str):
             raise ValueError("give each row a prompt, or messages: a list of {role, content}")
-        if not has_messages and self.facts["prompt"] == "text":
+        elif self.facts["prompt"] == "text":
             return self.tokenizer(prompt, return_tensors="pt")["input_ids"]
-        asked = [dict(each) for each in messages] if has_messages else [{"role": "user", "content": prompt}]
+        else:
+            asked = [{"role": "user", "content": prompt}]
         if not self.tokenizer.chat_template:
             raise ValueError("this model has no chat template: give each row a prompt")
         text = self.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)

@@ -75,7 +75,7 @@ def _run(client: MlflowClient, run_id: str) -> StoredRun:
 
 def _downloaded(client: MlflowClient, run: StoredRun) -> Path:
     run_id = run.info.run_id
-    folder = cache_root(None) / "runs" / run_id
+    folder: Path = cache_root(None) / "runs" / run_id
     if folder.is_dir():
         return folder
     if "adapter" not in {file.path for file in client.list_artifacts(run_id)}:

@@ -149,7 +149,7 @@ def _signature(prompt: str) -> ModelSignature:
         answers = Schema([ColSpec(DataType.string, "label"), ColSpec(DataType.double, "score")])
         return ModelSignature(Schema([ColSpec(DataType.string, "text")]), answers)
     message = Object([Property("role", DataType.string), Property("content", DataType.string)])
-    inputs = [
+    inputs: list[Any] = [
         ColSpec(DataType.string, "prompt", required=False),
         ColSpec(Array(message), "messages", required=False),
     ]

@@ -16,6 +16,8 @@ from lora_exp.use_config import ExportConfig
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from lora_exp.adapters import LoraModel
+
 _CLASSES = "config.json"  # what a head's outputs stand for
 _VLLM = "https://docs.vllm.ai/en/latest/features/lora.html"
 
@@ -37,23 +39,18 @@ class Peft(Format):
         ]
 
     def check(self, wish: Wish) -> None:
-        from lora_exp.adapters import LoraModel
-
-        if not isinstance(wish.trained.model, LoraModel):
-            raise UserError("export=peft is an adapter, and this run trained the base itself: use export=merged")
-        model = wish.trained.model
-        if reason := refusal(model, wish.name):
+        if reason := refusal(_adapted(wish), wish.name):
             raise UserError(f"export=peft: PEFT cannot hold this adapter ({reason}): use export=merged")
 
     def needed_bytes(self, wish: Wish) -> int:
-        tensors = wish.trained.model.adapter_tensors(wish.name).values()
+        tensors = _adapted(wish).adapter_tensors(wish.name).values()
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors) + 20_000_000  # a tokenizer
 
     def write(self, wish: Wish, folder: Path) -> Mapping[str, object]:
         from lora_exp.export.tokenizing import exported_tokenizer
 
         trained, run = wish.trained, wish.trained.runs[wish.name]
-        trained.model.save_pretrained(folder, wish.name, base_files_sha256=trained.digest)
+        _adapted(wish).save_pretrained(folder, wish.name, base_files_sha256=trained.digest)
         if (tokenizer := exported_tokenizer(trained)) is not None:
             tokenizer.save_pretrained(folder)
         if (run.adapter / _CLASSES).is_file():
@@ -63,7 +60,7 @@ class Peft(Format):
 
     def usage(self, wish: Wish, folder: str) -> str:
         name = wish.trained.config.model.path or wish.trained.config.model.name
-        rank = max(config.rank for config in wish.trained.model.configs.values())
+        rank = _adapted(wish).configs[wish.name].rank
         return (
             f"On {name}:\n\n```python\nfrom peft import PeftModel\n\n"
             f'model = PeftModel.from_pretrained(base, "{folder}")\n```\n\n'
@@ -89,15 +86,22 @@ class Peft(Format):
         return logits_of(model.eval(), tokens)
 
 
-def refusal(model: nn.Module, name: str) -> str | None:
+def refusal(model: LoraModel, name: str) -> str | None:
     """Why PEFT's format cannot hold an adapter; None if it can."""
     from lora_exp.adapters.inspection.traversal import lora_layers
     from lora_exp.adapters.variants.registry import variant_named
 
     config = model.configs[name]
     hosts = [layer for _, layer in lora_layers(model.wrapped) if name in layer.adapters]
-    found: str | None = variant_named(config.variant).peft_format.refusal(config, hosts)
-    return found
+    return variant_named(config.variant).peft_format.refusal(config, hosts)
+
+
+def _adapted(wish: Wish) -> LoraModel:
+    from lora_exp.adapters import LoraModel
+
+    if not isinstance(wish.trained.model, LoraModel):
+        raise UserError("export=peft is an adapter, and this run trained the base itself: use export=merged")
+    return wish.trained.model
 
 
 def vllm_problems(facts: Mapping[str, object]) -> list[str]:
