@@ -35,7 +35,8 @@ class Answering(PythonModel):
         if "device_map" not in given:
             self.model.to(device)
 
-    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> Any:
+    # Without types, from which MLflow would make a signature in the place of the one that it is given.
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
         rows = model_input.to_dict("records") if isinstance(model_input, pandas.DataFrame) else list(model_input)
         if self.facts["prompt"] == "classes":
             return pandas.DataFrame([self._classified(row["text"]) for row in rows])

@@ -39,6 +39,8 @@ def save_answering(
     import pandas
     from mlflow.models import Model
 
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells each of its steps
+
     versions = library_versions()
     with tempfile.TemporaryDirectory() as temporary:  # MLflow copies what it is given, and weights are large
         stub = Path(temporary) / _MODEL
