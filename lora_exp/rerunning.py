@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -16,10 +17,11 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from lora_exp.config import ConfigError, TrackingConfig, conf_folder
-from lora_exp.task import tasks
-from lora_exp.use.runs import FoundRun, base_named, find_run, names_of
+from lora_exp.task import Task, tasks
+from lora_exp.use.runs import PROVENANCE, FoundRun, base_named, find_export, find_run, names_of
 from lora_exp.use_config import BestConfig
 
 _KEY = "rerun="
@@ -45,7 +47,7 @@ def saved_config_composed(arguments: Sequence[str]) -> Iterator[list[str]]:
     if asked:
         folder = Path(asked[-1].removeprefix(_KEY)).expanduser()
         primary = _primary(_saved(folder, "rerun"), _OF_ONE_RUN, others)
-    elif not _is_of_runs(others):
+    elif not (_task_of(others).of_runs or _task_of(others).of_exports):
         yield others
         return
     elif runs := _found(others):
@@ -63,24 +65,26 @@ def saved_config_composed(arguments: Sequence[str]) -> Iterator[list[str]]:
 def refuse_uncomposed(composed: DictConfig) -> None:
     """Raise ConfigError for a task on finished runs that a file names: their config is found by the command line."""
     name = str(composed.task)
-    if tasks.problem(name) or not tasks[name].of_runs or composed.run is None:
+    if tasks.problem(name) or not (tasks[name].of_runs or tasks[name].of_exports) or composed.run is None:
         return
     if OmegaConf.select(composed, "hydra.job.config_name") != _NAME:
         raise ConfigError([f"task={name} and run={composed.run} stand in a file: type both on the command line"])
 
 
-def _is_of_runs(arguments: Sequence[str]) -> bool:
-    """Whether the command line's task is one on finished runs."""
-    asked = _values(arguments, "task=")
-    return bool(asked) and not tasks.problem(str(asked[-1])) and tasks[str(asked[-1])].of_runs
+def _task_of(arguments: Sequence[str]) -> type[Task]:
+    """The command line's task; one that is not known is said when it is composed."""
+    asked = [str(value) for value in _values(arguments, "task=")]
+    return tasks[asked[-1]] if asked and not tasks.problem(asked[-1]) else Task
 
 
 def _found(arguments: Sequence[str]) -> list[FoundRun]:
     """The finished runs that a command line is about: ``run=A run=B``, or ``run=[A,B]``."""
-    named = [name for value in _values(arguments, "run=") for name in names_of(value)]
+    named = list(dict.fromkeys(name for value in _values(arguments, "run=") for name in names_of(value)))
+    if _task_of(arguments).of_exports:
+        return [find_export(name) for name in named]
     best = _filled(BestConfig(), "best", arguments)
     tracking = _filled(_chosen_tracking(arguments), "tracking", arguments)
-    return list(dict.fromkeys(find_run(name, best, tracking) for name in dict.fromkeys(named)))
+    return list(dict.fromkeys(find_run(name, best, tracking) for name in named))
 
 
 def _filled(section: _Section, key: str, arguments: Sequence[str]) -> _Section:
@@ -128,8 +132,8 @@ def _values(arguments: Sequence[str], key: str) -> list[Any]:
 def _of_runs(runs: Sequence[FoundRun], others: Sequence[str]) -> dict[str, Any]:
     """The first run's config, to be used; of an adapter that lies alone, the defaults with the base that it names."""
     first = runs[0]
-    if first.folder is not None:
-        primary = _primary(_saved(first.folder, "run"), _OF_ONE_TASK, others)
+    if first.folder is not None or (first.adapter / PROVENANCE).is_file():
+        primary = _primary(_saved(first.folder or first.adapter, "run"), _OF_ONE_TASK, others)
     else:
         model = None if _typed(others, "model") else _base_choice(first.adapter)
         primary = _composed({}, _groups() | ({"model": model} if model else {}))
@@ -158,9 +162,21 @@ def _saved(folder: Path, key: str) -> DictConfig:
     for file in (folder / "config.yaml", folder / ".hydra/config.yaml"):
         if file.is_file() and isinstance(loaded := OmegaConf.load(file), DictConfig) and _is_saved(loaded):
             return loaded
+    if (exported := _exported(folder)) is not None:
+        return exported
     raise ConfigError(
         [f"{key}={folder} has no config.yaml of a run: name a job's folder, such as outputs/runs/DATE/TIME"]
     )
+
+
+def _exported(folder: Path) -> DictConfig | None:
+    """The config that an export keeps, of the run that it was made of."""
+    try:
+        kept = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["config"]
+        loaded = OmegaConf.create(kept)
+    except (OSError, ValueError, LookupError, TypeError, OmegaConfBaseException):
+        return None
+    return loaded if isinstance(loaded, DictConfig) and _is_saved(loaded) else None
 
 
 def _is_saved(loaded: DictConfig) -> bool:

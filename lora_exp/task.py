@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 class Task:
     """``trains``: whether data is read and a model trained. ``plans``: whether shapes alone are looked at.
 
-    ``of_runs``: whether ``run`` names finished runs, the first of which the config is taken from. ``reads_data``:
-    whether the files of ``data`` must be there for it, too.
+    ``of_runs``: whether ``run`` names finished runs, the first of which the config is taken from; ``of_exports``:
+    whether it names what ``task=export`` wrote of one, which has that config too. ``reads_data``: whether the files of
+    ``data`` must be there for it, too.
     """
 
     result: ClassVar[type[AnyResult]]
@@ -26,6 +27,7 @@ class Task:
     plans: ClassVar[bool] = False
     of_runs: ClassVar[bool] = False
     reads_data: ClassVar[bool] = False
+    of_exports: ClassVar[bool] = False
 
     def problems(self, config: Config) -> list[str]:
         """What can be seen to be wrong with the config, for this task alone."""

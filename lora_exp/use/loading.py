@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from lora_exp import models
 from lora_exp.adapters import Given, LoraModel
+from lora_exp.backends import name_base
 from lora_exp.backends.class_names import FILE as CLASSES_FILE
 from lora_exp.backends.targets import lora_config
 from lora_exp.config import Config
-from lora_exp.data import kind_of
+from lora_exp.data import DataKind, kind_of
 from lora_exp.errors import UserError
 from lora_exp.machine import signals
 from lora_exp.machine.place import Place, prepare_backends, resolve_device, resolve_place, set_seed
@@ -114,14 +115,15 @@ def load_trained(config: Config, only: int | None = None) -> Trained:
         prepare_backends(place)
         source = models.find_source(config.model)
         set_seed(config.seed)  # of a new head, as the run had it before its first step
-        shape = _shape(config, runs)
+        shape = shape_in(runs[0].adapter if runs else None, kind_of(config.data))
         base = models.load_base(source, config.model, place, shape, config.quantization)
         digest = models.base_files_sha256(base, source)
     base.eval()
     base.requires_grad_(False)
+    name_base(base, None if config.model.path else config.model.name)
     dtype = str(place.dtype).removeprefix("torch.")
     stored = dtype if config.quantization.name == "none" else f"{config.quantization.name} and {dtype}"
-    log.info(f"model  {config.model.label} in {stored} on {place.device}, SHA-256 {digest[:12]}")
+    log.info(f"model  {config.model.label} in {stored} on {place.device}, base_files_sha256 {digest[:12]}")
     with signals.at_once():
         return _with_runs(Trained(base, config, place, source, digest, shape), runs)
 
@@ -205,9 +207,9 @@ def _base_of(config: Mapping[str, Any]) -> tuple[str, ...]:
     return (label,) if stored == "none" else (label, str(stored))
 
 
-def _shape(config: Config, runs: Sequence[FoundRun]) -> Mapping[str, Any]:
-    """What the runs' data asked of the model: its classes, as the first run's folder names them."""
-    kind, file = kind_of(config.data), runs[0].adapter / CLASSES_FILE if runs else None
+def shape_in(folder: Path | None, kind: DataKind) -> Mapping[str, Any]:
+    """What data of a ``kind`` asked of the model: its classes, as the folder with what was trained names them."""
+    file = folder / CLASSES_FILE if folder is not None else None
     if file is None or not file.is_file():
         return kind.shape_of([])
     facts = json.loads(file.read_text(encoding="utf-8"))

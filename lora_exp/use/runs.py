@@ -14,6 +14,7 @@ from lora_exp.use_config import BestConfig
 __all__ = ["BEST", "FoundRun", "base_named", "checkpoint_folder", "find_run", "names_of", "said"]
 
 BEST = "best"
+PROVENANCE = "provenance.json"  # what an export's folder has
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 _STEP = re.compile(r"step_(\d{8,})")  # a checkpoint's folder
 
@@ -39,7 +40,20 @@ def find_run(name: str, best: BestConfig, tracking: TrackingConfig) -> FoundRun:
     )
 
 
+def find_export(name: str) -> FoundRun:
+    """An export, as ``adapter``, by its folder. Raises UserError for anything else."""
+    folder = Path(name).expanduser()
+    if not (folder / PROVENANCE).is_file():
+        raise UserError(f"run={name} is no export (it has no {PROVENANCE}): name a folder that task=export wrote")
+    return FoundRun(folder.resolve())
+
+
 def _in_folder(folder: Path, name: str) -> FoundRun:
+    if (folder / PROVENANCE).is_file() and not (folder / SAVED[0]).is_file():
+        raise UserError(
+            f"run={name} is an export of a whole model, and no run: use it as a base by model.path={name}, or name its "
+            f"run (it stands in {PROVENANCE})"
+        )
     if (found := _STEP.fullmatch(folder.name)) and is_saved(folder.parents[1] / "adapter"):
         return FoundRun(folder.parents[1] / "adapter", folder.parents[1], int(found[1]))
     if folder.name == "adapter" and is_saved(folder) and (folder.parent / "config.yaml").is_file():
