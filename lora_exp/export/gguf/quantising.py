@@ -85,7 +85,7 @@ def encode(values: Values, type: Type, name: str = "a weight") -> NDArray[np.gen
     """
     if not np.isfinite(values).all():
         raise UserError(f"{name} has values that are not finite: check the run for one that diverged")
-    if type is Type.F16 and (largest := float(np.abs(values).max(initial=0))) > np.finfo(np.float16).max:
+    if type is Type.F16 and (largest := float(np.abs(values).max(initial=0))) > float(np.finfo(np.float16).max):
         raise UserError(f"{name} has a value of {largest:.3g}, above what float16 holds: choose export.type=bf16")
     if type in _BY_NUMPY:
         return quants.quantize(values, type)

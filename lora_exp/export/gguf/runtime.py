@@ -37,6 +37,7 @@ class Llama:
         params.port = 0  # any that is free; the host is 127.0.0.1 unless it is changed
         params.cache_type_k = params.cache_type_v = library.ggml_type.GGML_TYPE_F32  # of keys and values: no rounding
         params.flash_attn_type = library.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.swa_full = True  # what a window has left is kept, or a text that follows sees another's
         params.warmup, params.verbosity, params.n_gpu_layers, params.fit_params = False, -1, 0, False
         if lora is not None:
             params.lora_adapters = [library.CommonAdapterLoraInfo(str(lora), 1.0)]
@@ -84,7 +85,7 @@ class Llama:
         """(V,), of the token after these."""
         asked = {
             "prompt": tokens, "n_predict": 1, "n_probs": min(self.vocabulary, LIKELIEST), "cache_prompt": True,
-            # A piece of a character, or an end, would be answered without probabilities. They are those before the bias.
+            # A piece of a character, or an end, is answered without probabilities: those are of before the bias.
             "logit_bias": [[self._plain, 1e4]], "temperature": 0.0,
         }  # fmt: skip
         entries = self._ask("/completion", asked)["completion_probabilities"][0]["top_logprobs"]

@@ -91,6 +91,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 SIZES: dict[str, Any] = {
     "vocab_size": 330, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 1,
+    "pad_token_id": 1,
 }  # fmt: skip
 
 

@@ -24,7 +24,9 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 def adapted(model: nn.Module, **options: Any) -> LoraModel:
     """The model with an adapter whose every tensor is random, so that it changes the answers."""
     torch.manual_seed(3)
-    made = LoraModel(model, LoraConfig(**{"target_modules": LINEAR, "rank": 4, "lora_alpha": 8, **options}), "one", False)
+    made = LoraModel(
+        model, LoraConfig(**{"target_modules": LINEAR, "rank": 4, "lora_alpha": 8, **options}), "one", False
+    )
     with torch.no_grad():
         for parameter in made.adapter_parameters("one").values():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -150,7 +152,9 @@ def test_what_a_lora_file_cannot_say(case: str, tiny: Make) -> None:
 
 @pytest.mark.parametrize("layer", ["embed_tokens", "lm_head"])
 def test_a_tied_end_is_refused(layer: str, tiny: Make) -> None:
-    model = adapted(tiny("llama", tie_word_embeddings=True), target_modules=[layer], layer_types=("linear", "embedding"))
+    model = adapted(
+        tiny("llama", tie_word_embeddings=True), target_modules=[layer], layer_types=("linear", "embedding")
+    )
     with pytest.raises(UserError, match=f"{layer} is embedding and output head at once"):
         pairs_of(model, "one")
 

@@ -64,9 +64,10 @@ def test_llama_cpp_answers_as_transformers(
     model = tiny(kind, **changes)
     expected = answers(model, rows)
     found = llama_cpp(written(model), rows).log_probabilities
-    assert (expected.exp() - found.exp()).abs().max() < 1e-4
+    coarse = 10 if kind.startswith("gemma") else 1  # llama.cpp looks GELU up in a table of float16
+    assert (expected.exp() - found.exp()).abs().max() < 1e-4 * coarse
     likely = expected > -15
-    assert (expected - found)[likely].abs().max() < 2e-3
+    assert (expected - found)[likely].abs().max() < 2e-3 * coarse
 
 
 REFUSED = {
@@ -75,7 +76,7 @@ REFUSED = {
     "scaling": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),
     "pattern": ("gemma2", {**WINDOWED, "layer_types": ["full_attention"] * 3}, "at each 2th place"),
     "scores": ("gemma3_text", {**WINDOWED, "query_pre_attn_scalar": 7}, "scaled by 7"),
-    "no positions": ("smollm3", {"no_rope_layers": [1, 1, 1]}, "each 4th"),
+    "no positions": ("smollm3", {"no_rope_layers": [1, 0, 1]}, "each 4th"),
 }  # fmt: skip
 
 

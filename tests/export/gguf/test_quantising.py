@@ -19,7 +19,15 @@ def values() -> np.ndarray:
 
 
 # The largest error of a weight in a block, as a share of the block's largest value.
-ERRORS = {Type.F32: 0.0, Type.F16: 5e-4, Type.BF16: 4e-3, Type.Q8_0: 4.5e-3, Type.Q6_K: 0.04, Type.Q5_0: 0.04, Type.Q4_K: 0.09}
+ERRORS = {
+    Type.F32: 0.0,
+    Type.F16: 5e-4,
+    Type.BF16: 4e-3,
+    Type.Q8_0: 4.5e-3,
+    Type.Q6_K: 0.04,
+    Type.Q5_0: 0.04,
+    Type.Q4_K: 0.09,
+}
 
 
 @pytest.mark.parametrize("kind", ERRORS, ids=lambda kind: kind.name)
@@ -39,7 +47,7 @@ def test_llama_cpp_is_called_rightly(values: np.ndarray) -> None:
 
 
 def test_values_that_a_format_cannot_hold(values: np.ndarray) -> None:
-    with pytest.raises(UserError, match="of 7e.04, above what float16 holds: choose export.type=bf16"):
+    with pytest.raises(UserError, match=r"of 7e.04, above what float16 holds: choose export.type=bf16"):
         encode(np.full((2, 2), 7e4, np.float32), Type.F16)
     with pytest.raises(UserError, match="not finite"):
         encode(np.full((2, 2), np.nan, np.float32), Type.F32)
@@ -54,7 +62,9 @@ def _types(kind: str, layers: int, columns: int, inner: int, tied: bool, **optio
         for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up"):
             found[mixture.type_of(f"blk.{layer}.{name}.weight", (100, columns)).name] += 1
         found[mixture.type_of(f"blk.{layer}.ffn_down.weight", (100, inner)).name] += 1
-        found.update(mixture.type_of(f"blk.{layer}.{name}.weight", (columns,)).name for name in ("attn_norm", "ffn_norm"))
+        found.update(
+            mixture.type_of(f"blk.{layer}.{name}.weight", (columns,)).name for name in ("attn_norm", "ffn_norm")
+        )
     return found
 
 
