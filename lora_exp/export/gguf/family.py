@@ -31,6 +31,7 @@ class Family:
 
     ``norm_shift``: what transformers adds to the weight of a norm when it is used. ``own_head``: whether the output
     head may be another weight than the embedding. ``activations``: transformers' names of the one that llama.cpp has.
+    ``takes_biases``: whether its layers may have biases that a config switches on.
     """
 
     arch: ClassVar[MODEL_ARCH]
@@ -38,6 +39,7 @@ class Family:
     interleaved: ClassVar[bool] = False
     norm_shift: ClassVar[float] = 0.0
     own_head: ClassVar[bool] = True
+    takes_biases: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -53,6 +55,9 @@ class Family:
             found.append(f"its positions are scaled by {kind}, and we write {', '.join(SCALINGS)}")
         if (share := rope(config).get("partial_rotary_factor") or 1.0) != 1.0:
             found.append(f"it turns {share} of each head alone")
+        biases = [name for name in ("attention_bias", "mlp_bias") if getattr(config, name, False)]
+        if biases and not self.takes_biases:
+            found.append(f"it has biases ({', '.join(biases)}), and llama.cpp's {self.name} none")
         return found
 
     def describe(self, writer: GGUFWriter, config: Config) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,16 @@ import json, sys
 from pathlib import Path
 import torch
 from lora_exp.export.gguf.runtime import Llama
-asked = json.load(sys.stdin)
-found = {}
-with Llama(Path(asked["model"]), Path(asked["lora"]) if asked["lora"] else None) as llama:
-    if asked["texts"]:
-        found["tokens"] = [llama.tokenize(text) for text in asked["texts"]]
-    if asked["prompts"]:
-        found["answers"] = [llama.generate(prompt, asked["length"]) for prompt in asked["prompts"]]
-    if asked["rows"]:
-        torch.save(llama.log_probabilities(torch.tensor(asked["rows"])), asked["out"])
-Path(asked["out"] + ".json").write_text(json.dumps(found))
+for line in sys.stdin:
+    asked, found = json.loads(line), {}
+    with Llama(Path(asked["model"]), Path(asked["lora"]) if asked["lora"] else None) as llama:
+        if asked["texts"]:
+            found["tokens"] = [llama.tokenize(text) for text in asked["texts"]]
+        if asked["prompts"]:
+            found["answers"] = [llama.generate(prompt, asked["length"]) for prompt in asked["prompts"]]
+        if asked["rows"]:
+            torch.save(llama.log_probabilities(torch.tensor(asked["rows"])), asked["out"])
+    print("ANSWER", json.dumps(found), flush=True)
 """
 
 
@@ -48,8 +48,18 @@ class Answer:
 Ask = Callable[..., Answer]
 
 
+@pytest.fixture(scope="session")
+def llama_process() -> Iterator[subprocess.Popen[str]]:
+    """One for all tests, as llama.cpp takes over the signals of its process."""
+    command = [sys.executable, "-c", _ASK]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
+
+
 @pytest.fixture
-def llama_cpp(tmp_path: Path) -> Ask:
+def llama_cpp(llama_process: subprocess.Popen[str], tmp_path: Path) -> Ask:
     """What llama.cpp makes of a file: the next token's log-probabilities, a text's tokens, a prompt's answer."""
 
     def ask(
@@ -66,10 +76,13 @@ def llama_cpp(tmp_path: Path) -> Ask:
             "prompts": [list(prompt) for prompt in prompts], "length": length,
             "rows": rows.tolist() if rows is not None else [],
         }  # fmt: skip
-        done = subprocess.run([sys.executable, "-c", _ASK], input=json.dumps(asked), capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
+        assert llama_process.stdin is not None
+        assert llama_process.stdout is not None
+        print(json.dumps(asked), file=llama_process.stdin, flush=True)
+        said = next((line for line in llama_process.stdout if line.startswith("ANSWER ")), None)
+        assert said is not None, "llama.cpp's process has ended"
         found = torch.load(out) if rows is not None else torch.empty(0)
-        return Answer(found, **json.loads(Path(f"{out}.json").read_text()))
+        return Answer(found, **json.loads(said.removeprefix("ANSWER ")))
 
     return ask
 

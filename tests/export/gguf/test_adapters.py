@@ -106,7 +106,7 @@ def test_base_and_lora_are_the_merged_model(
     case: str, family: str, tiny: Make, rows: torch.Tensor, written: Callable[..., Path], tmp_path: Path,
     llama_cpp: Callable[..., Any],
 ) -> None:  # fmt: skip
-    base = tiny(family, head_dim=16, attention_bias=True)
+    base = tiny(family, head_dim=16)
     base_file, before = written(base), answers(base, rows)
     model = adapted(base, **LORA[case])
     expected = answers(model, rows)

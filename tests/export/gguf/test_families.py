@@ -76,6 +76,7 @@ REFUSED = {
     "scaling": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),
     "pattern": ("gemma2", {**WINDOWED, "layer_types": ["full_attention"] * 3}, "at each 2th place"),
     "scores": ("gemma3_text", {**WINDOWED, "query_pre_attn_scalar": 7}, "scaled by 7"),
+    "biases": ("qwen3", {"attention_bias": True}, "has biases .attention_bias., and llama.cpp's qwen3 none"),
     "no positions": ("smollm3", {"no_rope_layers": [1, 0, 1]}, "each 4th"),
 }  # fmt: skip
 

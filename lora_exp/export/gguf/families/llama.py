@@ -13,6 +13,7 @@ EVERY = 4  # llama.cpp's: each fourth layer of SmolLM3 turns nothing
 class Llama(Family):
     arch = MODEL_ARCH.LLAMA
     interleaved = True
+    takes_biases = True
 
     def describe(self, writer: GGUFWriter, config: Config) -> None:
         super().describe(writer, config)
@@ -31,6 +32,7 @@ class Mistral(Llama):
 @family("SmolLM3ForCausalLM")
 class SmolLM3(Llama):
     arch = MODEL_ARCH.SMOLLM3
+    takes_biases = False
 
     def refusals(self, config: Config) -> list[str]:
         expected = [int((layer + 1) % EVERY != 0) for layer in range(config.num_hidden_layers)]
