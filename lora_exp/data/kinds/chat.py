@@ -7,7 +7,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lora_exp.data.kind import Batch, Data, DataKind, Row, Tokenizer, data_kind
+from lora_exp.data.kind import Asking, Batch, Data, DataKind, Row, Tokenizer, data_kind
 from lora_exp.errors import UserError
 from lora_exp.inputs import RECORD_SUFFIXES
 from lora_exp.registry import check_options
@@ -15,6 +15,7 @@ from lora_exp.registry import check_options
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+    from transformers import PreTrainedTokenizerBase
 
     from lora_exp.training.metrics import RowLosses
 
@@ -142,6 +143,12 @@ class Chat(DataKind):
         loaded = tokenizer()
         assert loaded is not None
         return load_chat(self, loaded)
+
+    def asking(self, tokenizer: PreTrainedTokenizerBase) -> Asking | None:
+        from lora_exp.data.chat.asking import LaidOut
+        from lora_exp.data.chat.loading import layout_of
+
+        return LaidOut(layout_of(self, tokenizer)[0], self.system)
 
     def check_model(self, model: nn.Module, device: torch.device) -> None:
         if self.packing:
