@@ -29,7 +29,7 @@ from lora_exp.use.serving.text import Writer
 
 from .pairs import PROJECTIONS
 from .rows import Row
-from .timing import median_ms, race, ratio
+from .timing import Side, median_ms, race, ratio
 
 _PROMPT, _WORDS = 32, 32  # tokens
 _ADAPTERS = 4
@@ -74,10 +74,9 @@ def _write(served: Trained, folder: Path) -> Path:
     assert isinstance(served.model, LoraModel)
     for name in served.model.configs:
         served.model.save_pretrained(folder / name, name)
-    plain: Any = trained(0).model
-    LoraModel.from_pretrained(plain, folder / "adapter_0", verbose=False).merge_and_unload().save_pretrained(
-        folder / "merged"
-    )
+    adapted = LoraModel.from_pretrained(trained(0).model, folder / "adapter_0", verbose=False)
+    plain: Any = adapted.merge_and_unload()
+    plain.save_pretrained(folder / "merged")
     return folder / "merged"
 
 
@@ -105,20 +104,20 @@ def _resident_mib(arguments: list[str]) -> float:
 
 def _hold(count: int, folder: Path) -> None:
     """Prints how many MiB more a process holds, once it has loaded as many adapters or merged models."""
-    import psutil  # type: ignore[import-untyped]
+    import psutil
     from transformers import AutoModelForCausalLM
 
-    process, held = psutil.Process(), []
+    process = psutil.Process()
     before = process.memory_info().rss
     if folder.name == "merged":
-        held += [_in_memory(AutoModelForCausalLM.from_pretrained(folder)) for _ in range(count)]
+        held = [_in_memory(AutoModelForCausalLM.from_pretrained(folder)) for _ in range(count)]
     else:
-        held.append(trained(0))
+        served = trained(0)
         for number in range(count):
-            _load(held[0], folder / f"adapter_{number}", f"adapter_{number}")
-        _in_memory(held[0].model)
+            _load(served, folder / f"adapter_{number}", f"adapter_{number}")
+        held = [_in_memory(served.model)]
     gc.collect()
-    print(round((process.memory_info().rss - before) / 2**20, 1))
+    print(len(held), round((process.memory_info().rss - before) / 2**20, 1))
 
 
 def _in_memory(model: nn.Module) -> nn.Module:
@@ -150,7 +149,7 @@ def _switching(served: Trained, folder: Path, merged: Path, rounds: int) -> Row:
         model.merge("adapter_1")
         model.unmerge()
 
-    sides = {
+    sides: dict[str, Side] = {
         "route": partial(model.set_adapter, "adapter_1"),
         "load": partial(model.load_adapter, folder / "adapter_0", "new"),
         "merge": merge,
@@ -175,9 +174,9 @@ def _throughput(served: Trained, each: int, rounds: int) -> Row:
     names = [f"adapter_{number}" for number in range(_ADAPTERS) for _ in range(each)]
     with _engine(served, len(names)) as engine:
         groups = [[name] * each for name in dict.fromkeys(names)]
-        sides = {
+        sides: dict[str, Side] = {
             "together": lambda: _answer(engine, names),
-            "in_turn": lambda: [_answer(engine, group) for group in groups],
+            "in_turn": lambda: _in_turn(engine, groups),
             "one_adapter": lambda: _answer(engine, ["adapter_0"] * len(names)),
             "base": lambda: _answer(engine, [BASE] * len(names)),
         }
@@ -201,6 +200,11 @@ def _engine(served: Trained, size: int) -> Iterator[Engine]:
     finally:
         engine.close(0)
         engine.join(10)
+
+
+def _in_turn(engine: Engine, groups: Sequence[Sequence[str]]) -> None:
+    for group in groups:
+        _answer(engine, group)
 
 
 def _answer(engine: Engine, names: Sequence[str]) -> None:

@@ -115,7 +115,12 @@ def add_run(trained: Trained, name: str, run: FoundRun) -> None:
     _check_base(run, trained)
     if not (run.adapter / "adapter_config.json").is_file():
         raise UserError(f"run={run.place} trained the base's own weights: it cannot be put beside other adapters")
-    _add(trained, name, run)
+    try:
+        _add(trained, name, run)
+    except BaseException:
+        if isinstance(trained.model, LoraModel) and name in trained.model.configs:
+            trained.model.delete_adapter(name)
+        raise
     trained.runs[name] = run
     trained.model.eval()
 

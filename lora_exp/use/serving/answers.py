@@ -107,10 +107,10 @@ async def _streamed(
 
 
 class _Answers:
-    """What the engine tells of the prompts of one request, as it comes."""
+    """What the engine tells of the prompts of one request, as it comes; None: that the client has gone."""
 
     def __init__(self, serving: Serving, body: Sampled, wish: Wish) -> None:
-        self._loop, self._heard = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
+        self._loop, self._heard = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event | None]]()
         self._written = 0
         self.is_left = False
         self.asked = [self._asked(choice, serving, body, wish) for choice in range(len(wish.prompts))]
@@ -127,17 +127,14 @@ class _Answers:
 
     async def told(self, request: Request) -> Told:
         """Which prompt, and what was written of its answer; ends early when the client has gone."""
-        left = asyncio.create_task(_left(request))
+        left = asyncio.create_task(self._hear_leaving(request))
         running = len(self.asked)
         try:
             while running:
-                heard = asyncio.create_task(self._heard.get())
-                await asyncio.wait({heard, left}, return_when=asyncio.FIRST_COMPLETED)
-                if not heard.done():
-                    heard.cancel()
+                choice, event = await self._heard.get()
+                if event is None:
                     self.is_left = True
                     return
-                choice, event = heard.result()
                 if isinstance(event, Failed):
                     raise event.error
                 running -= event.finish is not None
@@ -161,10 +158,10 @@ class _Answers:
         )
 
     def _hear(self, choice: int, event: Event) -> None:
+        """Called in the model's thread."""
         self._loop.call_soon_threadsafe(self._heard.put_nowait, (choice, event))
 
-
-async def _left(request: Request) -> None:
-    """Returns when the client has gone."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+    async def _hear_leaving(self, request: Request) -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        self._heard.put_nowait((0, None))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import socket
 from collections.abc import Iterator
@@ -41,6 +42,7 @@ def run_serve(config: Config) -> UseResult:
             check_batches(trained, section.batch)
             adapters = Adapters(trained, engine, section.names, section.adapters, Path(section.folder or "outputs"))
         serving = Serving(engine, adapters, _context(trained), section.max_tokens, section.batch)
+        _collect_garbage_again()
         if not is_loopback(section.host):
             log.warning(
                 f"serve.host={section.host} is not this machine alone: whoever reaches the port may ask, load and "
@@ -114,6 +116,13 @@ def _bound(host: str, port: int) -> Iterator[socket.socket]:
                 "(serve.port=0 takes a free one)"
             ) from error
         yield listening
+
+
+def _collect_garbage_again() -> None:
+    """See ``__main__``, which switches it off; never among what was made so far."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 def _check_adapters_alone(trained: Trained) -> None:

@@ -23,6 +23,15 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {  # what clients send that changes no
 }
 
 
+def _is_text(value: object) -> bool:
+    """Whether all text in it can be written as UTF-8."""
+    if isinstance(value, str):
+        return not any("\ud800" <= character <= "\udfff" for character in value)
+    if isinstance(value, dict):
+        return all(_is_text(each) for each in [*value, *value.values()])
+    return not isinstance(value, list) or all(map(_is_text, value))
+
+
 class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -32,6 +41,8 @@ class Body(BaseModel):
         """Leave out what says nothing; refuse what would have to change the answer, and cannot."""
         if not isinstance(values, dict):
             return values
+        if not _is_text(values):
+            raise ValueError("it holds half of a character (a lone surrogate): send whole ones")
         given = {key: value for key, value in values.items() if value is not None}
         for key in [key for key in given if key in _NEUTRAL]:
             if given[key] not in _NEUTRAL[key]:

@@ -13,6 +13,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,8 +99,10 @@ def alone(base_folder: Path, adapter_folders: dict[str, Path]) -> Callable[..., 
 
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
     models: dict[str, Any] = {"tiny": AutoModelForCausalLM.from_pretrained(base_folder).eval()}
-    for name, folder in adapter_folders.items():
-        models[name] = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), folder).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT's, of an attribute of transformers
+        for name, folder in adapter_folders.items():
+            models[name] = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), folder).eval()
     known: dict[tuple[str, str, int], str] = {}
 
     def write(name: str, prompt: str, most: int = 12) -> str:
@@ -118,6 +121,7 @@ class Server:
     """A running ``task=serve``, and what it has said so far."""
 
     process: subprocess.Popen[str]
+    reads: Any = None
     url: str = ""
     lines: list[str] = field(default_factory=list)
 
@@ -201,6 +205,8 @@ def start(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         if server.process.poll() is None:
             server.process.kill()
         server.process.wait()
+        server.reads.join()
+        server.process.stdout.close()
 
 
 def _listen(server: Server) -> None:
@@ -216,5 +222,6 @@ def _listen(server: Server) -> None:
                 ready.set()
         ready.set()
 
-    threading.Thread(target=read, daemon=True).start()
+    server.reads = threading.Thread(target=read, daemon=True)
+    server.reads.start()
     assert ready.wait(120), server.said
