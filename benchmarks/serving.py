@@ -18,8 +18,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import nn
 
-from lora_exp.adapters import LoraConfig, LoraModel
-from lora_exp.adapters.routing.plan import BASE
+from lora_exp.adapters import BASE, LoraConfig, LoraModel
 from lora_exp.config import conf_folder
 from lora_exp.schema import register, to_config
 from lora_exp.use.loading import Trained, load_trained
@@ -31,7 +30,7 @@ from .pairs import PROJECTIONS
 from .rows import Row
 from .timing import Side, median_ms, race, ratio
 
-_PROMPT, _WORDS = 32, 32  # tokens
+_PROMPT, _WORDS = 32, 16  # tokens
 _ADAPTERS = 4
 
 
@@ -42,7 +41,7 @@ def run(quick: bool) -> Row:
         served = trained(_ADAPTERS)
         merged = _write(served, folder)
         rows = [_switching(served, folder, merged, 3 if quick else 11)]
-        rows += [_throughput(served, each, 2 if quick else 7) for each in (1, 4)]
+        rows += [_throughput(served, each, 1 if quick else 5) for each in (1, 4)]
         return {"rows": rows, "beside": [_memory(folder, merged, 2 if quick else _ADAPTERS)]}
 
 

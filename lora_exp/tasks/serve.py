@@ -35,4 +35,4 @@ class Serve(Task):
         with signals.at_once():
             from lora_exp.use.serving.server import run_serve
 
-        return run_serve(config)
+        run_serve(config)

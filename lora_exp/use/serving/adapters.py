@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_exp.adapters import LoraModel
-from lora_exp.adapters.routing.plan import BASE
+from lora_exp.adapters import BASE, LoraModel
 from lora_exp.config import TrackingConfig
 from lora_exp.errors import UserError
 from lora_exp.use.loading import Trained, add_run, tokenizer_of

@@ -78,10 +78,6 @@ class Engine:
         return self._thread.is_alive() and self._until is None
 
     @property
-    def is_going_on(self) -> bool:
-        return self._thread.is_alive()
-
-    @property
     def waiting(self) -> int:
         return len(self._waiting)
 

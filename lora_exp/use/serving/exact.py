@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lora_exp.adapters.routing.plan import BASE
+from lora_exp.adapters import BASE
 from lora_exp.errors import UserError
 from lora_exp.use.serving.batch import Batch
 

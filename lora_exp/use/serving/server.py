@@ -9,13 +9,13 @@ import logging
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import uvicorn
 
 from lora_exp.adapters import LoraModel
 from lora_exp.config import Config
 from lora_exp.errors import UserError
-from lora_exp.job import UseResult
 from lora_exp.machine import signals
 from lora_exp.models.positions import trained_positions
 from lora_exp.use.loading import Trained, load_trained
@@ -31,7 +31,7 @@ _LOOKS_S = 0.1  # between looks for a signal
 _LAST_WORDS_S = 2  # for answers that are cut off to say so
 
 
-def run_serve(config: Config) -> UseResult:
+def run_serve(config: Config) -> NoReturn:
     """Serves until a signal comes, which is then obeyed. Raises UserError."""
     section = config.serve
     with _bound(section.host, section.port) as listening:
@@ -57,8 +57,7 @@ def run_serve(config: Config) -> UseResult:
         with signals.while_closing():
             asyncio.run(_serve(_Server(settings), listening, serving, section.grace_s))
     signals.obey()
-    counts = engine.counts
-    return UseResult({"requests": counts.requests, "written_tokens": counts.written_tokens})
+    raise RuntimeError("the model's thread has ended, though nobody asked it to")
 
 
 class _Server(uvicorn.Server):
@@ -72,12 +71,15 @@ class _Server(uvicorn.Server):
 async def _serve(server: _Server, listening: socket.socket, serving: Serving, grace_s: int) -> None:
     serving.engine.start()
     watching = asyncio.create_task(_watch(server, listening, serving, grace_s))
+    watching.add_done_callback(lambda _: setattr(server, "should_exit", True))
     try:
         await server.serve(sockets=[listening])
     finally:
         serving.engine.close(0)
-        await watching
         await asyncio.to_thread(serving.engine.join, _LAST_WORDS_S)
+        watching.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await watching
 
 
 async def _watch(server: _Server, listening: socket.socket, serving: Serving, grace_s: int) -> None:
@@ -91,11 +93,12 @@ async def _watch(server: _Server, listening: socket.socket, serving: Serving, gr
         await asyncio.sleep(_LOOKS_S)
     server.should_exit = True
     serving.engine.close(grace_s)
-    while not signals.is_pressing() and serving.engine.is_going_on:
+    while not signals.is_pressing():
         await asyncio.sleep(_LOOKS_S)
     serving.engine.close(0)
-    if signals.is_pressing():
-        server.force_exit = True
+    server.force_exit = True
+    for connection in list(server.server_state.connections):
+        connection.transport.abort()
 
 
 @contextlib.contextmanager

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_exp.adapters import LoraConfig, LoraModel
-from lora_exp.adapters.routing.plan import BASE
+from lora_exp.adapters import BASE, LoraConfig, LoraModel
 from lora_exp.machine.place import Place
 from lora_exp.use.serving.batch import Batch
 

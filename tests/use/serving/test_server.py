@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import signal
+import socket
+import subprocess
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -495,3 +497,33 @@ def test_the_first_runs_are_named_by_their_folders(start: Callable[..., Any], ad
     names = [card.id for card in server.client().models.list().data]
     assert len(names) == 2
     assert names[1].endswith("plain")
+
+
+def test_beyond_this_machine_is_said_and_a_second_signal_waits_for_nothing(
+    start: Callable[..., Any], adapter_folders: dict[str, Path]
+) -> None:
+    server = start(f"run={adapter_folders['plain']}", "serve.names=[plain]", "serve.host=0.0.0.0", "serve.grace_s=600")
+    assert "there is no login" in server.said
+    assert server.ask("/v1/models", headers={"Host": "my-machine.example"})[0] == 200
+    host, port = server.url.split("/")[2].split(":")
+    with socket.create_connection((host, int(port))) as slow:  # whose body does not come
+        slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n")
+        server.process.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            server.process.wait(1.5)
+        assert server.end(signal.SIGTERM, 10) == 143
+    assert "Traceback" not in server.said
+
+
+def test_a_quantised_base_is_shared_as_well(start: Callable[..., Any], adapter_folders: dict[str, Path]) -> None:
+    pytest.importorskip("bitsandbytes")
+    folders = [adapter_folders[name] for name in ("plain", "dora")]
+    server = start(f"run=[{folders[0]},{folders[1]}]", "serve.names=[plain,dora]", "quantization=int8")
+    names = ["plain", "dora", "tiny"]
+    one_by_one = {name: completed(server, name, "And the king") for name in names}
+    before = server.metric("mixed_steps_total")
+    with ThreadPoolExecutor(6) as threads:
+        together = list(threads.map(lambda name: completed(server, name, "And the king"), names * 2))
+    assert together == [one_by_one[name] for name in names * 2]
+    assert server.metric("mixed_steps_total") > before
+    assert len(set(one_by_one.values())) == 3
