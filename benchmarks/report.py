@@ -24,6 +24,7 @@ _HEADINGS = {
     "scale": "Growth",
     "waiting": "Waiting threads",
     "trainers": "Trainers",
+    "serving": "Several adapters over one base",
 }
 _NOTES = {
     "job": "Seconds of whole processes, medians, ours and a plain PEFT + Trainer script's in turns: loading, the "
@@ -51,6 +52,10 @@ _NOTES = {
     "our loop and transformers' Trainer, on our adapters and on PEFT's. `ratio` is PEFT under "
     "transformers' Trainer over ours under our loop, with its 95 % bootstrap interval, of the steps alone; "
     "`whole_ratio` of the whole processes. transformers' Trainer has our loss head here.",
+    "serving": "SmolLM2-135M in float32 with adapters of rank 8 on all seven projections. `together`: requests for "
+    "four adapters in one routed batch, by the engine of `task=serve`; `in_turn`: an adapter's after another's; "
+    "`one_adapter` and `base`: as many requests, all for one. `ratio`: the second side's time, or bytes, over the "
+    "first's, with its 95 % bootstrap interval. Memory is what a process of its own holds more once all is loaded.",
 }
 
 

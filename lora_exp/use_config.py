@@ -103,18 +103,23 @@ class GenerateConfig:
 
 @dataclass
 class ServeConfig:
-    """An OpenAI-compatible server on ``host``. Requests that wait are answered ``batch`` at a time.
+    """An OpenAI-compatible server on ``host``. ``batch`` prompts at a time are answered, whichever adapters they are
+    for; up to ``queue`` more wait.
 
-    ``queue``: how many may wait. ``max_tokens``: of an answer at most. ``max_body_kb``: of a request's body.
-    ``adapters``: how many may be loaded at once. ``folder``: where adapters may be loaded from while it serves; null:
-    from ./outputs.
+    ``names``: what the runs are asked for by, in their order; empty: their own short names. ``context``: tokens of a
+    prompt and its answer, at most the model's own; ``max_tokens``: of an answer. ``max_body_kb``: of a request's body.
+    ``adapters``: how many may be loaded at once. ``folder``: below which adapters may be loaded from while it serves;
+    null: ./outputs. ``grace_s``: how long what runs may go on after a signal.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
+    names: list[str] = field(default_factory=list)
     batch: int = 8
     queue: int = 256
+    context: int = 4096
     max_tokens: int = 512
     max_body_kb: int = 256
     adapters: int = 16
     folder: str | None = None
+    grace_s: int = 5

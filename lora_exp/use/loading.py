@@ -56,11 +56,7 @@ class Trained:
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The first run's, which may have a chat template of its own; else the base's."""
-        first = next(iter(self.runs.values()), None)
-        if first is not None and (first.adapter / "tokenizer_config.json").is_file():
-            own = replace(self.config.model, path=str(first.adapter), packaged=None, name=None)
-            return models.load_tokenizer(Source(str(first.adapter)), own)
-        return models.load_tokenizer(self.source, self.config.model)
+        return tokenizer_of(self, next(iter(self.runs.values()), None))
 
     @property
     def names(self) -> list[str]:
@@ -126,6 +122,29 @@ def load_trained(config: Config, only: int | None = None) -> Trained:
     log.info(f"model  {config.model.label} in {stored} on {place.device}, base_files_sha256 {digest[:12]}")
     with signals.at_once():
         return _with_runs(Trained(base, config, place, source, digest, shape), runs)
+
+
+def tokenizer_of(trained: Trained, run: FoundRun | None) -> PreTrainedTokenizerBase:
+    """The one that a run was saved with, which may have a chat template of its own; else, and for None, the base's."""
+    if run is not None and (run.adapter / "tokenizer_config.json").is_file():
+        own = replace(trained.config.model, path=str(run.adapter), packaged=None, name=None)
+        return models.load_tokenizer(Source(str(run.adapter)), own)
+    return models.load_tokenizer(trained.source, trained.config.model)
+
+
+def add_run(trained: Trained, name: str, run: FoundRun) -> None:
+    """Put the adapter of one more run beside the others. Raises UserError, and then nothing has changed."""
+    _check_one_base([*trained.runs.values(), run])
+    if not _is_adapter(run):
+        raise UserError(f"run={run.place} trained the base's own weights: it cannot be put beside other adapters")
+    try:
+        _add(trained, name, run)
+    except BaseException:
+        if isinstance(trained.model, LoraModel) and name in trained.model.configs:
+            trained.model.delete_adapter(name)
+        raise
+    trained.runs[name] = run
+    trained.model.eval()
 
 
 def _with_runs(trained: Trained, runs: Sequence[FoundRun]) -> Trained:

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server of one base with several adapters, whose requests are answered together."""
