@@ -67,6 +67,10 @@ class Format:
     def check(self, wish: Wish) -> None:
         """Raise UserError, with the next move, for a model or an adapter that the format cannot hold."""
 
+    def resolved(self, wish: Wish) -> ExportConfig:
+        """The section with what ``auto`` stands for, of this run; the other methods are given that one."""
+        return wish.section
+
     def needed_bytes(self, wish: Wish) -> int:
         """About how much room what is written takes."""
         raise NotImplementedError

@@ -53,6 +53,7 @@ def run_export(config: Config, job: Job) -> UseResult:
             trained = load_trained(_exact(config), only=1)
             wish = Wish(trained, next(iter(trained.runs)), section, lambda share: None)
             kind.check(wish)
+            wish = replace(wish, section=kind.resolved(wish))
             answers, source = reference_for(wish)
         check_room(target, kind.needed_bytes(wish))
         maker = _Maker(kind, wish, answers, source, job)

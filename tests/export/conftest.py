@@ -90,15 +90,26 @@ def answers() -> Callable[[nn.Module, torch.Tensor], torch.Tensor]:
     return logits_of
 
 
-@pytest.fixture
-def finished(cli: Callable[..., Any], tiny_overrides: list[str], workplace: Path) -> Callable[..., Path]:
-    """Trains from the command line; gives the run's folder."""
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], Path]:
+    """The folders of those that are trained already, by what they were asked for; no test changes one."""
+    return {}
 
-    def train(*more: str, name: str = "run") -> Path:
-        folder = workplace / "outputs/runs/day" / name
-        done = cli(*tiny_overrides, "tracking=none", "optimizer.lr=2e-2", f"hydra.run.dir={folder}", *more)
-        assert done.code == 0, done.err
-        return folder
+
+@pytest.fixture
+def finished(
+    cli: Callable[..., Any], tiny_overrides: list[str], runs: dict[tuple[str, ...], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., Path]:  # fmt: skip
+    """Trains from the command line, each once; gives the run's folder, whose exports begin with ``day-run``."""
+
+    def train(*more: str) -> Path:
+        if more not in runs:
+            folder = tmp_path_factory.mktemp("trained") / "day/run"
+            done = cli(*tiny_overrides, "tracking=none", "optimizer.lr=2e-2", f"hydra.run.dir={folder}", *more)
+            assert done.code == 0, done.err
+            runs[more] = folder
+        return runs[more]
 
     return train
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -25,8 +26,8 @@ QUANTISE = ("none", "nf4", "fp4", "int8")
 # mean nothing, move by several units: there it is the KL that tells.
 _TOLERANCE = {
     "float32": Tolerance(1e-3, 1e-6),
-    "float16": Tolerance(0.1, 1e-4),
-    "bfloat16": Tolerance(1.0, 1e-2),
+    "float16": Tolerance(0.1, 2e-5),
+    "bfloat16": Tolerance(1.0, 2e-3),
     "int8": Tolerance(20.0, 0.2),
     "nf4": Tolerance(50.0, 1.5),
     "fp4": Tolerance(50.0, 2.0),
@@ -57,9 +58,19 @@ class Merged(Format):
         if wish.section.quantise != "none" and not model_kind_of(wish.trained.config.model).quantises:
             raise UserError(f"export.quantise={wish.section.quantise} is for language models: use export.quantise=none")
 
+    def resolved(self, wish: Wish) -> ExportConfig:
+        if wish.section.dtype != "auto":
+            return wish.section
+        from lora_exp.export.merging import stored_dtype
+        from lora_exp.models.source import weight_files
+
+        trained = wish.trained
+        own = str(stored_dtype(weight_files(trained.model, trained.source))).removeprefix("torch.")
+        return replace(wish.section, dtype=own)
+
     def needed_bytes(self, wish: Wish) -> int:
         count = _parameters(wish.trained.model)
-        dense = count * _BYTES[self._dtype(wish)]
+        dense = count * _BYTES[wish.section.dtype]
         if wish.section.quantise == "none":
             return dense
         from lora_exp.export.merging import QUANTISED
@@ -74,9 +85,9 @@ class Merged(Format):
         from lora_exp.export.tokenizing import exported_tokenizer
 
         trained, section = wish.trained, wish.section
-        dtype: torch.dtype = getattr(torch, self._dtype(wish))
+        dtype: torch.dtype = getattr(torch, section.dtype)
         quantised = section.quantise if section.quantise != "none" else None
-        facts: dict[str, object] = {"stored_in": quantised or self._dtype(wish)}
+        facts: dict[str, object] = {"stored_in": quantised or section.dtype}
         if (tokenizer := exported_tokenizer(trained)) is not None:
             tokenizer.save_pretrained(folder)
         if isinstance(trained.model, LoraModel):
@@ -103,21 +114,12 @@ class Merged(Format):
 
     def tolerance(self, section: ExportConfig) -> Tolerance:
         key = section.quantise if section.quantise != "none" else section.dtype
-        return _TOLERANCE.get(key, _TOLERANCE["bfloat16"])  # auto: whatever the base is in
+        return _TOLERANCE["bfloat16" if key == "auto" else key]
 
     def logits(self, folder: Path, tokens: Tensor, base: Path | None) -> Tensor:
         from lora_exp.export.answers import logits_of, plain_model
 
         return logits_of(plain_model(folder, tokens.device), tokens)
-
-    def _dtype(self, wish: Wish) -> str:
-        if wish.section.dtype != "auto":
-            return wish.section.dtype
-        from lora_exp.export.merging import stored_dtype
-        from lora_exp.models.source import weight_files
-
-        trained = wish.trained
-        return str(stored_dtype(weight_files(trained.model, trained.source))).removeprefix("torch.")
 
 
 def _stored(wish: Wish, found: MergedModel, quantised: str | None, folder: Path) -> dict[str, object]:
