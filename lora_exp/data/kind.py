@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from lora_exp.config import DataConfig, data_kinds
 from lora_exp.errors import UserError
@@ -26,17 +26,8 @@ if TYPE_CHECKING:
 Batch = Mapping[str, "Tensor"]
 Row = dict[str, "Tensor"]
 Tokenizer = Callable[[], "PreTrainedTokenizerBase | None"]  # loads it; None for kinds of data that ask for none
+Ask = Callable[[Sequence[dict[str, Any]]], tuple[str, str]]
 _Kind = TypeVar("_Kind", bound="type[DataKind]")
-
-
-class Asking(Protocol):
-    """How a conversation becomes text for a model to answer, as the training had it. ``messages``: role and content."""
-
-    def prompt(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """What the answer is written behind. Raises UserError for messages that cannot be laid out."""
-
-    def closing(self) -> str:
-        """What is written behind an answer."""
 
 
 @dataclass(frozen=True)
@@ -142,8 +133,9 @@ class DataKind(DataConfig):
 
         return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
-    def asking(self, tokenizer: PreTrainedTokenizerBase) -> Asking | None:
-        """How a model that learnt from such data is asked; None: as its tokenizer's chat template has it."""
+    def asks(self, tokenizer: PreTrainedTokenizerBase) -> Ask | None:
+        """How messages are put to a model that was trained on such data: they become the text that asks for an answer,
+        and what ends that; None where rows are no conversations."""
         return None
 
     # The objective

@@ -10,12 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
-from lora_exp.config import DataConfig, TrackingConfig
+from lora_exp.config import TrackingConfig
 from lora_exp.errors import UserError
 from lora_exp.job import Outcome, Result, read_outcome
-from lora_exp.schema import data_section
 from lora_exp.training.metrics import higher_is_better
 from lora_exp.use_config import BestConfig
 
@@ -205,14 +202,6 @@ def said(run: FoundRun) -> str:
     loss, step = (result.best_loss, run.step) if best else (result.eval_loss, result.step)
     figure = "" if run.step is not None and not best else f", eval/loss {loss:.4f}"
     return f"run    {run.folder}{figure} at optimizer step {run.step if run.step is not None else step}"
-
-
-def data_of(run: FoundRun) -> DataConfig | None:
-    """The data that a run was trained on, as its config says; None of an adapter that lies alone."""
-    if run.folder is None:
-        return None
-    loaded = OmegaConf.load(run.folder / "config.yaml")
-    return data_section(loaded.data)
 
 
 def base_named(adapter: Path) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from lora_exp.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_STAND_IN = "yes"  # for an answer that is not there yet
 _DAY = datetime.date(2024, 7, 26)  # what templates take for today: the same data must give the same tokens tomorrow
 
 
@@ -80,6 +81,21 @@ def by_template(tokenizer: PreTrainedTokenizerBase, template: str | None, option
         return _laid(conversation.messages, _renderer(tokenizer, template, {**options, "tools": conversation.tools}))
 
     return lay
+
+
+def question(lay: Layout, system: str | None, messages: Sequence[Message]) -> tuple[str, str]:
+    """The text that asks for an answer to ``messages``, as one is asked for in training, and what ends the answer.
+
+    Raises UserError for messages that the layout cannot take.
+    """
+    first = [{"role": "system", "content": system}] if system else []
+    asked = [*([] if messages[0]["role"] in ("system", "developer") else first), *messages]
+    try:
+        laid = lay(Conversation([*asked, {"role": ANSWERS, "content": _STAND_IN}]))[-1]
+    except BadRecordError as error:
+        raise UserError(f"{error}: leave out the message that it does not take, such as the system's") from error
+    start, end = laid.answers[-1]
+    return laid.text[:start], laid.text[start:end].rpartition(_STAND_IN)[2]
 
 
 def read_template(named: str) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lora_exp.data.kind import Asking, Batch, Data, DataKind, Row, Tokenizer, data_kind
+from lora_exp.data.kind import Ask, Batch, Data, DataKind, Row, Tokenizer, data_kind
 from lora_exp.errors import UserError
 from lora_exp.inputs import RECORD_SUFFIXES
 from lora_exp.registry import check_options
@@ -144,11 +145,12 @@ class Chat(DataKind):
         assert loaded is not None
         return load_chat(self, loaded)
 
-    def asking(self, tokenizer: PreTrainedTokenizerBase) -> Asking | None:
-        from lora_exp.data.chat.asking import LaidOut
+    def asks(self, tokenizer: PreTrainedTokenizerBase) -> Ask | None:
+        from lora_exp.data.chat.layouts import question
         from lora_exp.data.chat.loading import layout_of
 
-        return LaidOut(layout_of(self, tokenizer)[0], self.system)
+        lay, _ = layout_of(self, tokenizer)
+        return functools.partial(question, lay, self.system)
 
     def check_model(self, model: nn.Module, device: torch.device) -> None:
         if self.packing:

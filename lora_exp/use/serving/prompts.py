@@ -7,27 +7,30 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import jinja2
+from omegaconf import DictConfig, OmegaConf
 
+from lora_exp.config import DataConfig
 from lora_exp.data import kind_of
-from lora_exp.data.kind import Asking
+from lora_exp.data.kind import Ask
 from lora_exp.errors import UserError
+from lora_exp.schema import data_section
 from lora_exp.use.loading import Trained
-from lora_exp.use.runs import FoundRun, data_of
+from lora_exp.use.runs import FoundRun
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, Any]
-_PLACEHOLDER = "x"
+_PLACEHOLDER = "qxz"
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """``asking``: how the training laid conversations out; None: by the tokenizer's own template. ``ends``: the tokens
-    that end a text; ``chat_ends``: those that end an answer. ``words``: how many the vocabulary has."""
+    """``ask``: how the training laid conversations out; None: by the tokenizer's own template. ``ends``: the tokens
+    that end a text. ``words``: how many the vocabulary has."""
 
     tokenizer: PreTrainedTokenizerBase
-    asking: Asking | None
+    ask: Ask | None
     ends: frozenset[int]
     words: int
 
@@ -58,15 +61,13 @@ class Prompts:
         return self.ends | (special & set(closing))
 
     def _laid(self, messages: Sequence[Message]) -> str:
-        if self.asking is not None:
-            return self.asking.prompt(messages)
-        return self._by_template(messages, asks=True)
+        return self.ask([*messages])[0] if self.ask is not None else self._by_template(messages, asks=True)
 
     def _closing(self) -> str:
         """What the layout puts behind an answer."""
-        if self.asking is not None:
-            return self.asking.closing()
         question = {"role": "user", "content": _PLACEHOLDER}
+        if self.ask is not None:
+            return self.ask([question])[1]
         whole = self._by_template([question, {"role": "assistant", "content": _PLACEHOLDER}], asks=False)
         return whole.rpartition(_PLACEHOLDER)[2]
 
@@ -91,9 +92,18 @@ class Prompts:
 
 def prompts_of(run: FoundRun | None, tokenizer: PreTrainedTokenizerBase, trained: Trained) -> Prompts:
     """``run`` None: the base's."""
-    section = data_of(run) if run is not None else None
-    asking = kind_of(section).asking(tokenizer) if section is not None else None
-    return Prompts(tokenizer, asking, _ends(tokenizer, trained), _words(trained))
+    section = _data_of(run) if run is not None else None
+    ask = kind_of(section).asks(tokenizer) if section is not None else None
+    return Prompts(tokenizer, ask, _ends(tokenizer, trained), _words(trained))
+
+
+def _data_of(run: FoundRun) -> DataConfig | None:
+    """As the run's config says; None of an adapter that lies alone."""
+    if run.folder is None:
+        return None
+    loaded = OmegaConf.load(run.folder / "config.yaml")
+    assert isinstance(loaded, DictConfig)
+    return data_section(loaded.data)
 
 
 def _ends(tokenizer: PreTrainedTokenizerBase, trained: Trained) -> frozenset[int]:

@@ -25,7 +25,7 @@ def tokenizer(base_folder: Path) -> Any:
 
 def made(tokenizer: Any, **fields: Any) -> Prompts:
     section = Chat(label="x", **fields)
-    return Prompts(tokenizer, section.asking(tokenizer), frozenset({2}), len(tokenizer))
+    return Prompts(tokenizer, section.asks(tokenizer), frozenset({2}), len(tokenizer))
 
 
 def text(prompts: Prompts, messages: list[dict[str, Any]]) -> str:
@@ -56,7 +56,7 @@ def test_the_prompt_is_what_the_training_had_before_the_answer(tokenizer: Any, t
     file.write_text("".join(f'{{"prompt": "{asked}", "completion": "the king"}}\n' for asked in questions))
     for layout in ("plain", "raw", "template"):
         section = Chat(label="x", path=str(file), layout=layout, packing=False, cache_dir=str(tmp_path / "cache"))
-        prompts = Prompts(tokenizer, section.asking(tokenizer), frozenset({2}), len(tokenizer))
+        prompts = Prompts(tokenizer, section.asks(tokenizer), frozenset({2}), len(tokenizer))
         ours = [prompts.of_messages([{"role": "user", "content": asked}]) for asked in questions]
         rows: Any = load_chat(section, tokenizer).train
         for row in rows:
