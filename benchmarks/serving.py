@@ -42,7 +42,7 @@ def run(quick: bool) -> Row:
         merged = _write(served, folder)
         rows = [_switching(served, folder, merged, 3 if quick else 11)]
         rows += [_throughput(served, each, 1 if quick else 5) for each in (1, 4)]
-        return {"rows": rows, "beside": [_memory(folder, merged, 2 if quick else _ADAPTERS)]}
+        return {"rows": rows, "beside": [_memory(folder, 2 if quick else _ADAPTERS)]}
 
 
 def trained(adapters: int) -> Trained:
@@ -82,13 +82,9 @@ def _write(served: Trained, folder: Path) -> Path:
 # Memory: processes of their own
 
 
-def _memory(folder: Path, merged: Path, count: int) -> Row:
-    sides = {
-        "base": ["0", str(folder)],
-        "adapters": [str(count), str(folder)],
-        "merged": [str(count), str(merged)],
-    }
-    found = {name: _resident_mib(arguments) for name, arguments in sides.items()}
+def _memory(folder: Path, count: int) -> Row:
+    sides = {"base": ["1", "0"], "adapters": ["1", str(count)], "merged": [str(count), "0"]}
+    found = {name: _resident_mib([str(folder), *arguments]) for name, arguments in sides.items()}
     row: Row = {"case": f"MiB resident, {count} adapters of rank 8 over one base / {count} merged models, float32"}
     row |= {f"{name}_mib": value for name, value in found.items()}
     return {**row, "ratio": round(found["merged"] / found["adapters"], 2)}
@@ -101,20 +97,20 @@ def _resident_mib(arguments: list[str]) -> float:
     return float(done.stdout.split()[-1])
 
 
-def _hold(count: int, folder: Path) -> None:
-    """Prints how many MiB more a process holds, once it has loaded as many adapters or merged models."""
+def _hold(folder: Path, models: int, adapters: int) -> None:
+    """Prints how many MiB more a process holds, once it has loaded as many models, and adapters on the last of them."""
     import psutil
     from transformers import AutoModelForCausalLM
 
     process = psutil.Process()
     before = process.memory_info().rss
-    if folder.name == "merged":
-        held = [_in_memory(AutoModelForCausalLM.from_pretrained(folder)) for _ in range(count)]
-    else:
-        served = trained(0)
-        for number in range(count):
-            _load(served, folder / f"adapter_{number}", f"adapter_{number}")
-        held = [_in_memory(served.model)]
+    held: list[nn.Module] = [_in_memory(AutoModelForCausalLM.from_pretrained(folder / "merged")) for _ in range(models)]
+    for number in range(adapters):
+        where, name = folder / f"adapter_{number}", f"adapter_{number}"
+        if isinstance(held[-1], LoraModel):
+            held[-1].load_adapter(where, name)
+        else:
+            held[-1] = LoraModel.from_pretrained(held[-1], where, name, verbose=False)
     gc.collect()
     print(len(held), round((process.memory_info().rss - before) / 2**20, 1))
 
@@ -124,14 +120,6 @@ def _in_memory(model: nn.Module) -> nn.Module:
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     return model
-
-
-def _load(found: Trained, folder: Path, name: str) -> None:
-    if isinstance(found.model, LoraModel):
-        found.model.load_adapter(folder, name)
-    else:
-        found.model = LoraModel.from_pretrained(found.model, folder, name, verbose=False)
-    found.model.eval()
 
 
 # Time
@@ -221,4 +209,4 @@ def _answer(engine: Engine, names: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("LORA_EXP_FLOAT32", "blas")
-    _hold(int(sys.argv[1]), Path(sys.argv[2]))
+    _hold(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -93,7 +93,7 @@ def question(lay: Layout, system: str | None, messages: Sequence[Message]) -> tu
     try:
         laid = lay(Conversation([*asked, {"role": ANSWERS, "content": _STAND_IN}]))[-1]
     except BadRecordError as error:
-        raise UserError(f"{error}: leave out generate.system, or the message that it does not take") from error
+        raise UserError(f"{error}: leave out the message that it does not take, such as the system's") from error
     start, end = laid.answers[-1]
     return laid.text[:start], laid.text[start:end].rpartition(_STAND_IN)[2]
 

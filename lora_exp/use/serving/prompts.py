@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, Any]
-_PLACEHOLDER = "x"
+_PLACEHOLDER = "qxz"
 
 
 @dataclass(frozen=True)
 class Prompts:
     """``ask``: how the training laid conversations out; None: by the tokenizer's own template. ``ends``: the tokens
-    that end a text; ``chat_ends``: those that end an answer. ``words``: how many the vocabulary has."""
+    that end a text. ``words``: how many the vocabulary has."""
 
     tokenizer: PreTrainedTokenizerBase
     ask: Ask | None
@@ -59,9 +59,7 @@ class Prompts:
         return self.ends | (special & set(closing))
 
     def _laid(self, messages: Sequence[Message]) -> str:
-        if self.ask is not None:
-            return self.ask([dict(message) for message in messages])[0]
-        return self._by_template(messages, asks=True)
+        return self.ask([*messages])[0] if self.ask is not None else self._by_template(messages, asks=True)
 
     def _closing(self) -> str:
         """What the layout puts behind an answer."""
