@@ -180,7 +180,8 @@ def merged_tensors(model: nn.Module, name: str, rounded: bool = False) -> dict[s
         if is_quantised(own_parameter(module, "weight")) or isinstance(module, LoRALayerBase):
             ours += [joined(prefix, key) for key in ("weight.", "SCB", "weight_format", "adapters.")]
         ours += [joined(prefix, f"{CHILD}.")] if CHILD in module._modules else []
-    state = {**{key: partial(_same, value) for key, value in model.state_dict().items()}, **merged}
+    state: dict[str, Made] = {key: partial(_same, value) for key, value in model.state_dict().items()}
+    state |= merged
     return _with_saved({key: make for key, make in state.items() if not key.startswith(tuple(ours))}, model, name)
 
 

@@ -180,5 +180,6 @@ def _frequency_divisors(config: Config) -> Tensor:
 
     width = head_width(config)
     scaled, _ = ROPE_INIT_FUNCTIONS[rope(config)["rope_type"]](config, torch.device("cpu"))
-    plain = 1.0 / rope(config)["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
-    return plain / scaled
+    plain: Tensor = 1.0 / rope(config)["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
+    factors: Tensor = plain / scaled
+    return factors

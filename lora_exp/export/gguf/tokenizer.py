@@ -117,7 +117,8 @@ def _kind(text: str | None, added: Json | None, unknown: str | None) -> TokenTyp
 
 def _merges(model: Json) -> list[tuple[str, str]]:
     """In their order, also of an older file that writes a pair as one text."""
-    return [tuple(pair.split(" ", 1)) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
+    split = (pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"])
+    return [(str(left), str(right)) for left, right in split]
 
 
 def _scores(model: Json, tokens: list[str]) -> list[float]:
@@ -186,4 +187,5 @@ def _templates(template: Any) -> Any:
 
 
 def _first(number: Any) -> int | None:
-    return number[0] if isinstance(number, list) and number else number
+    first: int | None = number[0] if isinstance(number, list) and number else number
+    return first
