@@ -87,7 +87,8 @@ def _command() -> None:
         sys.exit(str(error))
     adopt_login()
     try:
-        with signals.at_once(), composing.plainly(), saved_config_composed(sys.argv[1:]) as arguments:
+        typed = composing.texts_quoted(sys.argv[1:])
+        with signals.at_once(), composing.plainly(), saved_config_composed(typed) as arguments:
             sys.argv[1:] = composing.in_order(arguments)
             composing.check_arguments(sys.argv[1:])
             with composing.printed_without_logins(sys.argv[1:]):

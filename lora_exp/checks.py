@@ -90,9 +90,9 @@ def _place_problems(config: Config) -> list[str]:
 
 def _kind_problems(config: Config) -> list[str]:
     """What the kinds of model and data see in the config, and whether they go together."""
-    model, data = config.model, kind_of(config.data)
-    sources = source_problems(config.data, data.suffixes, config.task == "train") if data.suffixes else []
-    problems = [*sources, *data.problems(config.task)]
+    model, data, reads = config.model, kind_of(config.data), _reads_data(config)
+    sources = source_problems(config.data, data.suffixes, reads) if data.suffixes else []
+    problems = [*sources, *data.problems("train" if reads else "plan")]
     if problem := model_kinds.problem(model.kind):
         return [*problems, problem]
     if model.kind not in data.learners:
@@ -101,6 +101,13 @@ def _kind_problems(config: Config) -> list[str]:
             f"choose a model of kind {' or '.join(data.learners)}, or other data"
         )
     return problems + model_kind_of(model).problems(model, data.positions, data.length_field)
+
+
+def _reads_data(config: Config) -> bool:
+    """Whether the task needs the files of ``data``."""
+    if tasks.problem(config.task):
+        return False
+    return tasks[config.task].trains or tasks[config.task].reads_data
 
 
 def _quantization_problems(config: Config) -> list[str]:
@@ -120,9 +127,12 @@ def _quantization_problems(config: Config) -> list[str]:
 
 def _missing_library(config: Config) -> list[str]:
     """bitsandbytes, and what transformers quantises with, are an extra; looking is not importing."""
-    wishes = {f"quantization={config.quantization.name}": config.quantization.name != "none"}
-    wishes[f"optimizer={config.optimizer.name}"] = config.optimizer.name != "adamw"
-    needing = [wish for wish, is_wished in wishes.items() if is_wished and config.task == "train"]
+    if tasks.problem(config.task):
+        return []
+    trains, of_runs = tasks[config.task].trains, tasks[config.task].of_runs
+    wishes = {f"quantization={config.quantization.name}": config.quantization.name != "none" and (trains or of_runs)}
+    wishes[f"optimizer={config.optimizer.name}"] = config.optimizer.name != "adamw" and trains
+    needing = [wish for wish, is_wished in wishes.items() if is_wished]
     absent = [name for name in ("bitsandbytes", "accelerate") if importlib.util.find_spec(name) is None]
     if not needing or not absent:
         return []

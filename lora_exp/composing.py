@@ -25,10 +25,13 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from lora_exp.config import ConfigError, conf_folder
 from lora_exp.credentials import login_problems, redacted
+from lora_exp.errors import UserError
 from lora_exp.keys import nearest, unknown_key, unknown_keys, wrong_data, wrong_value
 from lora_exp.plugins import PluginError, import_plugins
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
+_TEXTS = ("generate.prompt", "generate.system")
+_BRACKETS = (("'", "'"), ('"', '"'), ("[", "]"))
 # Of joblib's, submitit's and Python's own pools of processes.
 _DEAD_WORKER = ("TerminatedWorkerError", "UncompletedJobError", "BrokenProcessPool")
 _DEAD_WORKER_SAID = (
@@ -46,6 +49,22 @@ def in_order(arguments: Sequence[str]) -> list[str]:
     for override in overrides:
         flags.remove(override)
     return [*overrides, *flags]
+
+
+def texts_quoted(arguments: Sequence[str]) -> list[str]:
+    """The same command line with texts for a model to read in the quotes that Hydra's grammar wants around a comma."""
+    if any(argument in ("-m", "--multirun") for argument in arguments):  # where a comma may mean one value and the next
+        return list(arguments)
+    return [_quoted(argument) for argument in arguments]
+
+
+def _quoted(argument: str) -> str:
+    key, _, text = argument.partition("=")
+    is_enclosed = text and (text[0], text[-1]) in _BRACKETS and bool(_parsed([argument]))
+    if key not in _TEXTS or text in ("", "null") or is_enclosed:
+        return argument
+    escaped = re.sub(r"(\\*)(\Z|')", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text)
+    return f"{key}='{escaped.replace('${', chr(92) + '${')}'"
 
 
 def check_arguments(arguments: Sequence[str]) -> None:
@@ -146,8 +165,8 @@ def _values(text: str) -> object:
 
 def explain(error: Exception) -> str | None:
     """What a person can do about an error of Hydra's, or None for one that is not foreseen."""
-    if isinstance(error, ConfigError):
-        return str(error)
+    if isinstance(error, UserError):
+        return redacted(str(error))
     if type(error).__name__ in _DEAD_WORKER:
         return _DEAD_WORKER_SAID.format(str(error).strip().splitlines()[0])
     place = _place(str(error))

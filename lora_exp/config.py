@@ -243,7 +243,8 @@ class TrackingConfig:
     """Where MLflow runs go. ``uri`` null: MLFLOW_TRACKING_URI, else ``outputs/mlflow.db``.
 
     ``system_metrics``: what the machine does meanwhile, under ``system/``; null: as
-    MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING says, and else it is logged.
+    MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING says, and else it is logged. ``register``: the name in MLflow's registry that
+    the result is a version of, as a model that answers prompts; after training, or of ``task=export export=mlflow``.
     """
 
     enabled: bool = True
@@ -251,6 +252,7 @@ class TrackingConfig:
     experiment: str = "lora_exp"
     run_name: str | None = None
     system_metrics: bool | None = None
+    register: str | None = None
 
 
 @dataclass

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
@@ -68,6 +71,59 @@ class TrainingProgress:
             log.info(text)
 
 
+class Stages:
+    """Shows the stages of long work one after the other: a bar each on a terminal, a line elsewhere."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), TextColumn("{task.fields[shown]}"))
+        self._bar = Progress(*columns, console=Console(), transient=True) if sys.stdout.isatty() else None
+
+    def __enter__(self) -> Stages:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    @contextlib.contextmanager
+    def stage(self, name: str, folder: Path | None = None, size: int = 0) -> Iterator[Callable[[float], object]]:
+        """Gives what moves the bar to a share of 0 to 1. ``folder``: it grows to ``size`` bytes meanwhile, by which the
+        bar moves too."""
+        started = time.monotonic()
+        if self._bar is None:
+            log.info(f"{name} ...")
+            yield lambda share: None
+            return
+        bar, task = self._bar, self._bar.add_task(name, total=None, shown="")
+        shares = [0.0]
+
+        def say(share: float) -> None:
+            shares[0] = max(shares[0], min(share, 1.0))
+            seconds = f"{time.monotonic() - started:.0f} s"
+            bar.update(task, completed=shares[0], total=1.0 if shares[0] else None, shown=seconds)
+
+        over = threading.Event()
+        looking = threading.Thread(target=_follow_size, args=(folder, size, say, over), daemon=True)
+        looking.start()
+        try:
+            yield say
+        finally:
+            over.set()
+            looking.join()
+            bar.remove_task(task)
+
+
+def _follow_size(folder: Path | None, size: int, say: Callable[[float], object], over: threading.Event) -> None:
+    while not over.wait(0.2):
+        written = 0
+        if folder is not None and size:
+            with contextlib.suppress(OSError):  # a file that has just got its name
+                written = sum(file.stat().st_size for file in folder.rglob("*"))
+        say(min(written / size, 0.99) if size else 0.0)
+
+
 def _other_figures(record: Mapping[str, float]) -> list[str]:
     """What an evaluation found beside the loss: a perplexity, an accuracy."""
     names = [name for name in record if name.startswith("eval/") and name != "eval/loss"]
@@ -77,3 +133,31 @@ def _other_figures(record: Mapping[str, float]) -> list[str]:
 def _bar() -> Progress:
     columns = (BarColumn(bar_width=30), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"), TimeRemainingColumn())
     return Progress(*columns, console=Console(), transient=True)
+
+
+class Steps:
+    """A bar for work of a known number of steps; nothing where there is no terminal. Use as a context manager."""
+
+    def __init__(self, title: str, total: int) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        self._bar = Progress(*columns, console=Console(), transient=True) if sys.stdout.isatty() else None
+        self._task = self._bar.add_task(title, total=total) if self._bar else None
+
+    def __enter__(self) -> Steps:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def advance(self, steps: int = 1) -> None:
+        """So many more are done."""
+        if self._bar and self._task is not None:
+            self._bar.advance(self._task, steps)

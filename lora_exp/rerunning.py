@@ -6,27 +6,33 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from lora_exp.config import ConfigError, TrackingConfig, conf_folder
-from lora_exp.task import tasks
-from lora_exp.use.runs import FoundRun, base_named, find_run, names_of
+from lora_exp.task import Task, tasks
+from lora_exp.use.runs import PROVENANCE, FoundRun, base_named, find_export, find_run, names_of
 from lora_exp.use_config import BestConfig
 
 _KEY = "rerun="
 _NAME = "rerun"
 _OF_ONE_RUN = ("resume",)  # where it went on from is no part of what it was
-_OF_ONE_TASK = ("task", "run", "plan", "export", "best", "evaluate", "generate", "serve", *_OF_ONE_RUN)
+_OF_ONE_TASK = (
+    "task", "run", "plan", "trainer", "parallel", "export", "best", "evaluate", "generate", "serve", *_OF_ONE_RUN,
+)  # fmt: skip
 _CHOSEN_ALWAYS = ("export",)  # has no meaning without a choice, and an older run has none
 _USED = "outputs/used/${now:%Y-%m-%d}/${now:%H-%M-%S-%f}"  # where tasks on finished runs have their own folders
+_Section = TypeVar("_Section", BestConfig, TrackingConfig)
 
 
 @contextlib.contextmanager
@@ -41,29 +47,67 @@ def saved_config_composed(arguments: Sequence[str]) -> Iterator[list[str]]:
     if asked:
         folder = Path(asked[-1].removeprefix(_KEY)).expanduser()
         primary = _primary(_saved(folder, "rerun"), _OF_ONE_RUN, others)
+    elif not (_task_of(others).of_runs or _task_of(others).of_exports):
+        yield others
+        return
     elif runs := _found(others):
         others = [argument for argument in others if not argument.startswith("run=")]
         primary = _of_runs(runs, others)
-    else:
-        yield others
+    else:  # about the base alone, which no run's config is needed for
+        folders = {"hydra.run.dir": _USED, "hydra.sweep.dir": _USED}
+        yield [*others, *(f"{key}={value}" for key, value in folders.items() if not _typed(others, key))]
         return
     with tempfile.TemporaryDirectory() as place:
         OmegaConf.save(primary, Path(place) / f"{_NAME}.yaml")
         yield [*others, "--config-path", place, "--config-name", _NAME]
 
 
+def refuse_uncomposed(composed: DictConfig) -> None:
+    """Raise ConfigError for a task on finished runs that a file names: their config is found by the command line."""
+    name = str(composed.task)
+    if tasks.problem(name) or not (tasks[name].of_runs or tasks[name].of_exports) or composed.run is None:
+        return
+    if OmegaConf.select(composed, "hydra.job.config_name") != _NAME:
+        raise ConfigError([f"task={name} and run={composed.run} stand in a file: type both on the command line"])
+
+
+def _task_of(arguments: Sequence[str]) -> type[Task]:
+    """The command line's task; one that is not known is said when it is composed."""
+    asked = [str(value) for value in _values(arguments, "task=")]
+    return tasks[asked[-1]] if asked and not tasks.problem(asked[-1]) else Task
+
+
 def _found(arguments: Sequence[str]) -> list[FoundRun]:
     """The finished runs that a command line is about: ``run=A run=B``, or ``run=[A,B]``."""
-    task = _values(arguments, "task=")
-    if not task or tasks.problem(str(task[-1])) or not tasks[str(task[-1])].of_runs:
-        return []
-    named = [name for value in _values(arguments, "run=") for name in names_of(value)]
-    best, tracking = BestConfig(), TrackingConfig(enabled="tracking=none" not in arguments)
-    for section, key in ((best, "best"), (tracking, "tracking")):
-        for field in ("of", "metric", "better", "uri", "experiment"):
-            if hasattr(section, field) and (given := _values(arguments, f"{key}.{field}=")):
-                setattr(section, field, None if given[-1] is None else str(given[-1]))
-    return [find_run(name, best, tracking) for name in dict.fromkeys(named)]
+    named = list(dict.fromkeys(name for value in _values(arguments, "run=") for name in names_of(value)))
+    if _task_of(arguments).of_exports:
+        return [find_export(name) for name in named]
+    best = _filled(BestConfig(), "best", arguments)
+    tracking = _filled(_chosen_tracking(arguments), "tracking", arguments)
+    return list(dict.fromkeys(find_run(name, best, tracking) for name in named))
+
+
+def _filled(section: _Section, key: str, arguments: Sequence[str]) -> _Section:
+    """The section with what the command line gives its fields; a wrong type is said when it is composed."""
+    for field in fields(section):
+        if given := _values(arguments, f"{key}.{field.name}="):
+            setattr(section, field.name, given[-1])
+    return section
+
+
+def _chosen_tracking(arguments: Sequence[str]) -> TrackingConfig:
+    """The file of ``tracking`` that a command line chooses: it says where runs are looked up."""
+    chosen, section = _values(arguments, "tracking="), TrackingConfig()
+    known, _ = get_args_parser().parse_known_args(list(arguments))
+    roots = [*([Path(known.config_dir)] if known.config_dir else []), conf_folder()]
+    files = [root / f"tracking/{chosen[-1]}.yaml" for root in roots] if chosen else []
+    for file in (file for file in files if file.is_file()):
+        loaded = OmegaConf.load(file)
+        for field in fields(section):
+            if isinstance(loaded, DictConfig) and field.name in loaded:
+                setattr(section, field.name, loaded[field.name])
+        break
+    return section
 
 
 def _values(arguments: Sequence[str], key: str) -> list[Any]:
@@ -77,29 +121,36 @@ def _values(arguments: Sequence[str], key: str) -> list[Any]:
         except HydraException:
             continue  # Hydra says so itself
         if override.is_sweep_override():
-            raise ConfigError([f"{argument} is not swept: several runs are a list, run=[A,B], or run=A run=B"])
-        found.append(override.value())
+            instead = ": several runs are a list, run=[A,B], or run=A run=B" if key == "run=" else " here"
+            raise ConfigError([f"{argument} is not swept{instead}"])
+        value = override.value()
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        found.append(argument.removeprefix(key) if is_number and key == "run=" else value)  # an id of digits alone
     return found
 
 
 def _of_runs(runs: Sequence[FoundRun], others: Sequence[str]) -> dict[str, Any]:
     """The first run's config, to be used; of an adapter that lies alone, the defaults with the base that it names."""
     first = runs[0]
-    if first.folder is not None:
-        primary = _primary(_saved(first.folder, "run"), _OF_ONE_TASK, others)
+    if first.folder is not None or (first.adapter / PROVENANCE).is_file():
+        primary = _primary(_saved(first.folder or first.adapter, "run"), _OF_ONE_TASK, others)
     else:
-        model = _base_choice(first.adapter)
-        primary = _composed({}, _groups() | ({} if _typed(others, "model") else {"model": model}))
-        if model == "hf" and not _typed(others, "model"):
+        model = None if _typed(others, "model") else _base_choice(first.adapter)
+        primary = _composed({}, _groups() | ({"model": model} if model else {}))
+        if model == "hf":
             primary["model"] = {"name": base_named(first.adapter)}
     primary["run"] = [str(run.place) for run in runs]
-    primary["hydra"] = {**primary["hydra"], "run": {"dir": _USED}}
+    primary["hydra"] = {**primary["hydra"], "run": {"dir": _USED}, "sweep": {**primary["hydra"]["sweep"], "dir": _USED}}
     return primary
 
 
 def _base_choice(adapter: Path) -> str:
     """The file of ``conf/model`` whose model an adapter is for; ``hf``, which takes a name, if none is."""
     named = base_named(adapter)
+    if named is None and not (adapter / "adapter_config.json").is_file():
+        raise ConfigError(
+            [f"run={adapter} holds a model and no adapter: use it as a base, model=hf model.path={adapter}"]
+        )
     for file in sorted((conf_folder() / "model").glob("*.yaml")):
         loaded = OmegaConf.load(file)
         if named and isinstance(loaded, DictConfig) and OmegaConf.select(loaded, "name") == named:
@@ -111,9 +162,21 @@ def _saved(folder: Path, key: str) -> DictConfig:
     for file in (folder / "config.yaml", folder / ".hydra/config.yaml"):
         if file.is_file() and isinstance(loaded := OmegaConf.load(file), DictConfig) and _is_saved(loaded):
             return loaded
+    if (exported := _exported(folder)) is not None:
+        return exported
     raise ConfigError(
         [f"{key}={folder} has no config.yaml of a run: name a job's folder, such as outputs/runs/DATE/TIME"]
     )
+
+
+def _exported(folder: Path) -> DictConfig | None:
+    """The config that an export keeps, of the run that it was made of."""
+    try:
+        kept = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["config"]
+        loaded = OmegaConf.create(kept)
+    except (OSError, ValueError, LookupError, TypeError, OmegaConfBaseException):
+        return None
+    return loaded if isinstance(loaded, DictConfig) and _is_saved(loaded) else None
 
 
 def _is_saved(loaded: DictConfig) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 from lora_exp.job import Job, Result, shown
@@ -50,17 +51,24 @@ def say_if_stopped_early(work: Work, records: list[Record]) -> None:
         )
 
 
-def log_result(tracked: tracking.Run, result: Result, records: list[Record], job: Job) -> None:
+def hashes(job: Job, work: Work) -> dict[str, str]:
+    """Of what was trained, and of the base's values, by the names that they have everywhere."""
+    found = {"adapter_sha256": ",".join(file_sha256(file) for file in _weights(job))}
+    values = work.adapted.base_sha256()
+    return found | ({"base_values_sha256": values} if values else {})
+
+
+def log_result(tracked: tracking.Run, result: Result, records: list[Record], digests: Mapping[str, str]) -> None:
     """Hand tracking what is known at the end: sizes and times, the best evaluation, the adapter's digest."""
     sizes = {name: getattr(result, name) for name in ("adapter_bytes", "peak_memory_gib", "wall_s")}
     best = next(each for each in reversed(records) if "eval/loss" in each and each["step"] == result.best_step)
     figures = {f"best/{name}": value for name, value in _below("eval/", best).items()}
     sizes |= {**figures, "best/step": float(result.best_step or 0)}
     tracked.log_metrics(sizes, step=int(records[-1]["step"]))
-    tracked.log_tags({"adapter_sha256": ",".join(file_sha256(file) for file in _weights(job))})
+    tracked.log_tags(digests)
 
 
-def report(result: Result) -> None:
+def report(result: Result, digests: Mapping[str, str]) -> None:
     """Say it."""
     others = "".join(f"{name} {shown(value)}, " for name, value in result.metrics.items())
     log.info(
@@ -73,6 +81,7 @@ def report(result: Result) -> None:
     if result.test:
         log.info("test " + ", ".join(f"{name} {shown(value)}" for name, value in result.test.items()))
     log.info(f"adapter {result.adapter} (step {result.step}, {result.adapter_bytes / 1e6:.1f} MB)")
+    log.info("hashes " + ", ".join(f"{name} {digest[:12]}" for name, digest in sorted(digests.items())))
 
 
 def saved_evaluation(work: Work, records: list[Record]) -> Record:

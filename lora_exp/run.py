@@ -32,7 +32,7 @@ from lora_exp.models.dense_weights import DenseWeights
 from lora_exp.parallel import loading_place, spread, world_tags
 from lora_exp.plan.precheck import check_fits, memory_errors_explained
 from lora_exp.recording import Recorder, log_files
-from lora_exp.results import log_result, report, saved_evaluation, say_if_stopped_early, summed_up
+from lora_exp.results import hashes, log_result, report, saved_evaluation, say_if_stopped_early, summed_up
 from lora_exp.resuming import Identity, Resumed, resumed_together
 from lora_exp.tracking import mlflow as tracking
 from lora_exp.tracking.setup import log_setup, run_name, sweep_name
@@ -111,9 +111,10 @@ def _run(config: Config, job: Job, world: World) -> Result | None:
             records = recorder.records
             result = summed_up(tracked, work, records, job, time.monotonic() - started)
             log_files(tracked, job, records)
-            log_result(tracked, result, records, job)
+            digests = hashes(job, work)
+            log_result(tracked, result, records, digests)
             tracked.log_model(f"{config.model.label}-{config.adapter.name}", flat_values(config), result.step)
-    report(result)
+    report(result, digests)
     return result
 
 
@@ -173,7 +174,7 @@ def _prepare(
     tracked.log_tags({"base_files_sha256": digest})
     dtype = str(place.dtype).removeprefix("torch.")
     stored = dtype if config.quantization.name == "none" else f"{config.quantization.name} and {dtype}"
-    log.info(f"model  {config.model.label} in {stored} on {place.device}, SHA-256 {digest[:12]}")
+    log.info(f"model  {config.model.label} in {stored} on {place.device}, base_files_sha256 {digest[:12]}")
     if config.train.gradient_checkpointing:
         models.checkpoint_layers(base)
     set_seed(config.seed)  # again: loading may have drawn numbers, and the adapter's first values must not depend on it

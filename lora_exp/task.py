@@ -17,17 +17,24 @@ if TYPE_CHECKING:
 class Task:
     """``trains``: whether data is read and a model trained. ``plans``: whether shapes alone are looked at.
 
-    ``of_runs``: whether ``run`` names finished runs, the first of which the config is taken from.
+    ``of_runs``: whether ``run`` names finished runs, the first of which the config is taken from; ``of_exports``:
+    whether it names what ``task=export`` wrote of one, which has that config too. ``reads_data``: whether the files of
+    ``data`` must be there for it, too.
     """
 
     result: ClassVar[type[AnyResult]]
     trains: ClassVar[bool] = False
     plans: ClassVar[bool] = False
     of_runs: ClassVar[bool] = False
+    reads_data: ClassVar[bool] = False
+    of_exports: ClassVar[bool] = False
 
     def problems(self, config: Config) -> list[str]:
         """What can be seen to be wrong with the config, for this task alone."""
-        return []
+        if config.run is None or self.of_runs:
+            return []
+        about = ", ".join(name for name in tasks.names() if tasks[name].of_runs)
+        return [f"run={config.run} names finished runs, and task={config.task} is not about such: use task={about}"]
 
     def run(self, config: Config, job: Job) -> AnyResult:
         """Do it. Raises UserError for what the user can mend."""

@@ -50,42 +50,55 @@ class ExportConfig:
 
 @dataclass
 class EvaluateConfig:
-    """``split``: validation, test or train, of ``data``. ``rows``: at most so many; null: all.
+    """``split``: validation, test or train, of ``data``. ``rows``: at most so many, evenly spread, or ``all``; null: as
+    many as the training looked at, which is ``train.eval_blocks``, and of test rows all.
 
-    ``merged``: also each adapter merged into the base. ``base``: also the base alone. ``forget``: another dataset, by
-    the name of a file in ``conf/data`` or a path to text, on which the loss is taken too.
+    ``base``: also the base alone. ``merged``: also each adapter merged into the base. ``together``: several adapters in
+    one pass over the base; null: where there are several. One by one they give a run's own figures to the bit.
+
+    ``forget``: another dataset, on which the loss is taken before and after: the name of a file in ``conf/data``, a
+    YAML file like those, or a path to text.
     """
 
     split: str = "validation"
-    rows: int | None = field(default=None, metadata={"such_as": 32})
+    rows: Any = field(default=None, metadata={"such_as": 32})
     base: bool = True
     merged: bool = True
+    together: bool | None = field(default=None, metadata={"such_as": False})
     forget: str | None = None
 
 
 @dataclass
 class GenerateConfig:
     """``prompt``: a text or a list of them. ``file``: a text file, a prompt a line, or .jsonl with ``prompt`` or
-    ``messages``; neither: a conversation in the terminal. ``out``: a .jsonl file for the answers.
+    ``messages`` (``-``: lines of standard input). ``held_out``: the beginnings of so many rows held out for validation.
+    None of them: a conversation in the terminal, and where there is none ``held_out=3``.
 
-    ``chat``: put prompts into the tokenizer's chat template; null: where it has one and the run was trained on chats.
-    ``system``: the system's message there. ``base``: answer by the base alone, too.
+    ``out``: a .jsonl file for the answers, which ``overwrite`` lets be replaced. ``base``: answer by the base, too.
 
-    ``temperature`` 0: always the likeliest token.
+    ``chat``: ask in the layout of conversations; null: where the run was trained on such. ``system``: the first message
+    of each; null: that of the run's data, if any.
+
+    ``temperature`` 0: always the likeliest token; else drawn, by ``seed``. ``stop``: texts that end an answer.
+    ``batch``: how many prompts are answered together, the shorter ones filled up.
     """
 
     prompt: Any = None
     file: str | None = None
+    held_out: int | None = field(default=None, metadata={"such_as": 3})
     out: str | None = None
-    chat: bool | None = None
-    system: str | None = None
+    overwrite: bool = False
     base: bool = True
+    chat: bool | None = field(default=None, metadata={"such_as": True})
+    system: str | None = None
     max_new_tokens: int = 64
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int | None = field(default=None, metadata={"such_as": 50})
     repetition_penalty: float = 1.0
     stop: list[str] = field(default_factory=list)
+    seed: int = 0
+    batch: int = 1
 
 
 @dataclass

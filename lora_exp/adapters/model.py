@@ -17,6 +17,7 @@ from lora_exp.adapters.files import peft_folder, safetensors
 from lora_exp.adapters.files.merged import untied_metadata
 from lora_exp.adapters.inspection import adapter_state, base_hash
 from lora_exp.adapters.inspection.gradients import unreached_layers
+from lora_exp.adapters.inspection.low_rank import LowRank, beyond_low_rank, low_rank
 from lora_exp.adapters.inspection.parameter_counts import count_parameters
 from lora_exp.adapters.inspection.ties import undo_ties, weight_ties
 from lora_exp.adapters.inspection.traversal import biased_modules, lora_layers, saved_modules
@@ -319,6 +320,18 @@ class LoraModel(nn.Module):
         plain = merging.unload(self.wrapped, chosen)
         undo_ties(plain, ties)
         return plain
+
+    def merged_tensors(self, name: str | None = None) -> dict[str, merging.Made]:
+        """The original class's state dict with an adapter merged in, each tensor made when it is called, merged weights
+        as they were summed (float32). The model stays as it is."""
+        return merging.merged_tensors(self.wrapped, self._chosen(name))
+
+    def low_rank(self, name: str | None = None) -> dict[str, LowRank]:
+        """An adapter as pairs of factors by layer. Raises UserError where it is more than that."""
+        chosen = self._chosen(name)
+        if more := beyond_low_rank(self.wrapped, chosen):
+            raise UserError(f"adapter {chosen!r} is more than pairs of factors A and B: it has {'; '.join(more)}")
+        return low_rank(self.wrapped, chosen)
 
     @property
     def merged_adapter(self) -> str | None:

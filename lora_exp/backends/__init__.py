@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-__all__ = ["Adapted", "Origin", "Way", "adapt", "backend", "backends", "trained", "trains"]
+__all__ = ["Adapted", "Origin", "Way", "adapt", "backend", "backends", "name_base", "trained", "trains"]
 
 
 def adapt(base: nn.Module, config: Config, origin: Origin | None = None) -> Adapted:
@@ -29,7 +29,7 @@ def adapt(base: nn.Module, config: Config, origin: Origin | None = None) -> Adap
     origin = origin or Origin()
     stored, (count, _) = stored_bytes(base), count_parameters(base.parameters(), ())  # before anything is added
     own = {id(tensor) for tensor in (*base.parameters(), *base.buffers())}
-    _name(base, origin)
+    name_base(base, origin.name)
     adapted = trained[config.adapter.trains]().adapt(base, config, origin)
 
     def save(folder: Path) -> None:
@@ -45,11 +45,14 @@ def adapt(base: nn.Module, config: Config, origin: Origin | None = None) -> Adap
     return replace(adapted, base_weight_bytes=stored, base_parameters=count, save=save, added=added)
 
 
-def _name(base: nn.Module, origin: Origin) -> None:
-    """Adapters of both backends say which base they are for by the name that the model has for itself."""
-    if origin.name and hasattr(base, "name_or_path"):
+def name_base(base: nn.Module, name: str | None) -> None:
+    """Adapters of both backends say which base they are for by the name that the model has for itself; None: it stays.
+
+    The cache's copy of a packaged model has the hub's name.
+    """
+    if name and hasattr(base, "name_or_path"):
         own = cast("PreTrainedModel", base)
-        own.config._name_or_path = own.name_or_path = origin.name
+        own.config._name_or_path = own.name_or_path = name
 
 
 def _open_as_umask_says(folder: Path) -> None:

@@ -40,9 +40,9 @@ class Native(Way):
             model.save_pretrained(folder, base_files_sha256=origin.files_sha256)
 
         fast, masks, load_masks = model.fast_parameters(), model.dropout_state, model.load_dropout_state
-        return Adapted(
-            model, parameters, trainable, total, save, check_gradients, fast=fast, masks=masks, load_masks=load_masks
-        )
+        counts = parameters, trainable, total
+        more = {"fast": fast, "masks": masks, "load_masks": load_masks, "base_sha256": model.base_sha256}
+        return Adapted(model, *counts, save, check_gradients, **more)  # type: ignore[arg-type]
 
 
 def _given(base: nn.Module, layers: dict[str, nn.Module], wanted: LoraConfig, origin: Origin) -> Given:

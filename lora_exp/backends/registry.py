@@ -23,7 +23,8 @@ class Adapted:
     ``base_weight_bytes``: what the base's own weights take, quantisation constants included; ``base_parameters``:
     how many values those are. ``fast``: the parameters, by name, that LoRA+ trains at a higher rate. ``added``:
     parameters and buffers that are not the base's own, trained or not. ``masks``: what its dropout masks follow from,
-    beside torch's generators; ``load_masks`` takes that up again.
+    beside torch's generators; ``load_masks`` takes that up again. ``base_sha256``: of the base's values, as the
+    adapter's card names it, where it has one.
     """
 
     model: nn.Module
@@ -38,6 +39,7 @@ class Adapted:
     added: Mapping[str, Tensor] = field(default_factory=dict)
     masks: Callable[[], Mapping[str, int]] = dict
     load_masks: Callable[[Mapping[str, int]], object] = lambda masks: None
+    base_sha256: Callable[[], str | None] = lambda: None
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Batch = Mapping[str, "Tensor"]
 Row = dict[str, "Tensor"]
 Tokenizer = Callable[[], "PreTrainedTokenizerBase | None"]  # loads it; None for kinds of data that ask for none
+Write = Callable[["nn.Module", "torch.device", Callable[[], object]], Mapping[str, float]]
 Ask = Callable[[Sequence[dict[str, Any]]], tuple[str, str]]
 _Kind = TypeVar("_Kind", bound="type[DataKind]")
 
@@ -39,7 +40,8 @@ class Data:
     ``fingerprint``: the hash of all that the rows follow from, ``sources.fingerprint``. ``said``: what a person must
     hear of them, such as how many records are left out. ``example``: a row in words, dimmed where it is not learnt.
     ``written(model, device, between)``: metrics of what a model writes by itself for held-out rows, looked at before
-    training and after; ``between`` is called now and then, and may end it by an exception.
+    training and after; ``between`` is called now and then, and may end it by an exception. ``written_of(rows)``: the
+    same of other rows.
     """
 
     train: Dataset[Row]
@@ -50,7 +52,8 @@ class Data:
     fingerprint: str = ""
     said: list[str] = field(default_factory=list)
     example: str = ""
-    written: Callable[[nn.Module, torch.device, Callable[[], object]], Mapping[str, float]] | None = None
+    written: Write | None = None
+    written_of: Callable[[Dataset[Row]], Write | None] = lambda rows: None
 
 
 @dataclass
@@ -133,10 +136,17 @@ class DataKind(DataConfig):
 
         return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
+    # What a model is asked
+
     def asks(self, tokenizer: PreTrainedTokenizerBase) -> Ask | None:
         """How messages are put to a model that was trained on such data: they become the text that asks for an answer,
         and what ends that; None where rows are no conversations."""
         return None
+
+    def openings(self, rows: Dataset[Row], count: int) -> list[tuple[list[int], list[int]]]:
+        """Of up to ``count`` rows the tokens that a model may be asked to go on from, and those that follow; [] where a
+        row is nothing to be written."""
+        return []
 
     # The objective
 

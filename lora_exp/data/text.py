@@ -38,6 +38,7 @@ _FORMAT = 3
 _FACTS = "facts.json"
 _BATCH = 2**20  # characters that are tokenised at once
 _SHOWN = 150  # characters of the example
+_OPENING = 16  # tokens that a model is given to go on from
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,13 @@ def collate_blocks(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Blocks of T tokens → ``input_ids`` and ``labels``, both (B, T) int64: every token is predicted."""
     tokens = torch.stack([row["input_ids"] for row in rows]).long()
     return {"input_ids": tokens, "labels": tokens}
+
+
+def openings(blocks: Dataset, count: int) -> list[tuple[list[int], list[int]]]:
+    """The first tokens of up to ``count`` blocks, evenly spread, and the rest of each."""
+    count = min(count, len(blocks))
+    found = [blocks[index * len(blocks) // count]["input_ids"].tolist() for index in range(count)]
+    return [(ids[:cut], ids[cut:]) for ids in found for cut in [min(_OPENING, len(ids) // 2)]]
 
 
 def example(blocks: Dataset, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -104,6 +104,11 @@ def obey() -> None:
         raise Stopped(_state.first)
 
 
+def answered() -> None:
+    """What a signal asked for is done: a conversation in the terminal has ended, and nothing else is to."""
+    _state.first, _state.requests = None, 0
+
+
 @contextlib.contextmanager
 def at_once() -> Iterator[None]:
     """For long phases that leave nothing half done, such as loading."""

@@ -28,10 +28,13 @@ Outline = Callable[["torch.dtype"], "nn.Module"]
 
 class ModelKind:
     """``quantises``: whether its weights can be stored quantised. ``planned_early``: whether a plan of it reads no
-    data, so that a look before training costs little."""
+    data, so that a look before training costs little. ``tokenises``: whether it has a tokenizer; ``is_transformers``:
+    whether transformers loads its folder by itself, without this package."""
 
     quantises: ClassVar[bool] = False
     planned_early: ClassVar[bool] = False
+    tokenises: ClassVar[bool] = False
+    is_transformers: ClassVar[bool] = False
 
     def problems(self, section: ModelConfig, positions: int | None, length_field: str) -> list[str]:
         """What can be seen to be wrong with rows of as many ``positions`` (None: they are not of that sort), as many as

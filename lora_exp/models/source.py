@@ -75,13 +75,17 @@ def cannot_be_had(section: ModelConfig, error: Exception, on_hub: bool = True) -
 
 def weight_files(model: nn.Module, source: Source) -> list[Path]:
     """The base's safetensors, where they lie now."""
-    folder = Path(source.name)
-    if not folder.is_dir():
-        from huggingface_hub import try_to_load_from_cache
+    folder = folder_of(source, model)
+    return list(folder.glob("*.safetensors")) if folder is not None else []
 
-        commit = getattr(model.config, "_commit_hash", None)
-        config = try_to_load_from_cache(source.name, "config.json", revision=commit or source.options["revision"])
-        if not isinstance(config, str):
-            return []
-        folder = Path(config).parent
-    return list(folder.glob("*.safetensors"))
+
+def folder_of(source: Source, model: nn.Module | None = None) -> Path | None:
+    """Where the files of ``source`` lie; of the hub's, those of ``model``'s commit if it is given. None: nowhere."""
+    folder = Path(source.name)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import try_to_load_from_cache
+
+    commit = getattr(getattr(model, "config", None), "_commit_hash", None)
+    config = try_to_load_from_cache(source.name, "config.json", revision=commit or source.options["revision"])
+    return Path(config).parent if isinstance(config, str) else None

@@ -18,6 +18,7 @@ from lora_exp.credentials import CredentialError, refuse_in_config
 from lora_exp.job import SWEPT_FILE, filed
 from lora_exp.machine.claims import FolderInUseError, claim
 from lora_exp.plugins import PluginError
+from lora_exp.rerunning import refuse_uncomposed
 
 # The sweep this process has begun and not yet reported: Hydra has no hook for one that ends in an error.
 begun: list[Path] = []
@@ -43,7 +44,7 @@ def write_swept(folder: Path, config: DictConfig) -> None:
 
 def _prepare(config: DictConfig, folder: Path, setting: str, *checks: Callable[[DictConfig], None]) -> None:
     try:
-        for check in (refuse_in_config, check_composed, *checks):
+        for check in (refuse_in_config, check_composed, refuse_uncomposed, *checks):
             check(config)
         _require_writable(folder)
         claim(folder, setting)

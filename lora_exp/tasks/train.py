@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 from lora_exp import following
 from lora_exp.config import Config
 from lora_exp.job import Job, Result
 from lora_exp.machine import launch, signals
 from lora_exp.task import Task, task
+from lora_exp.tasks.export import export_problems
 
 
 @task("train")
@@ -14,10 +18,24 @@ class Train(Task):
     result = Result
     trains = True
 
+    def problems(self, config: Config) -> list[str]:
+        return [] if config.tracking.register is None else export_problems(_registering(config, Path()))
+
     def run(self, config: Config, job: Job) -> Result:
         with signals.at_once():
             from lora_exp.run import run
 
         if (launched := launch.current()) is not None:
             following.tell(launched, job)
-        return run(config, job)
+        result = run(config, job)
+        if config.tracking.register is not None:
+            from lora_exp.export.run import run_export
+
+            run_export(_registering(config, job.folder), job)
+        return result
+
+
+def _registering(config: Config, folder: Path) -> Config:
+    """What makes an MLflow model of the run in ``folder``, in the place of what an earlier end of it left."""
+    section = replace(config.export, format="mlflow", path=None, overwrite=True)
+    return replace(config, task="export", run=str(folder), export=section)

@@ -1,26 +1,34 @@
-"""Where the files of runs are that MLflow knows."""
+"""Runs that have ended, as MLflow knows them: where their files are, and what is found out about them later."""
 
 from __future__ import annotations
 
+import logging
 import re
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_exp.adapters.files.whole import write_text
 from lora_exp.config import TrackingConfig
+from lora_exp.credentials import redacted
 from lora_exp.errors import UserError
-from lora_exp.machine.cache import cache_root
-from lora_exp.machine.saving import replace_folder
-from lora_exp.tracking.client import checked_client, said_clearly, without_retries
+from lora_exp.job import METRICS_FILE, read_outcome
+from lora_exp.machine.cache import cache_root, made_once
+from lora_exp.tracking import database
+from lora_exp.tracking.client import TrackingError, checked_client, said_clearly, tracking_uri, without_retries
 from lora_exp.tracking.telling import is_missing
 
 if TYPE_CHECKING:
     from mlflow.entities import Run as StoredRun
     from mlflow.tracking import MlflowClient
 
+log = logging.getLogger(__name__)
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 _ENDED = "attributes.status = 'FINISHED'"
-_NEEDED = ("config.yaml", "adapter")
+RUN_ID_FILE = "run_id"  # of a folder that was fetched
+_CHUNK = 100  # points that MLflow takes in one call
+_FETCHED = ("config.yaml", "adapter", METRICS_FILE)
 
 
 def local_folder(section: TrackingConfig, run_id: str) -> Path:
@@ -31,27 +39,47 @@ def local_folder(section: TrackingConfig, run_id: str) -> Path:
     with said_clearly(section), without_retries():
         client = checked_client(section)
         run = _run(client, run_id)
-        folder = Path(run.data.tags.get("folder", ""))
-        if run.data.tags.get("folder") and folder.is_dir():
-            return folder
-        return _downloaded(client, run)
+        return _folder_here(run) or _downloaded(client, run)
 
 
 def folders(section: TrackingConfig, of: str) -> list[Path]:
-    """Those of the finished runs of a sweep (its run's id) or of an experiment (its name)."""
+    """Those of the finished runs of a sweep (its run's id), of one run (its id) or of an experiment (its name).
+
+    Runs whose folders are not here are left out, which is said.
+    """
     with said_clearly(section), without_retries():
         client = checked_client(section)
         if _RUN_ID.fullmatch(of):
-            parent = _run(client, of)
-            experiment, wanted = parent.info.experiment_id, f"{_ENDED} and tags.`mlflow.parentRunId` = '{of}'"
+            named = _run(client, of)
+            children = f"{_ENDED} and tags.`mlflow.parentRunId` = '{of}'"
+            runs = _all(client, named.info.experiment_id, children) or [named]
         else:
             found = client.get_experiment_by_name(of)
             if found is None:
                 raise UserError(f"best.of={of} is no folder, no MLflow experiment and no run's id: mend it")
-            experiment, wanted = found.experiment_id, _ENDED
-        runs = _all(client, experiment, wanted)
-    places = [Path(run.data.tags["folder"]) for run in runs if "folder" in run.data.tags]
-    return [place for place in places if (place / "result.json").is_file()]
+            runs = [run for run in _all(client, found.experiment_id, _ENDED) if _is_job(run)]
+    places = [_folder_here(run) for run in runs]
+    if missing := sum(place is None for place in places):
+        log.warning(
+            f"The folders of {missing} of {len(runs)} runs of {of} are not here, so that these are left out: "
+            "one of them is named by its id, run=ID"
+        )
+    return list(dict.fromkeys(place for place in places if place is not None))
+
+
+def _is_job(run: StoredRun) -> bool:
+    return run.data.tags.get("lora_exp.kind") != "sweep"
+
+
+def _folder_here(run: StoredRun) -> Path | None:
+    """Where the run was written, unless that is another machine's, or a later run has taken its place."""
+    tag = run.data.tags.get("folder")
+    if not tag or not Path(tag).is_dir():
+        return None
+    outcome = read_outcome(Path(tag))
+    result = outcome.result if outcome is not None else None
+    is_anothers = result is not None and result.run_id not in (None, run.info.run_id)
+    return None if is_anothers else Path(tag)
 
 
 def _all(client: MlflowClient, experiment: str, wanted: str) -> list[StoredRun]:
@@ -75,18 +103,59 @@ def _run(client: MlflowClient, run_id: str) -> StoredRun:
 
 def _downloaded(client: MlflowClient, run: StoredRun) -> Path:
     run_id = run.info.run_id
-    folder: Path = cache_root(None) / "runs" / run_id
-    if folder.is_dir():
-        return folder
-    if "adapter" not in {file.path for file in client.list_artifacts(run_id)}:
-        raise UserError(f"run={run_id} has no adapter among its artifacts in MLflow, and its folder is not here")
+    stored = {file.path for file in client.list_artifacts(run_id)}
+    if not {"adapter", "config.yaml"} <= stored:
+        raise UserError(
+            f"run={run_id}: its folder is not here, and MLflow has no adapter of it: name a run whose training came to "
+            "an evaluation"
+        )
 
     def fetch(partial: Path) -> None:
-        partial.mkdir(parents=True)
-        for name in _NEEDED:
+        for name in (name for name in _FETCHED if name in stored):
             client.download_artifacts(run_id, name, str(partial))
-        write_text(partial / "run_id", run_id)
+        write_text(partial / RUN_ID_FILE, run_id)
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    replace_folder(folder, fetch)
-    return folder
+    return made_once(cache_root() / "runs" / run_id, fetch)
+
+
+def known(section: TrackingConfig, run_ids: Sequence[str]) -> list[str]:
+    """Those of the runs that the store has. Raises TrackingError for a server that cannot be reached."""
+    file = database.file_of(tracking_uri(section))
+    if file is not None and not file.exists():
+        log.info(f"{file} is not here: nothing is told to MLflow")
+        return []
+    with said_clearly(section), without_retries():
+        client = checked_client(section)
+        found = [run_id for run_id in run_ids if _is_there(client, run_id)]
+    if missing := len(run_ids) - len(found):
+        log.info(f"MLflow at {redacted(tracking_uri(section))} has {missing} of the runs not: it is not told of them")
+    return found
+
+
+def log_figures(section: TrackingConfig, run_id: str, figures: Mapping[str, float], step: int, file: Path) -> None:
+    """Add figures, and the file that has them, to a run that has ended, which stays as it ended.
+
+    What was found once more at the same step is told again: the later one is what MLflow shows. What fails costs a
+    warning, as all of it is in the file.
+    """
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    points = [Metric(name, value, now, step) for name, value in figures.items()]
+    try:
+        with said_clearly(section), without_retries():
+            client = checked_client(section)
+            for start in range(0, len(points), _CHUNK):
+                client.log_batch(run_id, metrics=points[start : start + _CHUNK])
+            client.log_artifact(run_id, str(file), "evaluate")
+    except TrackingError as error:
+        log.warning(f"MLflow lacks what was found ({error}): it is in {file}")
+
+
+def _is_there(client: MlflowClient, run_id: str) -> bool:
+    try:
+        return bool(client.get_run(run_id).info.lifecycle_stage == "active")
+    except Exception as error:
+        if not is_missing(error):
+            raise
+        return False

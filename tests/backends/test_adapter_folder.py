@@ -116,4 +116,4 @@ def test_a_runs_folder(
     auto = peft.AutoPeftModelForCausalLM.from_pretrained(str(folder))  # all that somebody else needs is in there
     assert auto.get_input_embeddings().weight.shape[0] == len(tokenizer)
     if backend == "native":
-        assert f"SHA-256 of the base's weight files: `{digest}`" in (folder / "README.md").read_text()
+        assert f"base_files_sha256 (of the base's weight files): `{digest}`" in (folder / "README.md").read_text()

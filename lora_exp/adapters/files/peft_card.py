@@ -29,7 +29,7 @@ def card(stored: Json, notes: Json) -> str:
 
 def _identity(notes: Json) -> str:
     files, values = notes["base_files_sha256"], notes["base_values_sha256"]
-    lines = [f"- SHA-256 of the base's weight files: `{files}`"] if files else []
+    lines = [f"- base_files_sha256 (of the base's weight files): `{files}`"] if files else []
     if values:
-        lines.append(f"- Identity of the base's weights (SHA-256 of their values in bfloat16): `{values}`")
+        lines.append(f"- base_values_sha256 (of the values of its weights in bfloat16): `{values}`")
     return "\n".join(lines) + "\n"

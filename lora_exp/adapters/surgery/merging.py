@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from typing import cast
 
 import torch
@@ -25,6 +27,8 @@ from lora_exp.adapters.layers.trained_biases import CHILD, TrainedBiases, remove
 from lora_exp.adapters.numerics.packed_weights import is_quantised, moved_to
 from lora_exp.adapters.routing.plan import Plan
 from lora_exp.errors import UserError
+
+Made = Callable[[], Tensor]  # a tensor that is computed when it is called
 
 
 @dataclasses.dataclass
@@ -152,29 +156,44 @@ def merged_state(model: nn.Module, name: str) -> tuple[dict[str, Tensor], list[l
 
     `model` stays as it is, whatever is merged into it now.
     """
+    state = {key: make() for key, make in merged_tensors(model, name, rounded=True).items()}
+    return state, untied_groups(state, weight_ties(model))
+
+
+def merged_tensors(model: nn.Module, name: str, rounded: bool = False) -> dict[str, Made]:
+    """The same state dict, each of its tensors made when it is called, so that one at a time need be in memory.
+
+    Merged weights come as they were summed, in the factors' dtype; `rounded`: in the weights' own.
+    """
     trained = {id(own_parameter(o, "bias")): t.values[name] for _, o, t in biased_modules(model) if name in t.values}
     places = {(id(holder), key): layer for _, layer in lora_layers(model) for holder, key in [layer.place]}
-    merged: dict[str, Tensor] = {}
+    merged: dict[str, Made] = {}
     ours: list[str] = []  # how keys begin that the original class has not
     for prefix, module in model.named_modules(remove_duplicate=False):
         for key in module._parameters:
             if (layer := places.get((id(module), key))) is not None and name in layer.adapters:
-                merged[joined(prefix, key)] = _merged_weight(layer, name)
+                merged[joined(prefix, key)] = partial(_merged_weight, layer, name, rounded)
             elif (own := own_parameter(module, key)) is not None and is_quantised(own):
-                merged[joined(prefix, key)] = dense_of(module, own)
+                merged[joined(prefix, key)] = partial(dense_of, module, own)
             elif own is not None:
-                merged[joined(prefix, key)] = trained.get(id(own), own).detach().to(own.dtype)
+                merged[joined(prefix, key)] = partial(trained.get(id(own), own).detach().to, own.dtype)
         if is_quantised(own_parameter(module, "weight")) or isinstance(module, LoRALayerBase):
             ours += [joined(prefix, key) for key in ("weight.", "SCB", "weight_format", "adapters.")]
         ours += [joined(prefix, f"{CHILD}.")] if CHILD in module._modules else []
-    state = {**model.state_dict(), **merged}
-    state = _with_saved({key: value for key, value in state.items() if not key.startswith(tuple(ours))}, model, name)
-    return state, untied_groups(state, weight_ties(model))
+    state = {**{key: partial(_same, value) for key, value in model.state_dict().items()}, **merged}
+    return _with_saved({key: make for key, make in state.items() if not key.startswith(tuple(ours))}, model, name)
 
 
-def _merged_weight(layer: LoRALayerBase, name: str) -> Tensor:
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _merged_weight(layer: LoRALayerBase, name: str, rounded: bool) -> Tensor:
     """A layer's dense weight with its adapter `name`."""
-    return layer.adapter_named(name).merged(layer).detach().to(layer.merged_dtype)
+    exact = layer.adapter_named(name).merged(layer)
+    return exact.to(layer.merged_dtype) if rounded else exact
 
 
 @torch.no_grad()
@@ -225,7 +244,7 @@ def _plain_copy(switch: SavedModule, name: str | None) -> nn.Module:
     return switch.copies[name]
 
 
-def _with_saved(state: dict[str, Tensor], model: nn.Module, name: str) -> dict[str, Tensor]:
+def _with_saved(state: dict[str, Made], model: nn.Module, name: str) -> dict[str, Made]:
     """`state` with the entries of switches renamed to those of the modules that they stand for."""
     for module_name, switch in saved_modules(model):
         outer, inner = f"{module_name}.", f"{module_name}.original."
@@ -233,6 +252,6 @@ def _with_saved(state: dict[str, Tensor], model: nn.Module, name: str) -> dict[s
         plain = {key.removeprefix(inner): value for key, value in mine.items() if key.startswith(inner)}
         if name in switch.copies:
             trained = switch.copies[name].state_dict()
-            plain = {key: trained[key].to(value.dtype) for key, value in plain.items()}
+            plain = {key: partial(trained[key].to, make().dtype) for key, make in plain.items()}
         state.update({outer + key: value for key, value in plain.items()})
     return state

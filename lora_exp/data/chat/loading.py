@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from lora_exp.data.chat.packing import Packed
 from lora_exp.data.chat.source import sources
 from lora_exp.data.chat.tokens import Conversations, Counts, Tokens, Writer, as_learnt, tokenise
 from lora_exp.data.chat.writing import Written, questions_of
-from lora_exp.data.kind import Data
+from lora_exp.data.kind import Data, Row
 from lora_exp.data.rows import tokenizer_identity
 from lora_exp.data.sources import records, unread_files
 from lora_exp.data.split import SPLITS
@@ -32,6 +33,7 @@ from lora_exp.errors import UserError
 from lora_exp.machine.cache import cache_folder, made_once
 
 if TYPE_CHECKING:
+    from torch.utils.data import Dataset
     from transformers import PreTrainedTokenizerBase
 
     from lora_exp.data.kinds.chat import Chat
@@ -72,12 +74,13 @@ def load_chat(section: Chat, tokenizer: PreTrainedTokenizerBase) -> Data:
         fingerprint=key,
         said=said,
         example=example(rows["train"][0], tokenizer),
-        written=_written(section, rows["validation"], tokenizer),
+        written=_written(section, tokenizer, rows["validation"]),
+        written_of=functools.partial(_written, section, tokenizer),
     )
 
 
-def _written(section: Chat, rows: Conversations, tokenizer: PreTrainedTokenizerBase) -> Written | None:
-    if not section.written or not len(rows):
+def _written(section: Chat, tokenizer: PreTrainedTokenizerBase, rows: Dataset[Row]) -> Written | None:
+    if not section.written or not len(rows):  # type: ignore[arg-type]
         return None
     return Written(questions_of(rows, section.write_rows), tokenizer, section.written, section.write_tokens)
 

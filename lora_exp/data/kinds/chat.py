@@ -16,6 +16,7 @@ from lora_exp.registry import check_options
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+    from torch.utils.data import Dataset
     from transformers import PreTrainedTokenizerBase
 
     from lora_exp.training.metrics import RowLosses
@@ -145,6 +146,12 @@ class Chat(DataKind):
         assert loaded is not None
         return load_chat(self, loaded)
 
+    def check_model(self, model: nn.Module, device: torch.device) -> None:
+        if self.packing:
+            from lora_exp.data.chat.packing_check import check_keeps_apart
+
+            check_keeps_apart(model, device)
+
     def asks(self, tokenizer: PreTrainedTokenizerBase) -> Ask | None:
         from lora_exp.data.chat.layouts import question
         from lora_exp.data.chat.loading import layout_of
@@ -152,11 +159,10 @@ class Chat(DataKind):
         lay, _ = layout_of(self, tokenizer)
         return functools.partial(question, lay, self.system)
 
-    def check_model(self, model: nn.Module, device: torch.device) -> None:
-        if self.packing:
-            from lora_exp.data.chat.packing_check import check_keeps_apart
+    def openings(self, rows: Dataset[Row], count: int) -> list[tuple[list[int], list[int]]]:
+        from lora_exp.data.chat.writing import questions_of
 
-            check_keeps_apart(model, device)
+        return [(each.prompt, each.answer) for each in questions_of(rows, count)]
 
     def collate(self, rows: list[Row]) -> Batch:
         from lora_exp.data.chat.packing import pad

@@ -10,6 +10,7 @@ from lora_exp.inputs import RECORD_SUFFIXES, TEXT_SUFFIXES
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from torch.utils.data import Dataset
 
     from lora_exp.training.metrics import RowLosses
 
@@ -71,6 +72,11 @@ class Text(DataKind):
             said=blocks.said,
             example=example(blocks.train, loaded),
         )
+
+    def openings(self, rows: Dataset[Row], count: int) -> list[tuple[list[int], list[int]]]:
+        from lora_exp.data.text import openings
+
+        return openings(rows, count)
 
     def collate(self, rows: list[Row]) -> Batch:
         from lora_exp.data.text import collate_blocks

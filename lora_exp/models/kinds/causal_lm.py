@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 class CausalLM(ModelKind):
     quantises: ClassVar[bool] = True
     planned_early: ClassVar[bool] = True
+    tokenises: ClassVar[bool] = True
+    is_transformers: ClassVar[bool] = True
 
     def problems(self, section: ModelConfig, positions: int | None, length_field: str) -> list[str]:
         if positions is None:

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import jinja2
-from omegaconf import DictConfig, OmegaConf
 
-from lora_exp.config import DataConfig
 from lora_exp.data import kind_of
 from lora_exp.data.kind import Ask
 from lora_exp.errors import UserError
-from lora_exp.schema import data_section
+from lora_exp.schema import saved_config
 from lora_exp.use.loading import Trained
 from lora_exp.use.runs import FoundRun
 
@@ -92,18 +90,10 @@ class Prompts:
 
 def prompts_of(run: FoundRun | None, tokenizer: PreTrainedTokenizerBase, trained: Trained) -> Prompts:
     """``run`` None: the base's."""
-    section = _data_of(run) if run is not None else None
+    folder = None if run is None else run.folder
+    section = None if folder is None else saved_config(folder / "config.yaml").data
     ask = kind_of(section).asks(tokenizer) if section is not None else None
     return Prompts(tokenizer, ask, _ends(tokenizer, trained), _words(trained))
-
-
-def _data_of(run: FoundRun) -> DataConfig | None:
-    """As the run's config says; None of an adapter that lies alone."""
-    if run.folder is None:
-        return None
-    loaded = OmegaConf.load(run.folder / "config.yaml")
-    assert isinstance(loaded, DictConfig)
-    return data_section(loaded.data)
 
 
 def _ends(tokenizer: PreTrainedTokenizerBase, trained: Trained) -> frozenset[int]:
