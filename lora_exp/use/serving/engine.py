@@ -160,6 +160,7 @@ class Engine:
             self._fail([each.asked for each in self._running], closing())
             self._let_go(lambda each: False)
         try:
+            self.counts.cancelled += sum(each.asked.is_cancelled for each in self._running)
             self._let_go(lambda each: not each.asked.is_cancelled)
             self._go_on(self._admitted())
         except Exception:  # the requests at hand are lost; the model serves those that follow
@@ -225,7 +226,6 @@ class Engine:
     def _let_go(self, stays: Callable[[_Running], bool]) -> None:
         kept = [place for place, each in enumerate(self._running) if stays(each)]
         if len(kept) < len(self._running):
-            self.counts.cancelled += sum(each.asked.is_cancelled for each in self._running if not stays(each))
             self._running = [self._running[place] for place in kept]
             self._batch.keep(kept)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -100,6 +101,8 @@ def test_a_dropped_adapters_requests_end_with_an_error_and_the_others_go_on(engi
     wishes = [asked([1], "a", 40), asked([2], "b", 5), asked([3], "a", 5)]
     for wish, _ in wishes:
         engine.submit([wish])
+    while engine.running < 2:
+        time.sleep(0.001)
     done = engine.between_steps(lambda: engine.drop("a", gone()))
     model.gate.set()
     done.result(20)
@@ -148,7 +151,7 @@ def test_closing_refuses_what_waits_and_lets_what_runs_end(engine: Engine, model
     waiting, heard = asked([3])
     engine.submit([waiting])
     while engine.running < 2:
-        pass
+        time.sleep(0.001)
     engine.close(20)
     model.gate.set()
     assert [text(each) for _, each in running] == ["2,3,4,5,6,7,", "3,4,5,6,7,8,"]
