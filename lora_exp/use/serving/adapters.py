@@ -136,6 +136,9 @@ class Adapters:
                 raise UserError(f"lora_path={path} has no {name}: name the folder of an adapter in PEFT's format")
             if not self._is_below(file.resolve()):
                 raise UserError(f"lora_path={path}: {name} is a link to a place that is not below serve.folder")
+        label = run.config.get("model", {}).get("label")
+        if label is not None and label != self.base.name:
+            raise UserError(f"lora_path={path} was trained on {label}, and the base here is {self.base.name}")
         return run
 
     def _is_below(self, path: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import signal
 import socket
 import subprocess
@@ -347,7 +348,10 @@ def test_what_cannot_be_loaded_is_refused_and_changes_nothing(
     (root / "broken").mkdir()
     (root / "broken/adapter_config.json").write_bytes((outside / "adapter_config.json").read_bytes())
     (root / "broken/adapter_model.safetensors").write_bytes(b"not tensors at all")
+    shutil.copytree(outside, root / "other/adapter")
+    (root / "other/config.yaml").write_text("{model: {label: another}, adapter: {}}")
     cases = {
+        root / "other": "was trained on another, and the base here is tiny",
         outside: "not below serve.folder",
         root / "../outside": "not below serve.folder",
         root / "link": "not below serve.folder",
