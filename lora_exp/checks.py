@@ -60,8 +60,14 @@ def _adapter_problems(config: Config) -> list[str]:
 
 
 def _task_problems(config: Config) -> list[str]:
-    problem = tasks.problem(config.task)
-    return [problem] if problem else tasks[config.task]().problems(config)
+    if problem := tasks.problem(config.task):
+        return [problem]
+    kind = tasks[config.task]
+    found = kind().problems(config)
+    if config.run is None or kind.of_runs or kind.of_exports or kind.of_folder:
+        return found
+    about = ", ".join(name for name in tasks.names() if tasks[name].of_runs)
+    return [*found, f"run={config.run} names finished runs, which task={config.task} is not about: use task={about}"]
 
 
 def _resume_problems(config: Config) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import omegaconf
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ValidationError
+from omegaconf.errors import MissingMandatoryValue, ValidationError
 
 from lora_exp.config import Config, DataConfig, data_kinds
 from lora_exp.schema import data_section
@@ -70,6 +70,8 @@ def wrong_data(composed: DictConfig) -> list[str]:
         data_section(composed.data)
     except ValidationError as error:
         return [wrong_value(f"data.{error.full_key}", error.value)]
+    except MissingMandatoryValue:  # said when all of the config is converted
+        return []
     return []
 
 

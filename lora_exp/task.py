@@ -19,7 +19,7 @@ class Task:
 
     ``of_runs``: whether ``run`` names finished runs, the first of which the config is taken from; ``of_exports``:
     whether it names what ``task=export`` wrote of one, which has that config too. ``reads_data``: whether the files of
-    ``data`` must be there for it, too.
+    ``data`` must be there for it, too. ``of_folder``: whether ``run`` is a folder that is looked into.
     """
 
     result: ClassVar[type[AnyResult]]
@@ -28,13 +28,11 @@ class Task:
     of_runs: ClassVar[bool] = False
     reads_data: ClassVar[bool] = False
     of_exports: ClassVar[bool] = False
+    of_folder: ClassVar[bool] = False
 
     def problems(self, config: Config) -> list[str]:
         """What can be seen to be wrong with the config, for this task alone."""
-        if config.run is None or self.of_runs:
-            return []
-        about = ", ".join(name for name in tasks.names() if tasks[name].of_runs)
-        return [f"run={config.run} names finished runs, and task={config.task} is not about such: use task={about}"]
+        return []
 
     def run(self, config: Config, job: Job) -> AnyResult:
         """Do it. Raises UserError for what the user can mend."""

@@ -179,8 +179,10 @@ def _row(job: JobReport, varying: list[str], columns: list[str]) -> list[str]:
 
 
 def _cells(result: AnyResult) -> dict[str, str]:
-    if isinstance(result, (SyncResult, UseResult)):
+    if isinstance(result, SyncResult):
         return {}
+    if isinstance(result, UseResult):
+        return {name: _figure(name, value) for name, value in result.figures.items()}
     if isinstance(result, PlanResult):
         return {name: show(result) for name, show in PLAN_COLUMNS.items()}
     found = {}
@@ -189,6 +191,13 @@ def _cells(result: AnyResult) -> dict[str, str]:
     found |= {f"test/{name}": shown(value) for name, value in result.test.items()}
     metrics = found | {name: shown(value) for name, value in result.metrics.items()}
     return {name: show(result) for name, show in RESULT_COLUMNS.items()} | metrics
+
+
+def _figure(name: str, value: float) -> str:
+    """Of a task on finished runs, which may be a loss as well as a difference near nothing."""
+    if name == "loss":
+        return f"{value:.4f}"
+    return shown(value) if value == 0 or abs(value) >= 1e-3 else f"{value:.1e}"
 
 
 def fitting(header: list[str], rows: list[list[str]], width: int) -> tuple[list[str], list[list[str]]]:

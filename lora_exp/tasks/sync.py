@@ -11,6 +11,7 @@ from lora_exp.task import Task, task
 @task("sync")
 class Sync(Task):
     result = SyncResult
+    of_folder = True
 
     def problems(self, config: Config) -> list[str]:
         if config.run is None or isinstance(config.run, str):

@@ -67,10 +67,17 @@ class Evaluation:
         if most == 0:
             self.notes.append(f"{letter} merged equals {letter} in every row")
             return
-        near = "" if most <= _EQUAL else ", more than rounding in float32 alone"
+        near = "" if most <= _EQUAL else f", {self._why()}"
         self.notes.append(
             f"{letter} merged differs from {letter} by {loss:+.1e} in loss, {most:.1e} at most in a row{near}"
         )
+
+    def _why(self) -> str:
+        """What makes a merged model differ by more than the order of sums does."""
+        dtype, stored = self.facts["dtype"], self.facts["quantization"]
+        if stored != "none":
+            return f"as merged weights are dense and no longer {stored}"
+        return f"as merged weights are rounded to {dtype}" if dtype != "float32" else "more than rounding in float32"
 
     def show(self) -> None:
         """Print a table a dataset, and below them what is to be said."""

@@ -161,7 +161,7 @@ def _prompts(trained: Trained, config: Config, prompter: Prompter) -> list[Promp
     if not openings:
         raise UserError(f"data={config.data.label} has no rows to go on from: add generate.prompt=TEXT")
     log.info(f"no prompt: {len(openings)} rows held out of {config.data.label} are gone on from")
-    return [prompter.opening(ids, rest) for ids, rest in openings]
+    return [prompter.opening(ids, rest[: section.max_new_tokens]) for ids, rest in openings]
 
 
 def _titles(trained: Trained, names: Sequence[str]) -> dict[str, str]:
