@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeGuard
@@ -54,9 +55,12 @@ def is_number(value: object) -> TypeGuard[float]:
 
 
 def _spans_decades(numbers: list[float]) -> bool:
-    """Also of three or more where each is as many times the one before (4, 8, 16)."""
+    """Whether logarithms spread them better: over decades most are small (not so what was drawn evenly from 0 to 0.3);
+    also three or more of which each is as many times the one before (4, 8, 16)."""
     if numbers[0] <= 0:
         return False
+    middle = (statistics.median(numbers) - numbers[0]) / ((numbers[-1] - numbers[0]) or 1)
     ratios = [after / before for before, after in itertools.pairwise(numbers)]
     is_geometric = len(ratios) > 1 and all(math.isclose(ratio, ratios[0], rel_tol=0.01) for ratio in ratios)
-    return numbers[-1] >= 10 * numbers[0] or (is_geometric and ratios[0] >= 1.5)
+    spans = numbers[-1] >= 10 * numbers[0] and (len(numbers) < 3 or middle < 0.3)
+    return spans or (is_geometric and ratios[0] >= 1.5)

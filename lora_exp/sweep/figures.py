@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from lora_exp.job import read_metrics
 from lora_exp.sweep.axes import Axis, axis_of, is_number
-from lora_exp.sweep.jobs import JobReport, is_replicate, text, title
+from lora_exp.sweep.jobs import JobReport, grouped, is_replicate, text, title
 from lora_exp.sweep.quantities import Quantity
 
 MOST_SERIES = 24  # that a legend names
@@ -51,65 +51,74 @@ class Figure:
 
 
 def curves(jobs: list[JobReport], factors: list[str], result: Quantity) -> Figure | None:
-    """``result`` over the steps, a line a job, best first; a job that failed shows how far it came."""
+    """``result`` over the steps, best first: a line for replicates together, one for each job that did not finish,
+    which shows how far it came."""
+    names = [name for name in factors if not is_replicate(name)] or factors
+    done = [job for job in jobs if job.outcome.status == "FINISHED"]
+    groups = [*grouped(done, names), *([job] for job in jobs if job.outcome.status != "FINISHED")]
     series = []
-    for job in jobs:
-        records = [record for record in read_metrics(job.folder) if is_number(record.get(f"eval/{result.key}"))]
-        points = [Point(record["step"], record[f"eval/{result.key}"], _note(job, factors)) for record in records]
-        unfinished = "" if job.outcome.status == "FINISHED" else f" ({job.outcome.status})"
-        series.append(Series((title(job, factors) or f"job {job.outcome.number}") + unfinished, points))
-    drawn = [each for each in series if each.points]
-    if not drawn:
+    for group in groups:
+        first, status = group[0].outcome, group[0].outcome.status
+        label = title(group[0], names if status == "FINISHED" else factors) or f"job {first.number}"
+        points = _mean_curve(group, f"eval/{result.key}")
+        series.append(Series(label if status == "FINISHED" else f"{label} ({status})", points))
+    if not (drawn := [each for each in series if each.points]):
         return None
-    x = Axis("optimizer step")
-    return Figure(f"{result.key}_curves", result.title, x, Axis(result.label), _few_named(drawn))
+    note = _said(drawn)
+    return Figure(
+        f"{result.key}_curves", result.title, Axis("optimizer step"), Axis(result.label), _few_named(drawn), note=note
+    )
 
 
 def against_factors(jobs: list[JobReport], factors: list[str], result: Quantity) -> list[Figure]:
     """``result`` against each swept value; replicates against each other only if nothing else was swept."""
-    done = [job for job in jobs if result.of(job) is not None]
     chosen = [name for name in factors if not is_replicate(name)] or factors
-    return [figure for name in chosen if (figure := _against(done, name, chosen, result))]
+    return [figure for name in chosen if (figure := _against(jobs, name, chosen, result))]
 
 
 def against_cost(jobs: list[JobReport], factors: list[str], result: Quantity, cost: Quantity) -> Figure | None:
     """``result`` against what it cost, a point a job, a colour for each combination of what is not a number."""
     done = [job for job in jobs if result.of(job) is not None and cost.of(job) is not None]
     kinds = [name for name in factors if not all(is_number(job.value(name)) for job in done)]
-    grouped: dict[str, list[Point]] = defaultdict(list)
-    for job in done:
-        grouped[title(job, kinds)].append(Point(cost.of(job) or 0.0, result.of(job) or 0.0, _note(job, factors)))
-    points = [point for group in grouped.values() for point in group]
+    groups = [
+        Series(title(group[0], kinds), [
+            Point(cost.of(job) or 0.0, result.of(job) or 0.0, _note(job, factors)) for job in group
+        ], joined=False)
+        for group in grouped(done, kinds)
+    ]  # fmt: skip
+    points = [point for series in groups for point in series.points]
     if len({point.x for point in points}) < 2:
         return None
-    series = _few_named([Series(label, group, joined=False) for label, group in grouped.items()])
-    x = axis_of([point.x for point in points], cost.label, ticks=False)
-    name, heading = f"{result.key}_against_{cost.key}", f"{result.title} against {cost.title}"
-    return Figure(name, heading, x, Axis(result.label), series, _front(points, result.higher_is_better))
+    return Figure(
+        f"{result.key}_against_{cost.key}",
+        f"{result.title} against {cost.title}",
+        axis_of([point.x for point in points], cost.label, ticks=False),
+        Axis(result.label),
+        _few_named(groups),
+        _front(points, result.higher_is_better),
+        "dotted: the Pareto front, which no job betters in both",
+    )
 
 
 def _against(jobs: list[JobReport], factor: str, factors: list[str], result: Quantity) -> Figure | None:
     others = [name for name in factors if name != factor]
-    axis = axis_of([job.value(factor) for job in sorted(jobs, key=lambda job: job.outcome.number)], factor)
-    jobs = [job for job in jobs if axis.has(job.value(factor))]
+    in_order = sorted(jobs, key=lambda job: job.outcome.number)
+    axis = axis_of([job.value(factor) for job in in_order if result.of(job) is not None], factor)
+    every, jobs = jobs, [job for job in jobs if result.of(job) is not None and axis.has(job.value(factor))]
     if len({axis.place(job.value(factor)) for job in jobs}) < 2:
         return None
     if alone := is_replicate(factor):
         axis = Axis(factor, categories=sorted({text(job.value(factor)) for job in jobs}, key=_natural))
-    grouped: dict[str, list[JobReport]] = defaultdict(list)
-    for job in jobs:
-        grouped[title(job, others)].append(job)
-    lines = [group for group in grouped.values() if len({text(job.value(factor)) for job in group}) > 1]
-    is_sparse = 2 * len(lines) < len(grouped)
-    if is_sparse:
-        grouped = {"": jobs}
+    groups = grouped(jobs, others)
+    is_sparse = 2 * sum(len(grouped(group, [factor])) > 1 for group in groups) < len(groups)
+    named = [("", jobs)] if is_sparse else [(title(group[0], others), group) for group in groups]
     joined = not (is_sparse or alone)
-    series = [Series(label, _means(group, axis, factor, result), joined) for label, group in grouped.items()]
+    series = [Series(label, _means(group, axis, factor, result), joined) for label, group in named]
+    told = [f"{', '.join(others)} differ too, from point to point"] if is_sparse else []
+    told += [f"{missing} without a result or a place here"] if (missing := len(every) - len(jobs)) else []
     name = re.sub(r"[^\w.]+", "_", f"{result.key}_against_{factor}")
-    return Figure(
-        name, f"{result.title} against {factor}", axis, Axis(result.label), _few_named(series),
-        note=_said(series, is_sparse, others),
-    )  # fmt: skip
+    heading = f"{result.title} against {factor}"
+    return Figure(name, heading, axis, Axis(result.label), _few_named(series), note=_said(series, *told))
 
 
 def _means(jobs: list[JobReport], axis: Axis, factor: str, result: Quantity) -> list[Point]:
@@ -119,19 +128,29 @@ def _means(jobs: list[JobReport], axis: Axis, factor: str, result: Quantity) -> 
     points = []
     for x in sorted(placed, key=axis.order):
         values = [value for job in placed[x] if (value := result.of(job)) is not None]
-        span = (min(values), max(values)) if len(values) > 1 else (None, None)
-        note = ", ".join(f"job {job.outcome.number}" for job in placed[x])
-        points.append(Point(x, sum(values) / len(values), note, *span))
+        points.append(_mean(x, values, ", ".join(_note(job, []) for job in placed[x])))
     return points
 
 
-def _said(series: list[Series], is_sparse: bool, others: list[str]) -> str:
-    parts = []
-    if is_sparse and others:
-        parts.append(f"{', '.join(others)} differ too, from point to point")
-    if any(point.low is not None for each in series for point in each.points):
-        parts.append("mean of the jobs at a point, the bar from the lowest to the highest")
-    return "; ".join(parts)
+def _mean_curve(jobs: list[JobReport], key: str) -> list[Point]:
+    at: dict[float, list[float]] = defaultdict(list)
+    for job in jobs:
+        for record in read_metrics(job.folder):
+            if is_number(record.get(key)):
+                at[record["step"]].append(record[key])
+    note = ", ".join(f"job {job.outcome.number}" for job in jobs)
+    return [_mean(step, at[step], note) for step in sorted(at)]
+
+
+def _mean(x: float | str, values: list[float], note: str) -> Point:
+    span = (min(values), max(values)) if len(values) > 1 else (None, None)
+    return Point(x, sum(values) / len(values), note, *span)
+
+
+def _said(series: list[Series], *parts: str) -> str:
+    is_mean = any(point.low is not None for each in series for point in each.points)
+    means = "mean of the jobs at a point, the bar from the lowest to the highest"
+    return "; ".join([*parts, *([means] if is_mean else [])])
 
 
 def _few_named(series: list[Series]) -> list[Series]:

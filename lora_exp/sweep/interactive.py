@@ -78,7 +78,7 @@ def _trace(x: Axis, series: Series, style: dict[str, Any], is_first: bool) -> pl
 
 def _front(front: list[Point]) -> plotly.Scatter:
     return plotly.Scatter(
-        x=[point.x for point in front], y=[point.y for point in front], mode="lines+text", name="Pareto front",
+        x=[point.x for point in front], y=[point.y for point in front], mode="lines+text", showlegend=False,
         line={"shape": "hv", "dash": "dot", "color": "#303030", "width": 1.5}, hoverinfo="skip",
         text=[" ".join(point.note.split()[:2]) for point in front], textposition="top right",
         textfont={"size": 10}, cliponaxis=False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,8 +75,18 @@ def is_replicate(name: str) -> bool:
 
 
 def title(job: JobReport, names: Iterable[str]) -> str:
-    """A job by what it has under ``names``, leaving out what it has not."""
-    return " ".join(f"{name}={said}" for name in names if (said := text(job.value(name))))
+    """A job by what it has under ``names``, to four digits, leaving out what it has not."""
+    values = ((name, job.value(name)) for name in names)
+    told = ((name, f"{value:.4g}" if isinstance(value, float) else text(value)) for name, value in values)
+    return " ".join(f"{name}={said}" for name, said in told if said)
+
+
+def grouped(jobs: Iterable[JobReport], names: Iterable[str]) -> list[list[JobReport]]:
+    """Those that have the same under all ``names``, in the order of their first."""
+    names, groups = list(names), defaultdict[tuple[str, ...], list[JobReport]](list)
+    for job in jobs:
+        groups[tuple(text(job.value(name)) for name in names)].append(job)
+    return list(groups.values())
 
 
 def text(value: object) -> str:

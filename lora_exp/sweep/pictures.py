@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import LogFormatter, NullLocator
+from matplotlib.ticker import LogLocator, NullLocator
 
 from lora_exp.plots import COLOURS, blank
 from lora_exp.sweep.axes import Axis
@@ -26,7 +26,7 @@ _LABEL = 60  # characters
 
 def draw(figure: Figure, path: Path) -> None:
     """One picture. Its legend stands beside the plot, which it takes no room from."""
-    labels = [each.label for each in figure.series if each.label] + ["Pareto front"] * bool(figure.front)
+    labels = [each.label for each in figure.series if each.label]
     labels = [_short(label) for label in dict.fromkeys(labels)]
     beside = 0.6 + _LEGEND_CHARACTER * max(map(len, labels)) if labels else 0.0
     height = max(4.2, 0.8 + _LEGEND_LINE * len(labels))
@@ -102,7 +102,7 @@ def _draw_front(axes: Axes, front: list[Point]) -> None:
     if not front:
         return
     places, values = [point.x for point in front], [point.y for point in front]
-    axes.step(places, values, where="post", color="#303030", linewidth=1, linestyle=":", label="Pareto front")
+    axes.step(places, values, where="post", color="#303030", linewidth=1, linestyle=":")
     for point in front:
         number = " ".join(point.note.split()[:2])
         axes.annotate(number, (float(point.x), point.y), (4, 4), textcoords="offset points", fontsize=7)
@@ -111,7 +111,7 @@ def _draw_front(axes: Axes, front: list[Point]) -> None:
 def _set_axis(axes: Axes, x: Axis) -> None:
     if x.categories:
         long = max(map(len, x.categories)) * len(x.categories) > 70
-        names = [textwrap.fill(name, 24) for name in x.categories]
+        names = [textwrap.fill(name.replace(",", ", "), 24) for name in x.categories]
         axes.set_xticks(range(len(names)), names, rotation=30 if long else 0, ha="right" if long else "center")
         axes.margins(x=0.5 / max(len(names), 2))
         return
@@ -121,7 +121,12 @@ def _set_axis(axes: Axes, x: Axis) -> None:
         axes.set_xticks(x.ticks, [f"{tick:g}" for tick in x.ticks])
         axes.xaxis.set_minor_locator(NullLocator())
     elif x.is_log:
-        axes.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
+        low, high = axes.get_xlim()
+        few = high < 100 * low  # decades alone would be no scale
+        axes.xaxis.set_major_formatter("{x:g}")
+        minor = LogLocator(subs=(2, 5)) if few else NullLocator()
+        axes.xaxis.set_minor_locator(minor)
+        axes.xaxis.set_minor_formatter("{x:g}")
 
 
 def _set_legend(canvas: Canvas, axes: Axes) -> None:

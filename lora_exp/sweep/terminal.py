@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -13,6 +13,7 @@ from lora_exp.sweep.table import Table
 
 # What a narrow terminal leaves out, first to last, before it leaves out metrics; comparison.csv has it all.
 _LEAST_NEEDED = ("wall s", "base MB", "adapter MB", "trainable", "logits", "trained", "base", "perplexity")
+_LONG = 24  # columns of a value that may be broken
 _REASON = 20  # columns that a reason for failing is given at least; it may wrap
 _WITHOUT_TERMINAL = 140
 _TITLE = "Sweep, best first"
@@ -20,7 +21,7 @@ _TITLE = "Sweep, best first"
 
 @dataclass(frozen=True)
 class Column:
-    """A column ``width`` wide, its ``header`` broken into lines, each cell in one; the last, the status, may wrap."""
+    """A column ``width`` wide, its ``header`` broken into lines; longer cells are too."""
 
     name: str
     header: str
@@ -41,16 +42,19 @@ def show(table: Table) -> None:
 def fitting(table: Table, width: int) -> list[Column]:
     """The columns for a terminal of ``width``: of sizes, times and further metrics as many as have room.
 
-    Headers are broken into lines before a column is left out. What is needed is always there, even without room.
+    First headers are broken into lines, then columns left out, then long values (of targets) broken into lines. What
+    is needed is always there, even without room.
     """
-    columns = [_column(table, index, breaks=False) for index in range(len(table.header))]
+    columns = _columns(table, breaks=False)
     if _total(columns) > width:
-        columns = [_column(table, index, breaks=True) for index in range(len(table.header))]
+        columns = _columns(table, breaks=True)
     for name in [*_LEAST_NEEDED, *reversed(table.results)]:
         if _total(columns) <= width:
             break
         if name not in table.needed:
             columns = [column for column in columns if column.name != name]
+    if _total(columns) > width:
+        columns = [replace(column, width=min(column.width, _LONG)) for column in columns]
     return columns
 
 
@@ -62,6 +66,10 @@ def listed(table: Table) -> str:
         told = [f"{name}={cells[name]}" for name in table.needed[1:-1] if cells[name]]
         lines.append(f"job {cells['job']}: {'  '.join(told)}  {cells['status']}")
     return "\n".join(lines)
+
+
+def _columns(table: Table, breaks: bool) -> list[Column]:
+    return [_column(table, index, breaks) for index in range(len(table.header))]
 
 
 def _column(table: Table, index: int, breaks: bool) -> Column:
@@ -95,7 +103,7 @@ def _drawn(table: Table, columns: list[Column], width: int) -> RichTable:
         if column.name == "status":
             drawn.add_column(column.header, min_width=column.width, max_width=column.width + room, overflow="fold")
         else:
-            drawn.add_column(column.header, width=column.width, justify="right", no_wrap=True)
+            drawn.add_column(column.header, width=column.width, justify="right", overflow="fold")
     kept = [table.header.index(column.name) for column in columns]
     for row in table.rows:
         drawn.add_row(*(row[index] for index in kept), style=None if row[-1] == "FINISHED" else "red")
