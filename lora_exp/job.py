@@ -164,6 +164,8 @@ def read_outcome(folder: Path) -> Outcome | None:
     if not file.is_file():
         return None
     raw = json.loads(file.read_text())
+    if "lr" in raw["values"]:  # as it was listed once
+        raw["values"] = {"optimizer.lr" if key == "lr" else key: value for key, value in raw["values"].items()}
     result = raw.pop("result")
     kind = tasks[raw["values"].get("task", "train")].result
     if result and kind is Result and "metrics" not in result:  # as results were written once

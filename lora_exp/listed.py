@@ -22,7 +22,6 @@ def flat_values(config: Config) -> dict[str, object]:
     for key, value in sections.items():
         if isinstance(value, dict):
             values |= _flat_section(key, value)
-    values["lr"] = values.pop("optimizer.lr")
     del values["resume"]
     if config.parallel == "auto":
         del values["parallel"]

@@ -109,7 +109,8 @@ def test_a_password_in_the_address_is_refused_and_not_repeated() -> None:
 def test_flat_values_are_short_plain_and_name_every_choice() -> None:
     values = flat_values(config("alpha=2r", "rank=4"))
     expected = {"rank": 4, "alpha": 8.0, "scale": 4.0, "scaling": "rslora", "adapter": "lora", "layer": "linear",
-                "quantization": "none", "model": "smollm2_135m", "data": "bible", "lr": 1e-3, "seed": 0}  # fmt: skip
+                "quantization": "none", "model": "smollm2_135m", "data": "bible", "seed": 0,
+                "optimizer.lr": 1e-3}  # fmt: skip
     assert {key: values[key] for key in expected} == expected
     assert all(isinstance(value, (int, float, str, bool, list, type(None))) for value in values.values())
 

@@ -122,8 +122,8 @@ def test_a_run_leaves_everything_it_promises(cli: Cli, tiny_overrides: list[str]
     client = MlflowClient(f"sqlite:///{workplace}/outputs/mlflow.db")
     run = client.get_run(outcome.result.run_id)
     assert run.info.status == "FINISHED"
-    for name in ("rank", "alpha", "scale", "scaling", "adapter", "layer", "quantization", "model", "data", "lr",
-                 "seed", "backend"):  # fmt: skip
+    for name in ("rank", "alpha", "scale", "scaling", "adapter", "layer", "quantization", "model", "data",
+                 "optimizer.lr", "seed", "backend"):  # fmt: skip
         assert name in run.data.params
     for name in ("params/trainable", "params/total", "params/trainable_percent", "adapter_bytes", "train/loss",
                  "train/lr", "train/grad_norm", "train/tokens_per_s", "eval/loss", "eval/perplexity",
@@ -155,8 +155,10 @@ def test_a_sweep_is_a_parent_run_with_its_jobs_as_children(
     assert "| job | rank | scaling |" in table
     assert "seed" not in table
     artifacts = {file.path for file in client.list_artifacts(parent.info.run_id)}
-    assert artifacts == {"comparison.csv", "comparison.md", "loss_against_parameters.png", "loss_against_rank.png",
-                         "loss_curves.png"}  # fmt: skip
+    pictures = {f"loss_{rest}.png" for rest in (
+        "curves", "against_rank", "against_scaling", "against_parameters", "against_time", "against_memory"
+    )}  # fmt: skip
+    assert artifacts == {"comparison.csv", "comparison.md", "report.html", *pictures}
 
 
 def test_one_failed_job_does_not_stop_the_others(cli: Cli, tiny_overrides: list[str], workplace: Path) -> None:

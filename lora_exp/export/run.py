@@ -65,8 +65,7 @@ def target_of(config: Config, run: FoundRun) -> Path:
     """The folder that is written."""
     if config.export.path:
         return Path(config.export.path).expanduser()
-    step = f"-step{run.step}" if run.step is not None else ""
-    return EXPORTS / f"{run.slug}{step}-{config.export.format}"
+    return EXPORTS / f"{run.slug}-{config.export.format}"
 
 
 def check_target(target: Path, overwrite: bool) -> None:

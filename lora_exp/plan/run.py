@@ -28,13 +28,14 @@ def run_plan(config: Config, job: Job) -> PlanResult:
     if config.device == "cpu":
         with signals.at_once():
             take_precision(config.machine, torch.device("cpu"))
-    names = run_name(config, job), job.sweep_folder, sweep_name(config, job)
+    names = f"plan {run_name(config, job)}", job.sweep_folder, f"plan {sweep_name(config, job) or 'sweep'}"
     with tracking.open_run(config.tracking, *names, folder=job.folder) as tracked:
         with signals.at_once():
             planner = Planner(config)
             plan = planner.plan()
             found = fit(planner, plan, config)
         result = _result(plan, found, tracked.run_id)
+        tracked.log_tags({"lora_exp.kind": "plan"})
         log_setup(tracked, config, job, {"dtype": plan.dtype, "device": plan.device_type})
         tracked.log_metrics(_metrics(result), step=0)
         tracked.log_artifact(_write(job.folder / PLAN_FILE, plan, found))

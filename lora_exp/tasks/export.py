@@ -54,11 +54,13 @@ def _register_problems(config: Config, takes: bool) -> list[str]:
     name = config.tracking.register
     if name is None:
         return []
-    if not config.tracking.enabled:
-        return [f"tracking.register={name} needs MLflow, which tracking=none switches off: leave one out"]
     if not name.strip() or "/" in name or ":" in name:
         return [f"tracking.register={name} is no name for MLflow's registry: use one without / and :"]
-    return [] if takes else [f"tracking.register={name} is for MLflow models: use export=mlflow"]
+    if not takes:
+        return [f"tracking.register={name} is for MLflow models: use export=mlflow"]
+    if config.tracking.enabled:
+        return []
+    return [f"tracking.register={name} needs MLflow, which tracking=none switches off: add tracking=mlflow"]
 
 
 def _missing(name: str, needs: tuple[str, ...], extra: str | None) -> list[str]:

@@ -111,6 +111,10 @@ class SweepRun:
     def describe(self, table: str, files: list[Path]) -> None:
         """The comparison is its description."""
         self._tracked.log_tags({"mlflow.note.content": table})
+        self.add(files)
+
+    def add(self, files: list[Path]) -> None:
+        """It has ``files``."""
         for file in files:
             self._tracked.log_artifact(file)
 

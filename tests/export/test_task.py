@@ -33,7 +33,7 @@ def test_a_run_is_exported_verified_and_verified_again(
     run = finished("adapter=dora")
     done = cli("task=export", f"run={run}", f"export={kind}", "tracking=none", "export.texts=2", "export.tokens=8")
     assert done.code == 0, done.err
-    assert "at optimizer step 4" in done.out
+    assert "after optimizer step 4" in done.out
     assert "are free" in done.out
     target = EXPORTS / f"day-run-{kind}"
     facts = provenance(target)
@@ -84,8 +84,8 @@ def test_an_earlier_step_is_exported_as_it_was_then(cli: Cli, finished: Finished
     for place in (early, late):
         done = cli("task=export", f"run={place}", "export=merged", "tracking=none")
         assert done.code == 0, done.err
-        assert f"at optimizer step {2 if place == early else 4}" in done.out
-        places.append(EXPORTS / ("day-run-step2-merged" if place == early else "day-run-merged"))
+        assert f"after optimizer step {2 if place == early else 4}" in done.out
+        places.append(EXPORTS / ("day-run-step-2-merged" if place == early else "day-run-merged"))
     steps = [provenance(place)["optimizer_step"] for place in places]
     assert steps == [2, 4]
     one, two = (load_file(place / "model.safetensors") for place in places)
@@ -223,7 +223,7 @@ BAD = [
     (["run=RUN", "export.texts=0"], "export.texts=0 is below 1"),
     (["run=RUN", "export.tokens=1"], "export.tokens=1 is below 2"),
     (["run=RUN", "export.max_logit=-1"], "export.max_logit=-1.0 is not 0 or more"),
-    (["run=[RUN,RUN/adapter]"], "about 1 run, and 2 are named"),
+    (["run=[RUN,RUN/checkpoints/step_00000002]"], "about 1 run, and 2 are named"),
     (["run=RUN", "export=mlflow", "tracking.register=a/b"], "is no name for MLflow's registry"),
     (["run=RUN", "tracking.register=mine"], "tracking.register=mine is for MLflow models: use export=mlflow"),
     (["run=RUN", "export=mlflow", "tracking=none", "tracking.register=mine"], "which tracking=none switches off"),

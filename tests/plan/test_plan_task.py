@@ -37,6 +37,7 @@ def test_a_plan_prints_writes_and_tracks(cli: Any, workplace: Path) -> None:
     assert run.data.metrics["params/trainable"] == 1_179_648
     assert run.data.metrics["plan/total_gib"] == pytest.approx(plan["total_bytes"] / 2**30)
     assert (run.info.status, run.data.params["task"]) == ("FINISHED", "plan")
+    assert (run.info.run_name, run.data.tags["lora_exp.kind"]) == ("plan gpt2 lora r8", "plan")
 
 
 def test_a_sweep_of_plans_is_one_table_smallest_first(cli: Any, workplace: Path, tiny_llama: Path) -> None:
