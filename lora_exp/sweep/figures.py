@@ -115,7 +115,7 @@ def _against(jobs: list[JobReport], factor: str, factors: list[str], result: Qua
     joined = not (is_sparse or alone)
     series = [Series(label, _means(group, axis, factor, result), joined) for label, group in named]
     told = [f"{', '.join(others)} differ too, from point to point"] if is_sparse else []
-    told += [f"{missing} without a result or a place here"] if (missing := len(every) - len(jobs)) else []
+    told += [f"{_jobs(missing)} without a result or a place here"] if (missing := len(every) - len(jobs)) else []
     name = re.sub(r"[^\w.]+", "_", f"{result.key}_against_{factor}")
     heading = f"{result.title} against {factor}"
     return Figure(name, heading, axis, Axis(result.label), _few_named(series), note=_said(series, *told))
@@ -145,6 +145,10 @@ def _mean_curve(jobs: list[JobReport], key: str) -> list[Point]:
 def _mean(x: float | str, values: list[float], note: str) -> Point:
     span = (min(values), max(values)) if len(values) > 1 else (None, None)
     return Point(x, sum(values) / len(values), note, *span)
+
+
+def _jobs(count: int) -> str:
+    return f"{count} job{'s' * (count > 1)}"
 
 
 def _said(series: list[Series], *parts: str) -> str:

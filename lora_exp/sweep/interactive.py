@@ -80,7 +80,7 @@ def _front(front: list[Point]) -> plotly.Scatter:
     return plotly.Scatter(
         x=[point.x for point in front], y=[point.y for point in front], mode="lines+text", showlegend=False,
         line={"shape": "hv", "dash": "dot", "color": "#303030", "width": 1.5}, hoverinfo="skip",
-        text=[" ".join(point.note.split()[:2]) for point in front], textposition="top right",
+        text=["\u00a0\u00a0" + " ".join(point.note.split()[:2]) for point in front], textposition="top right",
         textfont={"size": 10}, cliponaxis=False,
     )  # fmt: skip
 
@@ -88,8 +88,8 @@ def _front(front: list[Point]) -> plotly.Scatter:
 def _layout(figure: Figure) -> dict[str, Any]:
     entries = len({each.label for each in figure.series})
     return {
-        "template": "plotly_white", "height": max(420, 120 + _LEGEND_LINE * entries), "hovermode": "closest",
-        "margin": {"l": 70, "r": 20, "t": 20, "b": 60}, "legend": {"x": 1.02, "y": 1},
+        "template": "plotly_white", "height": max(420, 130 + _LEGEND_LINE * entries), "hovermode": "closest",
+        "margin": {"l": 70, "r": 20, "t": 20, "b": 60}, "legend": {"x": 1.02, "y": 1, "tracegroupgap": 0},
         "xaxis": {"title": {"text": figure.x.label}, **_scale(figure.x)},
         "yaxis": {"title": {"text": figure.y.label}},
     }  # fmt: skip
@@ -99,4 +99,4 @@ def _scale(axis: Axis) -> dict[str, Any]:
     if axis.categories:
         return {"type": "category", "categoryorder": "array", "categoryarray": axis.categories}
     ticks = {"tickvals": axis.ticks, "ticktext": [f"{tick:g}" for tick in axis.ticks]} if axis.ticks else {}
-    return {"type": "log" if axis.is_log else "linear", **ticks}
+    return {"type": "log" if axis.is_log else "linear", "tickformat": ",~r", **ticks}

@@ -23,6 +23,7 @@ th { cursor: pointer; position: sticky; top: 0; background: #fff; white-space: n
 th::after { content: " ↕"; color: #aaa; } td:last-child, th:last-child { text-align: left; min-width: 9rem; }
 tr.best { background: #eaf5ec; } tr.unfinished { color: #a1232f; } .note { color: #666; font-size: 13px; margin: 0; }
 """
+_CONFIG = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["sendChartToCloud"]}  # nothing leaves
 _SORT = """
 document.querySelectorAll("th").forEach((th, column) => th.addEventListener("click", () => {
   const body = th.closest("table").tBodies[0], up = th.dataset.up !== "1";
@@ -45,7 +46,7 @@ def write_page(
     drawn += [(each.title, "Drag along an axis to pick jobs.", interactive_parallel(each)) for each in parallels]
     sections = [
         f"<h2>{html.escape(title)}</h2>\n<p class=note>{html.escape(note)}</p>\n"
-        + figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True})
+        + figure.to_html(full_html=False, include_plotlyjs=False, config=_CONFIG)
         for title, note, figure in drawn
     ]
     library = f"<script>{get_plotlyjs()}</script>" if drawn else ""

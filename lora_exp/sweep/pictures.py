@@ -21,7 +21,7 @@ _DASHES: tuple[Any, ...] = ("-", "--", ":", "-.")
 _MARKERS = ("o", "s", "^", "D")
 _GREY = "#b0b0b0"
 _LEGEND_LINE, _LEGEND_CHARACTER = 0.19, 0.075  # inches
-_LABEL = 60  # characters
+_LABEL, _NOTE = 60, 110  # characters
 
 
 def draw(figure: Figure, path: Path) -> None:
@@ -38,8 +38,10 @@ def draw(figure: Figure, path: Path) -> None:
     _draw_front(axes, figure.front)
     _set_axis(axes, figure.x)
     if figure.note:
-        axes.annotate(figure.note, (0, 1), (0, 2), "axes fraction", "offset points", fontsize=7, color="#606060")
-        axes.set_title(figure.title, loc="left", pad=14, parse_math=False)
+        note = textwrap.fill(figure.note, _NOTE)
+        said = axes.annotate(note, (0, 1), (0, 3), "axes fraction", "offset points", fontsize=7, color="#606060")
+        said.set_in_layout(False)  # it would take its width from the plot
+        axes.set_title(figure.title, loc="left", pad=6 + 9 * len(note.splitlines()), parse_math=False)
     _set_legend(canvas, axes)
     canvas.savefig(path)
 
@@ -117,16 +119,18 @@ def _set_axis(axes: Axes, x: Axis) -> None:
         return
     if x.is_log:
         axes.set_xscale("log")
+        low, high = axes.get_xlim()
+        # Decades alone would be no scale for two of them.
+        axes.xaxis.set_minor_locator(LogLocator(subs=(2, 5)) if high < 100 * low else NullLocator())
+        axes.xaxis.set_minor_formatter(_number)
+    axes.xaxis.set_major_formatter(_number)
     if x.ticks:
         axes.set_xticks(x.ticks, [f"{tick:g}" for tick in x.ticks])
         axes.xaxis.set_minor_locator(NullLocator())
-    elif x.is_log:
-        low, high = axes.get_xlim()
-        few = high < 100 * low  # decades alone would be no scale
-        axes.xaxis.set_major_formatter("{x:g}")
-        minor = LogLocator(subs=(2, 5)) if few else NullLocator()
-        axes.xaxis.set_minor_locator(minor)
-        axes.xaxis.set_minor_formatter("{x:g}")
+
+
+def _number(value: float, _: object = None) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:g}"
 
 
 def _set_legend(canvas: Canvas, axes: Axes) -> None:

@@ -14,7 +14,7 @@ from lora_exp.sweep.table import Table
 # What a narrow terminal leaves out, first to last, before it leaves out metrics; comparison.csv has it all.
 _LEAST_NEEDED = ("wall s", "base MB", "adapter MB", "trainable", "logits", "trained", "base", "perplexity")
 _LONG = 24  # columns of a value that may be broken
-_REASON = 20  # columns that a reason for failing is given at least; it may wrap
+_REASON, _STATUS = 20, 12  # columns that a reason for failing is given at least; in want of room
 _WITHOUT_TERMINAL = 140
 _TITLE = "Sweep, best first"
 
@@ -42,8 +42,8 @@ def show(table: Table) -> None:
 def fitting(table: Table, width: int) -> list[Column]:
     """The columns for a terminal of ``width``: of sizes, times and further metrics as many as have room.
 
-    First headers are broken into lines, then columns left out, then long values (of targets) broken into lines. What
-    is needed is always there, even without room.
+    First headers are broken into lines, then columns left out, then long values (of targets, a
+    reason) broken into lines. What is needed is always there, even without room.
     """
     columns = _columns(table, breaks=False)
     if _total(columns) > width:
@@ -54,7 +54,8 @@ def fitting(table: Table, width: int) -> list[Column]:
         if name not in table.needed:
             columns = [column for column in columns if column.name != name]
     if _total(columns) > width:
-        columns = [replace(column, width=min(column.width, _LONG)) for column in columns]
+        most = {"status": _STATUS}
+        columns = [replace(column, width=min(column.width, most.get(column.name, _LONG))) for column in columns]
     return columns
 
 

@@ -6,11 +6,20 @@ import itertools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+import pytest
 
 from lora_exp.job import METRICS_FILE, SWEPT_FILE, Outcome, PlanResult, Result, write_outcome
 
 EVALUATIONS = (0, 12, 24, 36)
+
+
+@pytest.fixture
+def made_up() -> SimpleNamespace:
+    """What makes them, and the formula."""
+    return SimpleNamespace(sweep=sweep, job=job, plans=plans, loss_of=loss_of)
 
 
 def sweep(folder: Path, *, swept: dict[str, list[Any]], failing: tuple[int, ...] = (), accuracy: bool = False) -> Path:
@@ -32,7 +41,8 @@ def job(folder: Path, number: int, values: dict[str, Any], fails: bool = False, 
         records.append(record | ({"eval/accuracy": share * accuracy_of(values)} if accuracy else {}))
         records.append({"lane": "default", "step": step + 1, "train/loss": 4 - share})
     (place / METRICS_FILE).write_text("\n".join(map(json.dumps, records)) + '\n{"cut')
-    every = {"seed": 0, "model": "m", "rank": 8, "scale": 1.0 + number, **values}
+    every = {"seed": 0, "model": "m", "rank": 8, **values}
+    every["scale"] = 16 / (every["rank"] or 8)
     if fails:
         reason = "eval/loss became nan at optimizer step 13 (lane default):\nlower optimizer.lr | it is <b>high</b>"
         write_outcome(place, Outcome(number, "FAILED", [], every, None, reason))
