@@ -27,6 +27,7 @@ from lora_exp.listed import flat_values
 from lora_exp.machine import claims, launch, signals
 from lora_exp.machine.allocator import keep_freed_memory
 from lora_exp.machine.waiting import wait_briefly
+from lora_exp.quoting import texts_quoted
 from lora_exp.rerunning import saved_config_composed
 from lora_exp.schema import register, to_config
 from lora_exp.sweep.callback import begun
@@ -87,7 +88,7 @@ def _command() -> None:
         sys.exit(str(error))
     adopt_login()
     try:
-        typed = composing.texts_quoted(sys.argv[1:])
+        typed = texts_quoted(sys.argv[1:])
         with signals.at_once(), composing.plainly(), saved_config_composed(typed) as arguments:
             sys.argv[1:] = composing.in_order(arguments)
             composing.check_arguments(sys.argv[1:])

@@ -28,10 +28,10 @@ from lora_exp.credentials import login_problems, redacted
 from lora_exp.errors import UserError
 from lora_exp.keys import nearest, unknown_key, unknown_keys, wrong_data, wrong_value
 from lora_exp.plugins import PluginError, import_plugins
+from lora_exp.task import tasks
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
-_TEXTS = ("generate.prompt", "generate.system")
-_BRACKETS = (("'", "'"), ('"', '"'), ("[", "]"))
+SAVED_NAME = "rerun"  # of a config that was composed from a saved run's
 # Of joblib's, submitit's and Python's own pools of processes.
 _DEAD_WORKER = ("TerminatedWorkerError", "UncompletedJobError", "BrokenProcessPool")
 _DEAD_WORKER_SAID = (
@@ -49,22 +49,6 @@ def in_order(arguments: Sequence[str]) -> list[str]:
     for override in overrides:
         flags.remove(override)
     return [*overrides, *flags]
-
-
-def texts_quoted(arguments: Sequence[str]) -> list[str]:
-    """The same command line with texts for a model to read in the quotes that Hydra's grammar wants around a comma."""
-    if any(argument in ("-m", "--multirun") for argument in arguments):  # where a comma may mean one value and the next
-        return list(arguments)
-    return [_quoted(argument) for argument in arguments]
-
-
-def _quoted(argument: str) -> str:
-    key, _, text = argument.partition("=")
-    is_enclosed = text and (text[0], text[-1]) in _BRACKETS and bool(_parsed([argument]))
-    if key not in _TEXTS or text in ("", "null") or is_enclosed:
-        return argument
-    escaped = re.sub(r"(\\*)(\Z|')", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text)
-    return f"{key}='{escaped.replace('${', chr(92) + '${')}'"
 
 
 def check_arguments(arguments: Sequence[str]) -> None:
@@ -113,6 +97,15 @@ def check_mode(composed: DictConfig) -> None:
         raise ConfigError(
             [f"this is a sweep ({listed}), and without -m one job would run: {_command('-m')}, or choose one: {one}"]
         )
+
+
+def refuse_uncomposed(composed: DictConfig) -> None:
+    """Raise ConfigError for a task on finished runs that a file names: their config is found by the command line."""
+    name = str(composed.task)
+    if tasks.problem(name) or not (tasks[name].of_runs or tasks[name].of_exports) or composed.run is None:
+        return
+    if OmegaConf.select(composed, "hydra.job.config_name") != SAVED_NAME:
+        raise ConfigError([f"task={name} and run={composed.run} stand in a file: type both on the command line"])
 
 
 def swept_keys(composed: DictConfig) -> list[str]:

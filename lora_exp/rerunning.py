@@ -19,13 +19,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lora_exp.composing import SAVED_NAME
 from lora_exp.config import ConfigError, TrackingConfig, conf_folder
 from lora_exp.task import Task, tasks
 from lora_exp.use.runs import PROVENANCE, FoundRun, base_named, find_export, find_run, names_of
 from lora_exp.use_config import BestConfig
 
 _KEY = "rerun="
-_NAME = "rerun"
 _OF_ONE_RUN = ("resume",)  # where it went on from is no part of what it was
 _OF_ONE_TASK = (
     "task", "run", "plan", "trainer", "parallel", "export", "best", "evaluate", "generate", "serve", *_OF_ONE_RUN,
@@ -58,17 +58,8 @@ def saved_config_composed(arguments: Sequence[str]) -> Iterator[list[str]]:
         yield [*others, *(f"{key}={value}" for key, value in folders.items() if not _typed(others, key))]
         return
     with tempfile.TemporaryDirectory() as place:
-        OmegaConf.save(primary, Path(place) / f"{_NAME}.yaml")
-        yield [*others, "--config-path", place, "--config-name", _NAME]
-
-
-def refuse_uncomposed(composed: DictConfig) -> None:
-    """Raise ConfigError for a task on finished runs that a file names: their config is found by the command line."""
-    name = str(composed.task)
-    if tasks.problem(name) or not (tasks[name].of_runs or tasks[name].of_exports) or composed.run is None:
-        return
-    if OmegaConf.select(composed, "hydra.job.config_name") != _NAME:
-        raise ConfigError([f"task={name} and run={composed.run} stand in a file: type both on the command line"])
+        OmegaConf.save(primary, Path(place) / f"{SAVED_NAME}.yaml")
+        yield [*others, "--config-path", place, "--config-name", SAVED_NAME]
 
 
 def _task_of(arguments: Sequence[str]) -> type[Task]:

@@ -12,13 +12,12 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from lora_exp.adapters.files.whole import write_text
-from lora_exp.composing import check_composed, check_mode, swept_keys
+from lora_exp.composing import check_composed, check_mode, refuse_uncomposed, swept_keys
 from lora_exp.config import ConfigError
 from lora_exp.credentials import CredentialError, refuse_in_config
 from lora_exp.job import SWEPT_FILE, filed
 from lora_exp.machine.claims import FolderInUseError, claim
 from lora_exp.plugins import PluginError
-from lora_exp.rerunning import refuse_uncomposed
 
 # The sweep this process has begun and not yet reported: Hydra has no hook for one that ends in an error.
 begun: list[Path] = []

@@ -264,3 +264,13 @@ def test_bad_input(train: Train, cli: Cli) -> None:
         assert done.code == 1
         assert said in done.err
         assert "Traceback" not in done.err
+
+
+def test_a_store_that_goes_away_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from lora_exp.config import TrackingConfig
+    from lora_exp.tracking import finished
+
+    nowhere = TrackingConfig(uri="http://127.0.0.1:9")
+    finished.log_figures(nowhere, "f" * 32, {"evaluate/text/validation/loss": 1.0}, 4, tmp_path / "evaluation.json")
+    assert "MLflow lacks what was found" in caplog.text
+    assert "evaluation.json" in caplog.text

@@ -301,9 +301,12 @@ class Terminal:
         os.write(self._ours, text.encode())
 
     def ended(self) -> int:
-        code = self.process.wait(60)
-        os.close(self._ours)
-        return code
+        try:
+            return self.process.wait(60)
+        finally:
+            self.process.kill()
+            self.process.wait()
+            os.close(self._ours)
 
 
 @pytest.mark.slow
@@ -319,6 +322,7 @@ def test_a_conversation_in_a_terminal(end: str, chat_run: Callable[..., Path], w
     terminal.type("what did the ox do 9?\n")
     terminal.until("the ox sang")
     terminal.until("you: ")
+    time.sleep(0.5)  # readline has shown its prompt before it waits for a signal
     terminal.type(end)
     assert terminal.ended() == 0
     (file,) = workplace.glob("outputs/used/*/*/generated.jsonl")
