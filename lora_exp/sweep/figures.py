@@ -112,7 +112,8 @@ def _against(jobs: list[JobReport], factor: str, factors: list[str], result: Qua
     groups = grouped(jobs, others)
     is_sparse = 2 * sum(len(grouped(group, [factor])) > 1 for group in groups) < len(groups)
     named = [("", jobs)] if is_sparse else [(title(group[0], others), group) for group in groups]
-    joined = not (is_sparse or alone)
+    # Between categories there is nothing, but a line shows which points belong together.
+    joined = not (is_sparse or alone or (axis.categories and len(named) == 1))
     series = [Series(label, _means(group, axis, factor, result), joined) for label, group in named]
     told = [f"{', '.join(others)} differ too, from point to point"] if is_sparse else []
     told += [f"{_jobs(missing)} without a result or a place here"] if (missing := len(every) - len(jobs)) else []

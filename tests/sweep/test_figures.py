@@ -66,6 +66,12 @@ def test_seeds_alone_are_points_without_a_line(tmp_path: Path, made_up: Any) -> 
     assert not figure.series[0].joined
 
 
+def test_categories_alone_are_points_without_a_line(tmp_path: Path, made_up: Any) -> None:
+    figures, _ = drawn(made_up.sweep(tmp_path, swept={"adapter": ["lora", "dora", "vera"]}))
+    (series,) = figures["loss_against_adapter"].series
+    assert (series.joined, [point.x for point in series.points]) == (False, ["lora", "dora", "vera"])
+
+
 def test_values_drawn_at_random_are_not_joined(tmp_path: Path, made_up: Any) -> None:
     for number in range(12):
         values = {"optimizer.lr": 10 ** -(1 + number / 3), "dropout": (number * 7 % 12) / 40}
