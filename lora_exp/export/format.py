@@ -47,8 +47,8 @@ class Format:
     """``runtime``: what loads it, in words. ``needs``: packages that this takes, with the extra that brings them.
 
     ``needs_base``: whether it holds an adapter alone. ``registers``: whether MLflow's registry takes it.
-    ``log_probabilities``: whether ``logits`` gives those, as its
-    runtime tells no more. ``library``: the hub's name of what reads it; ``tags``: for the hub, beside ``lora_exp``.
+    ``log_probabilities``: whether ``logits`` gives those, as its runtime tells no more, NaN where it does not even tell
+    them. ``library``: the hub's name of what reads it; ``tags``: for the hub, beside ``lora_exp``.
     """
 
     runtime: ClassVar[str] = ""

@@ -18,6 +18,7 @@ from lora_exp.errors import UserError
 from lora_exp.export.format import Tolerance
 
 FILE = "verification.safetensors"
+_TINY = 1e-9
 _KEPT = 256  # entries a position, in the copy that an export keeps
 
 
@@ -69,7 +70,10 @@ def shortened(reference: Reference, kept: int = _KEPT) -> Reference:
 
 
 def compare(reference: Reference, answers: Tensor, log_probabilities: bool = False) -> Figures:
-    """``answers`` (..., V): logits, or log-probabilities. Raises UserError for answers to something else."""
+    """``answers`` (..., V): logits; or log-probabilities, NaN of entries that the runtime does not tell.
+
+    Raises UserError for answers to something else.
+    """
     expected = (*reference.normaliser.shape,)
     answers = answers.detach().to("cpu", torch.float32)
     if answers.shape[:-1] != expected or answers.shape[-1] <= int(reference.indices.max()):
@@ -77,17 +81,37 @@ def compare(reference: Reference, answers: Tensor, log_probabilities: bool = Fal
             f"the export answers with {tuple(answers.shape)} where the trained model gave {expected} positions of "
             f"{reference.values.shape[-1]} entries or more: it is not that model"
         )
+    if log_probabilities:
+        return _compare_told(reference, answers)
     indices = reference.indices.long()
     normaliser = answers.logsumexp(-1)
     found = answers.gather(-1, indices)
     p = reference.values - reference.normaliser[..., None]
     q = found - normaliser[..., None]
-    difference = p - q if log_probabilities else reference.values - found
+    difference = reference.values - found
     kl = (p.exp() * (p - q)).sum(-1)
     if bool(reference.rest.isfinite().any()):
         q_rest = _rest(answers, indices) - normaliser
         kl = kl + reference.rest.exp() * (reference.rest - q_rest)
     return Figures(float(difference.abs().max()), float(kl.mean().clamp_min(0)))
+
+
+def _compare_told(reference: Reference, answers: Tensor) -> Figures:
+    """By the log-probabilities that the runtime tells, which are of its likeliest entries.
+
+    Of another it is known to be at most the least of them: beyond that it differs by as much as that is below ours. In
+    the KL all that is not known on both sides counts as one entry.
+    """
+    p = (reference.values - reference.normaliser[..., None]).double()
+    q = answers.gather(-1, reference.indices.long()).double()
+    told = ~q.isnan()
+    least = answers.double().nan_to_num(torch.inf).amin(-1, keepdim=True)  # inf of a place without any answer
+    difference = torch.where(told, (p - q).abs(), torch.where(least.isinf(), torch.inf, (p - least).clamp_min(0)))
+    kl = torch.where(told, p.exp() * (p - q), 0).sum(-1)
+    p_rest, q_rest = (1 - torch.where(told, each.exp(), 0).sum(-1) for each in (p, q))
+    whole = told.all(-1) & ~reference.rest.isfinite()
+    rest = p_rest.clamp_min(_TINY) * (p_rest.clamp_min(_TINY) / q_rest.clamp_min(_TINY)).log()
+    return Figures(float(difference.max()), float(torch.where(whole, kl, kl + rest).mean().clamp_min(0)))
 
 
 def save(reference: Reference, file: Path) -> None:

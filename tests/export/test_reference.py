@@ -45,6 +45,35 @@ def test_log_probabilities_are_compared_where_no_more_is_known(logits: torch.Ten
     assert shifted.max_logit > 1  # as logits they are others
 
 
+def test_a_runtime_may_tell_the_likeliest_alone(logits: torch.Tensor) -> None:
+    """The KL is then of the likeliest and of all others as one entry, so that it is no larger."""
+    others = logits + 0.3 * torch.randn_like(logits)
+    q = others.log_softmax(-1)
+    least = q.topk(200, -1).values[..., -1:]
+    told = q.masked_fill(q < least, torch.nan)
+    found, whole = (compare(reference_of(TOKENS, logits), each, log_probabilities=True) for each in (told, q))
+    p = logits.log_softmax(-1)
+    known = ~told.isnan()
+    rest = [torch.where(known, each.exp(), 0).sum(-1).neg().add(1) for each in (p, q)]
+    expected = torch.where(known, p.exp() * (p - q), 0).sum(-1) + rest[0] * (rest[0] / rest[1]).log()
+    assert found.mean_kl == pytest.approx(float(expected.mean()), rel=1e-3)
+    assert 0.5 * whole.mean_kl < found.mean_kl <= whole.mean_kl
+    assert found.max_logit <= whole.max_logit
+    ours = p.masked_fill(p < p.topk(200, -1).values[..., -1:], torch.nan)
+    exact = compare(reference_of(TOKENS, logits), ours, log_probabilities=True)
+    assert (exact.max_logit, exact.mean_kl) == (pytest.approx(0, abs=1e-5), pytest.approx(0, abs=1e-7))
+
+
+def test_what_is_not_told_is_at_most_the_least_that_is(logits: torch.Tensor) -> None:
+    """Answers of another model cannot hide behind entries that are not told."""
+    p, q = logits.log_softmax(-1), (-logits).log_softmax(-1)
+    told = q.masked_fill(q < q.topk(50, -1).values[..., -1:], torch.nan)
+    for reference in (reference_of(TOKENS, logits), reference_of(TOKENS, logits, 50)):
+        assert compare(reference, told, log_probabilities=True).max_logit > 1
+    nothing = torch.full_like(p, torch.nan)
+    assert compare(reference_of(TOKENS, logits), nothing, log_probabilities=True).max_logit == float("inf")
+
+
 def test_the_small_copy_holds_nearly_all_and_never_more(logits: torch.Tensor, tmp_path: Path) -> None:
     others = logits + 0.3 * torch.randn_like(logits)
     save(shortened(reference_of(TOKENS, logits), 256), tmp_path / "file.safetensors")

@@ -79,10 +79,11 @@ def weights_of(model: nn.Module) -> int:
     return count_parameters((), list(model.parameters()))[1]
 
 
-def check_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> None:
     """Raise UserError, with the next move, for what cannot be written."""
     base = plain(model)
     family_of(base)
+    assert tokenizer is not None  # language models have one
     tokenizers.check(tokenizer, base.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
 
 

@@ -17,7 +17,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from lora_exp.export.gguf import model as gguf_model
 
-pytest.importorskip("xllamacpp")
 _ASK = """
 import json, sys
 from pathlib import Path
@@ -51,6 +50,7 @@ Ask = Callable[..., Answer]
 @pytest.fixture(scope="session")
 def llama_process() -> Iterator[subprocess.Popen[str]]:
     """One for all tests, as llama.cpp takes over the signals of its process."""
+    pytest.importorskip("xllamacpp")
     command = [sys.executable, "-c", _ASK]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         yield process
