@@ -55,7 +55,7 @@ def _register_problems(config: Config, takes: bool) -> list[str]:
     if name is None:
         return []
     if not config.tracking.enabled:
-        return [f"tracking.register={name} needs MLflow, which tracking=none switches off: leave one out"]
+        return [f"tracking.register={name} needs MLflow, which tracking=none switches off: add tracking=mlflow"]
     if not name.strip() or "/" in name or ":" in name:
         return [f"tracking.register={name} is no name for MLflow's registry: use one without / and :"]
     return [] if takes else [f"tracking.register={name} is for MLflow models: use export=mlflow"]
