@@ -7,7 +7,9 @@ from pathlib import Path
 
 from lora_exp import following
 from lora_exp.config import Config
-from lora_exp.job import Job, Result
+from lora_exp.errors import UserError
+from lora_exp.job import Job, Outcome, Result, write_outcome
+from lora_exp.listed import flat_values
 from lora_exp.machine import launch, signals
 from lora_exp.task import Task, task
 from lora_exp.tasks.export import export_problems
@@ -29,10 +31,24 @@ class Train(Task):
             following.tell(launched, job)
         result = run(config, job)
         if config.tracking.register is not None:
-            from lora_exp.export.run import run_export
-
-            run_export(_registering(config, job.folder), job)
+            _register(config, job, result)
         return result
+
+
+def _register(config: Config, job: Job, result: Result) -> None:
+    """Raises UserError, with the command that does it later; what was trained is whole."""
+    from lora_exp.export.run import run_export
+
+    # An export reads what came of a run from its folder.
+    write_outcome(job.folder, Outcome(job.number, "FINISHED", job.overrides, flat_values(config), result))
+    try:
+        run_export(_registering(config, job.folder), job)
+    except UserError as error:
+        again = f"task=export run={job.folder} export=mlflow tracking.register={config.tracking.register}"
+        raise UserError(
+            f"{error}\nThe run is whole, but not registered. To do it later: python -m lora_exp {again} "
+            "export.overwrite=true"
+        ) from error
 
 
 def _registering(config: Config, folder: Path) -> Config:

@@ -13,7 +13,15 @@ from lora_exp.config import TrackingConfig
 from lora_exp.credentials import redacted
 from lora_exp.errors import UserError
 from lora_exp.tracking import artifacts
-from lora_exp.tracking.client import checked_client, experiment_id, reason, said_clearly, set_defaults
+from lora_exp.tracking.client import (
+    checked_client,
+    environment,
+    experiment_id,
+    reason,
+    said_clearly,
+    set_defaults,
+    tracking_uri,
+)
 from lora_exp.tracking.provenance import library_versions
 from lora_exp.tracking.telling import is_missing
 
@@ -81,7 +89,8 @@ def register(section: TrackingConfig, name: str, folder: Path, facts: Mapping[st
 
     Its weights are stored once where MLflow's artifacts are on this machine. Raises TrackingError.
     """
-    with said_clearly(section):
+    # The registry looks for the model in the store that the environment names, not in the client's.
+    with said_clearly(section), environment({"MLFLOW_TRACKING_URI": tracking_uri(section)}):
         from mlflow.exceptions import MlflowException
 
         client = checked_client(section)
