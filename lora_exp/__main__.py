@@ -30,7 +30,7 @@ from lora_exp.machine.waiting import wait_briefly
 from lora_exp.quoting import texts_quoted
 from lora_exp.rerunning import saved_config_composed
 from lora_exp.schema import register, to_config
-from lora_exp.sweep.callback import begun
+from lora_exp.sweep.callback import begun, limits
 from lora_exp.task import tasks
 from lora_exp.tracking.provenance import versions
 
@@ -221,8 +221,11 @@ def _report_sweeps(interrupted: bool) -> None:
             continue
         try:
             from lora_exp.sweep.report import report_sweep
+            from lora_exp.sweep.stopped import said_if_stopped
 
             failed |= not report_sweep(folder, interrupted)
+            if folder in limits and not interrupted and (said := said_if_stopped(folder, limits.pop(folder))):
+                sys.stderr.write(f"{said}\n")
         except Exception as error:
             sys.stderr.write(f"The sweep in {folder} could not be summed up: {redacted(str(error))}\n")
             failed = True

@@ -18,9 +18,11 @@ from lora_exp.credentials import CredentialError, refuse_in_config
 from lora_exp.job import SWEPT_FILE, filed
 from lora_exp.machine.claims import FolderInUseError, claim
 from lora_exp.plugins import PluginError
+from lora_exp.sweep.stopped import Limit, limit_of
 
 # The sweep this process has begun and not yet reported: Hydra has no hook for one that ends in an error.
 begun: list[Path] = []
+limits: dict[Path, Limit] = {}  # of those whose sweeper stops at failed jobs
 
 
 class SweepCallback(Callback):
@@ -33,6 +35,8 @@ class SweepCallback(Callback):
         folder = Path(config.hydra.sweep.dir)
         _prepare(config, folder, "hydra.sweep.dir")
         begun.append(folder.resolve())
+        if limit := limit_of(config):
+            limits[folder.resolve()] = limit
         write_swept(folder, config)
 
 

@@ -36,8 +36,10 @@ def collect(folder: Path) -> list[JobReport]:
     return sorted(jobs, key=lambda job: (_objective(job), job.outcome.number))
 
 
-def differing(jobs: list[JobReport]) -> list[str]:
+def differing(jobs: list[JobReport], swept: Iterable[str] = ()) -> list[str]:
     """The config values that are not the same in every job; ``scale`` only if nothing else explains it.
+
+    Of a sweep that did not come further than one value, what was ``swept``.
 
     A job without factors has no rank, which is no other rank.
     """
@@ -46,7 +48,8 @@ def differing(jobs: list[JobReport]) -> list[str]:
     having = {name: [job for job in jobs if name in job.outcome.values or name not in KNOBS] for name in names}
     varying = [name for name in names if len({text(job.value(name)) for job in having[name]}) > 1]
     derived = {"scale"} if {"rank", "alpha", "scaling"} & set(varying) else set()
-    return [name for name in varying if name not in derived] or ["rank"]
+    found = [name for name in varying if name not in derived]
+    return found or [name for name in swept if name in names] or ["rank"]
 
 
 def factors(jobs: list[JobReport], varying: list[str], swept: Iterable[str]) -> list[str]:

@@ -46,7 +46,8 @@ def figures_of(jobs: list[JobReport], names: list[str]) -> tuple[list[Figure], l
 
 def _sum_up(folder: Path, jobs: list[JobReport], tracked: SweepRun | None) -> None:
     """What is drawn comes last: what hinders it costs nobody the table."""
-    varying = differing(jobs)
+    swept = read_swept(folder)
+    varying = differing(jobs, swept)
     table = table_of(jobs, varying)
     show(table)
     write_csv(table, folder / "comparison.csv")
@@ -55,7 +56,7 @@ def _sum_up(folder: Path, jobs: list[JobReport], tracked: SweepRun | None) -> No
     if tracked is not None:
         tracked.describe(described, [folder / "comparison.csv", folder / "comparison.md"])
         tracked.sum_up(_best_run(jobs), _params(jobs))
-    drawn = _draw(folder, jobs, table, factors(jobs, varying, read_swept(folder)))
+    drawn = _draw(folder, jobs, table, factors(jobs, varying, swept))
     if tracked is not None:
         tracked.add(drawn)
 
