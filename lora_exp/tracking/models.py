@@ -95,21 +95,21 @@ def register(section: TrackingConfig, name: str, folder: Path, facts: Mapping[st
 
         client = checked_client(section)
         run_id = _known_run(client, facts.get("run_id"))
-        model_id, source = _logged(client, section, run_id, folder, facts)
+        model_id = _logged(client, section, run_id, folder, facts)
         try:
             client.create_registered_model(name)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         tags = {**_lineage(facts), **({"config": f"runs:/{run_id}/config.yaml"} if run_id else {})}
-        made = client.create_model_version(name, source, run_id=run_id, tags=tags, model_id=model_id)
+        made = client.create_model_version(name, f"models:/{model_id}", run_id=run_id, tags=tags)
     return f"models:/{name}/{made.version}"
 
 
 def _logged(
     client: MlflowClient, section: TrackingConfig, run_id: str | None, folder: Path, facts: Mapping[str, Any]
-) -> tuple[str, str]:
-    """The id and the address of the logged model with the folder's files."""
+) -> str:
+    """The id of the logged model with the folder's files."""
     from mlflow.entities import LoggedModelOutput
 
     experiment = client.get_run(run_id).info.experiment_id if run_id else experiment_id(client, section)
@@ -128,7 +128,7 @@ def _logged(
     client.finalize_logged_model(model.model_id, "READY")
     if run_id:
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=int(facts.get("optimizer_step") or 0))])
-    return model.model_id, model.artifact_location
+    return str(model.model_id)
 
 
 def _known_run(client: MlflowClient, run_id: str | None) -> str | None:

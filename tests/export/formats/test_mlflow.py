@@ -118,7 +118,7 @@ def test_a_version_leads_back_to_run_config_data_and_base(
     assert version.tags["optimizer_step"] == "4"
     assert run.data.metrics["export/mlflow/max_logit"] <= 1e-3
     assert run.data.tags["export.mlflow"] == str((workplace / TARGET).resolve())
-    assert version.model_id in {each.model_id for each in run.outputs.model_outputs}
+    assert version.source in {f"models:/{each.model_id}" for each in run.outputs.model_outputs}
     mlflow.set_tracking_uri(address)
     try:
         found = mlflow.pyfunc.load_model("models:/verses/2").predict([{"prompt": PROMPT}], params={"max_new_tokens": 8})
