@@ -46,7 +46,7 @@ def _verified(folder: Path, config: Config) -> dict[str, float]:
         figures = read_again(name, folder, answers, base, device, config.plugins)
     check_within(kind, figures, _tolerance(facts, config))
     log.info(f"verified in {kind.runtime}: {in_words(kind, figures)}")
-    return dict(vars(figures))
+    return figures.known
 
 
 def _base(config: Config) -> Path:

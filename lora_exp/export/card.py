@@ -40,7 +40,7 @@ def _front_matter(kind: Format, config: Config, facts: Mapping[str, Any], base: 
         "library_name": kind.library,
         "license": _license(base),
         "pipeline_tag": _task(config),
-        "tags": ["lora_exp", config.adapter.name, *kind.tags],
+        "tags": list(dict.fromkeys(["lora_exp", config.adapter.name, *kind.tags])),
         "datasets": [config.data.name] if config.data.name else None,
         "metrics": sorted({name.partition("/")[2] for name in facts["metrics"]} - {"loss"}),
     }

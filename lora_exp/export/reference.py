@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -42,10 +43,18 @@ class Figures:
     """``max_logit``: the largest absolute difference, of logits, or of log-probabilities where no more is known.
 
     ``mean_kl``: KL(trained ‖ read) in nats, the mean over all positions; what was not kept counts as one entry.
+    ``loss``: of the next tokens by what was read, ``trained_loss`` by the trained model, where all entries are kept.
     """
 
     max_logit: float
     mean_kl: float
+    loss: float | None = None
+    trained_loss: float | None = None
+
+    @property
+    def known(self) -> dict[str, float]:
+        """Those that there are, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
     def within(self, tolerance: Tolerance) -> bool:
         """False for NaN."""
@@ -93,7 +102,8 @@ def compare(reference: Reference, answers: Tensor, log_probabilities: bool = Fal
     if bool(reference.rest.isfinite().any()):
         q_rest = _rest(answers, indices) - normaliser
         kl = kl + reference.rest.exp() * (reference.rest - q_rest)
-    return Figures(float(difference.abs().max()), float(kl.mean().clamp_min(0)))
+    losses = _losses(reference, answers)
+    return Figures(float(difference.abs().max()), float(kl.mean().clamp_min(0)), *losses)
 
 
 def _compare_told(reference: Reference, answers: Tensor) -> Figures:
@@ -126,6 +136,18 @@ def read(file: Path) -> Reference:
     if set(tensors) != set(Reference.__dataclass_fields__):
         raise UserError(f"{file} holds no answers to compare with: copy the export anew")
     return Reference(**tensors)
+
+
+def _losses(reference: Reference, answers: Tensor) -> tuple[float, float] | tuple[()]:
+    """Of what was read and of the trained model, of a language model whose entries are all kept."""
+    tokens = reference.tokens
+    if answers.dim() != 3 or answers.shape != reference.values.shape or tokens.shape != answers.shape[:2]:
+        return ()
+    if not torch.equal(reference.indices[0, 0], torch.arange(answers.shape[-1], dtype=torch.int32)):
+        return ()
+    following = tokens[:, 1:].flatten()
+    read, trained = (F.cross_entropy(logits[:, :-1].flatten(0, 1), following) for logits in (answers, reference.values))
+    return float(read), float(trained)
 
 
 def _rest(logits: Tensor, indices: Tensor) -> Tensor:

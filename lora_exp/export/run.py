@@ -140,8 +140,7 @@ class _Maker:
         return {
             "runtime": self.kind.runtime,
             "compared": compared(self.kind),
-            "max_logit": figures.max_logit,
-            "mean_kl": figures.mean_kl,
+            **figures.known,
             "texts": tokens.shape[0],
             "tokens": tokens.shape[1],
             "source": self.source,
@@ -174,7 +173,7 @@ def _exact(config: Config) -> Config:
 
 def _told(config: Config, maker: _Maker, target: Path) -> UseResult:
     run, name = maker.wish.trained.runs[maker.wish.name], config.export.format
-    figures = vars(maker.figures) if maker.figures is not None else {}
+    figures = maker.figures.known if maker.figures is not None else {}
     if maker.figures is not None:
         log.info(f"verified in {maker.kind.runtime}: {in_words(maker.kind, maker.figures)} ({maker.source})")
     log.info(f"export {target} ({_size(sum(f.stat().st_size for f in target.rglob('*') if f.is_file()))})")

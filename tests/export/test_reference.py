@@ -30,8 +30,12 @@ def test_figures_are_torchs(logits: torch.Tensor) -> None:
     found = compare(reference_of(TOKENS, logits), others)
     assert found.max_logit == pytest.approx(float((logits - others).abs().max()), rel=1e-6)
     assert found.mean_kl == pytest.approx(kl(logits, others), rel=1e-4)
+    following = others[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten()
+    assert found.loss == pytest.approx(float(F.cross_entropy(*following)), rel=1e-6)
     exact = compare(reference_of(TOKENS, logits), logits)
     assert (exact.max_logit, exact.mean_kl) == (0, pytest.approx(0, abs=1e-7))
+    assert exact.loss == exact.trained_loss == found.trained_loss
+    assert compare(shortened(reference_of(TOKENS, logits)), others).loss is None
 
 
 def test_log_probabilities_are_compared_where_no_more_is_known(logits: torch.Tensor) -> None:
