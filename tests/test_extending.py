@@ -79,6 +79,7 @@ def test_an_orthonormal_start_is_what_trains(stranger: Path, monkeypatch: pytest
     from lora_exp.adapters import LoraConfig, LoraModel
     from lora_exp.adapters.variants import registry
 
+    registry._VARIANTS.names()  # all of them, as they register themselves once a process
     monkeypatch.setattr(registry._VARIANTS, "_entries", dict(registry._VARIANTS._entries))
     exec(compile(FILES["my_variant.py"], "my_variant.py", "exec"), {"__name__": "my_variant"})
     config = LoraConfig(rank=3, target_modules=["0"], variant="orthonormal", variant_options={"gain": 0.5})
