@@ -6,9 +6,10 @@ import contextlib
 from dataclasses import asdict
 
 from lora_exp.config import Config, DataConfig, QuantizationConfig, resolve_alpha, scale_of
+from lora_exp.use_config import SECTIONS
 
 KNOBS = ("rank", "alpha", "scale", "dropout", "bias", "start")  # of the factors: without them they have no meaning
-_UNLISTED = ("tracking", "export", "best", "evaluate", "generate", "serve")
+_UNLISTED = ("tracking", *SECTIONS)
 _QUIET = ("test_fraction", "max_bad_fraction", "sample_seed")  # not listed where nobody has set them
 
 

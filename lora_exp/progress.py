@@ -10,27 +10,25 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 from lora_exp.job import shown
 
 log = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LINES = 5.0
+_Self = TypeVar("_Self", bound="_Shown")
 
 
-class TrainingProgress:
-    """Shows metric records as they come. Use as a context manager."""
+class _Shown:
+    """A bar of such ``columns`` on a terminal; None elsewhere. A context manager holds it open."""
 
-    def __init__(self, steps: int) -> None:
-        self._steps = steps
-        self._seen: dict[str, float] = {}
-        self._started = self._last_line = time.monotonic()
-        self._bar = _bar() if sys.stdout.isatty() else None
-        self._task = self._bar.add_task("train", total=steps, shown="") if self._bar else None
+    def __init__(self, *columns: ProgressColumn) -> None:
+        self._bar = Progress(*columns, console=Console(), transient=True) if sys.stdout.isatty() else None
 
-    def __enter__(self) -> TrainingProgress:
+    def __enter__(self: _Self) -> _Self:
         if self._bar:
             self._bar.start()
         return self
@@ -38,6 +36,17 @@ class TrainingProgress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._bar:
             self._bar.stop()
+
+
+class TrainingProgress(_Shown):
+    """Shows metric records as they come."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self._seen: dict[str, float] = {}
+        self._started = self._last_line = time.monotonic()
+        super().__init__(_wide(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"), TimeRemainingColumn())
+        self._task = self._bar.add_task("train", total=steps, shown="") if self._bar else None
 
     def show(self, record: Mapping[str, float]) -> None:
         """Take one record of the training loop."""
@@ -71,21 +80,11 @@ class TrainingProgress:
             log.info(text)
 
 
-class Stages:
+class Stages(_Shown):
     """Shows the stages of long work one after the other: a bar each on a terminal, a line elsewhere."""
 
     def __init__(self) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), TextColumn("{task.fields[shown]}"))
-        self._bar = Progress(*columns, console=Console(), transient=True) if sys.stdout.isatty() else None
-
-    def __enter__(self) -> Stages:
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._bar:
-            self._bar.stop()
+        super().__init__(TextColumn("{task.description}"), _wide(), TextColumn("{task.fields[shown]}"))
 
     @contextlib.contextmanager
     def stage(self, name: str, folder: Path | None = None, size: int = 0) -> Iterator[Callable[[float], object]]:
@@ -130,32 +129,16 @@ def _other_figures(record: Mapping[str, float]) -> list[str]:
     return [f"{name.removeprefix('eval/')} {shown(record[name])}" for name in names]
 
 
-def _bar() -> Progress:
-    columns = (BarColumn(bar_width=30), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"), TimeRemainingColumn())
-    return Progress(*columns, console=Console(), transient=True)
+def _wide() -> BarColumn:
+    return BarColumn(bar_width=30)
 
 
-class Steps:
-    """A bar for work of a known number of steps; nothing where there is no terminal. Use as a context manager."""
+class Steps(_Shown):
+    """A bar for work of a known number of steps; nothing where there is no terminal."""
 
     def __init__(self, title: str, total: int) -> None:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        self._bar = Progress(*columns, console=Console(), transient=True) if sys.stdout.isatty() else None
+        super().__init__(TextColumn("{task.description}"), _wide(), MofNCompleteColumn(), TimeRemainingColumn())
         self._task = self._bar.add_task(title, total=total) if self._bar else None
-
-    def __enter__(self) -> Steps:
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._bar:
-            self._bar.stop()
 
     def advance(self, steps: int = 1) -> None:
         """So many more are done."""

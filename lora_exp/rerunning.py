@@ -23,13 +23,11 @@ from lora_exp.composing import SAVED_NAME
 from lora_exp.config import ConfigError, TrackingConfig, conf_folder
 from lora_exp.task import Task, tasks
 from lora_exp.use.runs import PROVENANCE, FoundRun, base_named, find_export, find_run, names_of
-from lora_exp.use_config import BestConfig
+from lora_exp.use_config import SECTIONS, BestConfig
 
 _KEY = "rerun="
 _OF_ONE_RUN = ("resume",)  # where it went on from is no part of what it was
-_OF_ONE_TASK = (
-    "task", "run", "plan", "trainer", "parallel", "export", "best", "evaluate", "generate", "serve", *_OF_ONE_RUN,
-)  # fmt: skip
+_OF_ONE_TASK = ("task", "run", "plan", "trainer", "parallel", *SECTIONS, *_OF_ONE_RUN)
 _CHOSEN_ALWAYS = ("export",)  # has no meaning without a choice, and an older run has none
 _USED = "outputs/used/${now:%Y-%m-%d}/${now:%H-%M-%S-%f}"  # where tasks on finished runs have their own folders
 _Section = TypeVar("_Section", BestConfig, TrackingConfig)

@@ -25,13 +25,14 @@ from lora_exp.machine.distributed import World
 from lora_exp.tracking import mlflow as tracking
 from lora_exp.tracking.provenance import library_versions
 from lora_exp.training.checkpoints import FOLDER, Checkpoint, Checkpoints, read
+from lora_exp.use_config import SECTIONS
 
 log = logging.getLogger(__name__)
 AUTO = "auto"
 # What a run may be gone on with otherwise: where it runs and is tracked, and how often it is saved.
 MAY_DIFFER = (
-    "resume", "task", "run", "export", "best", "evaluate", "generate", "serve", "device", "machine", "plan", "tracking",
-    "train.save_every", "train.keep_checkpoints", "data.cache_dir", "model.cache_dir",
+    "resume", "task", "run", "device", "machine", "plan", "tracking", "train.save_every", "train.keep_checkpoints",
+    "data.cache_dir", "model.cache_dir", *SECTIONS,
 )  # fmt: skip
 
 

@@ -55,24 +55,6 @@ def saved_config(file: Path) -> Config:
     return to_config(composed)
 
 
-def data_named(name: str, block_size: int) -> DataConfig:
-    """The data of a file in ``conf/data``, of a YAML file like those, or of a path to text in blocks of ``block_size``.
-
-    Of a path all is there to be looked at, half of it in each split. Raises ConfigError for none of them.
-    """
-    path = Path(name).expanduser()
-    chosen = path if path.suffix == ".yaml" else conf_folder() / f"data/{name}.yaml"
-    if chosen.is_file():
-        loaded = OmegaConf.load(chosen)
-        assert isinstance(loaded, DictConfig)
-        return data_section(OmegaConf.create({"kind": "text", **loaded}))
-    if not path.exists():
-        choices = _choices("data")
-        raise ConfigError([f"evaluate.forget={name} is neither a path nor a choice of data: use one of {choices}"])
-    given = {"kind": "text", "label": path.stem, "path": str(path), "block_size": block_size, "val_fraction": 0.5}
-    return data_section(OmegaConf.create(given))
-
-
 def data_section(composed: DictConfig) -> DataConfig:
     """``data`` as its kind has it. Raises UserError for an unknown kind, OmegaConf's errors for a field or a value."""
     given = OmegaConf.to_container(composed, resolve=True)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Task:
-    """``trains``: whether data is read and a model trained. ``plans``: whether shapes alone are looked at.
+    """``trains``: whether data is read and a model trained.
 
     ``of_runs``: whether ``run`` names finished runs, the first of which the config is taken from; ``of_exports``:
     whether it names what ``task=export`` wrote of one, which has that config too. ``reads_data``: whether the files of
@@ -24,7 +24,6 @@ class Task:
 
     result: ClassVar[type[AnyResult]]
     trains: ClassVar[bool] = False
-    plans: ClassVar[bool] = False
     of_runs: ClassVar[bool] = False
     reads_data: ClassVar[bool] = False
     of_exports: ClassVar[bool] = False

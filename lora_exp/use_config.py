@@ -7,6 +7,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
+SECTIONS = ("export", "best", "evaluate", "generate", "serve")  # none of which a training's result depends on
+
 
 @dataclass
 class BestConfig:

@@ -72,6 +72,19 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def even_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Llama whose sizes are multiples of a quantisation block."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("even") / "llama"
+    shutil.copytree(tiny_llama, folder)
+    torch.manual_seed(0)
+    facts = LlamaConfig.from_pretrained(folder, hidden_size=64, intermediate_size=128, head_dim=16)
+    LlamaForCausalLM(facts).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """About five thousand tokens of plain text."""
     file = tmp_path_factory.mktemp("text") / "verses.txt"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 from lora_exp.backends.class_names import save_class_names
 from lora_exp.backends.registry import Adapted, Origin, Way, backend, backends, trained, trains
 from lora_exp.config import Config
+from lora_exp.machine.saving import open_as_umask_says
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,7 +39,7 @@ def adapt(base: nn.Module, config: Config, origin: Origin | None = None) -> Adap
             tokenizer.save_pretrained(folder)
         if origin.class_names:
             save_class_names(base, origin.class_names, folder)
-        _open_as_umask_says(folder)
+        open_as_umask_says(folder)
 
     now = (*adapted.model.named_parameters(), *adapted.model.named_buffers())
     added = {name: tensor for name, tensor in now if id(tensor) not in own}
@@ -53,14 +54,3 @@ def name_base(base: nn.Module, name: str | None) -> None:
     if name and hasattr(base, "name_or_path"):
         own = cast("PreTrainedModel", base)
         own.config._name_or_path = own.name_or_path = name
-
-
-def _open_as_umask_says(folder: Path) -> None:
-    """safetensors makes its files for the owner alone, also below PEFT and transformers."""
-    probe = folder / ".mode"
-    probe.touch()
-    mode = probe.stat().st_mode & 0o777
-    probe.unlink()
-    for file in folder.rglob("*"):
-        if file.is_file():
-            file.chmod(mode)

@@ -143,6 +143,10 @@ class DataKind(DataConfig):
         and what ends that; None where rows are no conversations."""
         return None
 
+    def chat_template(self, tokenizer: PreTrainedTokenizerBase) -> str | dict[str, str] | None:
+        """The layout of conversations as a chat template; None where rows are none, or no template says it."""
+        return None
+
     def openings(self, rows: Dataset[Row], count: int) -> list[tuple[list[int], list[int]]]:
         """Of up to ``count`` rows the tokens that a model may be asked to go on from, and those that follow; [] where a
         row is nothing to be written."""

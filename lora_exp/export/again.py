@@ -63,7 +63,4 @@ def _tolerance(facts: Facts, config: Config) -> Tolerance:
     """What was let through when it was written, but where this command says otherwise."""
     known, section = facts.get("verification"), config.export
     own = Tolerance(**known["tolerance"]) if known else formats[facts["format"]]().tolerance(section)
-    return Tolerance(
-        own.max_logit if section.max_logit is None else section.max_logit,
-        own.max_kl if section.max_kl is None else section.max_kl,
-    )
+    return own.unless(section)

@@ -32,6 +32,13 @@ class Tolerance:
     max_logit: float
     max_kl: float
 
+    def unless(self, section: ExportConfig) -> Tolerance:
+        """The same, but where the user has said what is let through."""
+        return Tolerance(
+            self.max_logit if section.max_logit is None else section.max_logit,
+            self.max_kl if section.max_kl is None else section.max_kl,
+        )
+
 
 @dataclass(frozen=True)
 class Wish:

@@ -31,12 +31,11 @@ def facts_of(wish: Wish, config_yaml: str) -> Facts:
     """What is known before anything is written. Hashes are named as in the run's tags and on the adapter's card."""
     trained, run = wish.trained, wish.trained.runs[wish.name]
     result, config = run.result, trained.config
-    step = run.step if run.step is not None else result.step if result is not None else None
     return {
         "format": wish.section.format,
         "run_id": run.run_id,
         "run": str(run.place),
-        "optimizer_step": step,
+        "optimizer_step": run.at_step,
         "metrics": _metrics(wish),
         "base_model": base_name(wish),
         "revision": config.model.revision,

@@ -28,10 +28,10 @@ from lora_exp.export.verifying import check_within, compared, in_words, read_aga
 from lora_exp.job import Job, UseResult
 from lora_exp.machine import signals
 from lora_exp.machine.cache import cache_root
-from lora_exp.machine.saving import recover, replace_folder
+from lora_exp.machine.saving import open_as_umask_says, recover, replace_folder
 from lora_exp.models.source import folder_of
 from lora_exp.progress import Stages
-from lora_exp.tracking.exports import note_export
+from lora_exp.tracking import finished
 from lora_exp.use.loading import load_trained
 from lora_exp.use.runs import PROVENANCE, FoundRun, find_run, names_of
 
@@ -128,12 +128,12 @@ class _Maker:
                 with stages.stage(f"verify in {self.kind.runtime}"):
                     known = base if self.kind.needs_base else None
                     self.figures = read_again(name, folder, self.answers, known, str(place.device), config.plugins)
-                tolerance = tolerance_of(self.kind, wish)
+                tolerance = self.kind.tolerance(wish.section).unless(wish.section)
                 check_within(self.kind, self.figures, tolerance)
                 facts["verification"] = self._checked(self.figures, tolerance)
             write_card(folder, self.kind, config, facts, usage, base)
             write_provenance(folder, facts)
-            _open_as_umask_says(folder)
+            open_as_umask_says(folder)
 
     def _checked(self, figures: Figures, tolerance: Tolerance) -> Mapping[str, Any]:
         tokens: Tensor = self.answers.tokens
@@ -146,15 +146,6 @@ class _Maker:
             "source": self.source,
             "tolerance": vars(tolerance),
         }
-
-
-def tolerance_of(kind: Format, wish: Wish) -> Tolerance:
-    """The format's, but where the user has said what is let through."""
-    section, own = wish.section, kind.tolerance(wish.section)
-    return Tolerance(
-        own.max_logit if section.max_logit is None else section.max_logit,
-        own.max_kl if section.max_kl is None else section.max_kl,
-    )
 
 
 def _only_run(config: Config) -> FoundRun:
@@ -177,8 +168,10 @@ def _told(config: Config, maker: _Maker, target: Path) -> UseResult:
     if maker.figures is not None:
         log.info(f"verified in {maker.kind.runtime}: {in_words(maker.kind, maker.figures)} ({maker.source})")
     log.info(f"export {target} ({_size(sum(f.stat().st_size for f in target.rglob('*') if f.is_file()))})")
-    if run.run_id is not None:
-        note_export(config.tracking, run.run_id, name, figures, target.resolve())
+    if run.run_id is not None and config.tracking.enabled:
+        named = {f"export/{name}/{key}": value for key, value in figures.items()}
+        tags = {f"export.{name}": str(target.resolve())}
+        finished.log_figures(config.tracking, run.run_id, named, 0, target / PROVENANCE, tags=tags)
     if config.tracking.register is not None:
         with signals.at_once():
             from lora_exp.tracking.models import register
@@ -205,14 +198,6 @@ def _alone(target: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _open_as_umask_says(folder: Path) -> None:
-    """safetensors makes its files for the owner alone."""
-    mode = (folder / PROVENANCE).stat().st_mode & 0o777
-    for file in folder.rglob("*"):
-        if file.is_file():
-            file.chmod(mode)
 
 
 def _size(count: int) -> str:

@@ -46,6 +46,17 @@ def recover(folder: Path) -> None:
         shutil.rmtree(rest, ignore_errors=True)
 
 
+def open_as_umask_says(folder: Path) -> None:
+    """Let the umask decide who may read what is in ``folder``: safetensors makes its files for the owner alone."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)
+
+
 def _beside(folder: Path) -> tuple[Path, Path, Path]:
     writing, new, old = (folder.with_name(f".{folder.name}.{stage}") for stage in ("writing", "new", "old"))
     return writing, new, old

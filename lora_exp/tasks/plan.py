@@ -11,7 +11,6 @@ from lora_exp.task import Task, task
 @task("plan")
 class Plan(Task):
     result = PlanResult
-    plans = True
 
     def run(self, config: Config, job: Job) -> PlanResult:
         with signals.at_once():

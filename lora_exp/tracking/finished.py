@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from lora_exp.adapters.files.whole import write_text
@@ -132,13 +133,16 @@ def known(section: TrackingConfig, run_ids: Sequence[str]) -> list[str]:
     return found
 
 
-def log_figures(section: TrackingConfig, run_id: str, figures: Mapping[str, float], step: int, file: Path) -> None:
-    """Add figures, and the file that has them, to a run that has ended, which stays as it ended.
+def log_figures(
+    section: TrackingConfig, run_id: str, figures: Mapping[str, float], step: int, file: Path,
+    folder: str | None = None, tags: Mapping[str, str] = MappingProxyType({}),
+) -> None:  # fmt: skip
+    """Add figures to a run that has ended, which stays as it ended, and with ``folder`` the file that has them.
 
     What was found once more at the same step is told again: the later one is what MLflow shows. What fails costs a
     warning, as all of it is in the file.
     """
-    from mlflow.entities import Metric
+    from mlflow.entities import Metric, RunTag
 
     now = int(time.time() * 1000)
     points = [Metric(name, value, now, step) for name, value in figures.items()]
@@ -147,7 +151,9 @@ def log_figures(section: TrackingConfig, run_id: str, figures: Mapping[str, floa
             client = checked_client(section)
             for start in range(0, len(points), _CHUNK):
                 client.log_batch(run_id, metrics=points[start : start + _CHUNK])
-            client.log_artifact(run_id, str(file), "evaluate")
+            client.log_batch(run_id, tags=[RunTag(key, redacted(value)) for key, value in tags.items()])
+            if folder is not None:
+                client.log_artifact(run_id, str(file), folder)
     except TrackingError as error:
         log.warning(f"MLflow lacks what was found ({error}): it is in {file}")
 

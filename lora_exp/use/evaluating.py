@@ -23,6 +23,7 @@ from lora_exp.use.looking import Look, Seen
 from lora_exp.use.rows import Rows, asked_rows, forgotten_rows
 
 log = logging.getLogger(__name__)
+FOLDER = "evaluate"  # of a run's artifacts
 
 
 def evaluate(config: Config, job: Job) -> UseResult:
@@ -44,7 +45,9 @@ def evaluate(config: Config, job: Job) -> UseResult:
     files = done.write(job.folder)
     for run in trained.runs.values():
         if run.run_id in logs_to:
-            finished.log_figures(config.tracking, run.run_id or "", done.figures_of(run), run.at_step or 0, files[0])
+            finished.log_figures(
+                config.tracking, run.run_id or "", done.figures_of(run), run.at_step or 0, files[0], FOLDER
+            )
     return UseResult(done.objective(), [str(file) for file in files])
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from omegaconf import OmegaConf
 from torch.utils.data import ConcatDataset, Dataset
 
 from lora_exp import models
-from lora_exp.config import Config, DataConfig
+from lora_exp.config import Config, ConfigError, DataConfig, conf_folder
 from lora_exp.data import Data, DataKind, Row, kind_of, load_data
 from lora_exp.errors import UserError
 from lora_exp.machine import signals
-from lora_exp.schema import data_named
+from lora_exp.schema import data_section
 from lora_exp.training.batches import evaluation_batches
 
 if TYPE_CHECKING:
@@ -64,7 +66,7 @@ def forgotten_rows(trained: Trained, config: Config) -> Rows | None:
     named = config.evaluate.forget
     if named is None:
         return None
-    section = data_named(named, kind_of(config.data).positions or 128)
+    section, is_path = _data_named(named, kind_of(config.data).positions or 128)
     kind, own = kind_of(section), kind_of(config.data)
     if config.model.kind not in kind.learners or kind.new_head or own.new_head:
         raise UserError(
@@ -72,12 +74,28 @@ def forgotten_rows(trained: Trained, config: Config) -> Rows | None:
             "forgetting is looked at on text or conversations, by language models"
         )
     data = loaded(section, trained)
-    is_path = section.val_fraction == 0.5 and section.path is not None and section.packaged is None
     rows: Dataset[Row] = ConcatDataset([data.train, data.validation]) if is_path else data.validation
     split = ALL_OF_IT if is_path else "validation"
     most = config.evaluate.rows if isinstance(config.evaluate.rows, int) else config.train.eval_blocks
     most = len(rows) if config.evaluate.rows == "all" else most  # type: ignore[arg-type]
     return Rows(section.label, split, kind, data, rows, min(most, len(rows)))  # type: ignore[arg-type]
+
+
+def _data_named(name: str, block_size: int) -> tuple[DataConfig, bool]:
+    """The data of a file in ``conf/data``, of a YAML file like those, or of a path to text in blocks of ``block_size``;
+    and whether it is such a path, of which all is there to be looked at, half of it in each split.
+
+    Raises ConfigError for none of them.
+    """
+    path = Path(name).expanduser()
+    chosen = path if path.suffix == ".yaml" else conf_folder() / f"data/{name}.yaml"
+    if chosen.is_file():
+        return data_section(OmegaConf.create({"kind": "text", **OmegaConf.load(chosen)})), False
+    if not path.exists():
+        choices = ", ".join(sorted(file.stem for file in (conf_folder() / "data").glob("*.yaml")))
+        raise ConfigError([f"evaluate.forget={name} is neither a path nor a choice of data: use one of {choices}"])
+    given = {"kind": "text", "label": path.stem, "path": str(path), "block_size": block_size, "val_fraction": 0.5}
+    return data_section(OmegaConf.create(given)), True
 
 
 def loaded(section: DataConfig, trained: Trained) -> Data:

@@ -10,6 +10,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import TextStreamer
 
+from lora_exp.data.chat.writing import left_padded
 from lora_exp.errors import UserError
 from lora_exp.machine import signals
 from lora_exp.machine.place import set_seed
@@ -61,7 +62,7 @@ class Writer:
     def _generated(
         self, model: Any, prompts: list[list[int]], ends: list[int], streamer: TextStreamer | None
     ) -> list[list[int]]:
-        ids, mask = _left_padded(prompts, self._padding(ends))
+        ids, mask = left_padded(prompts, self._padding(ends))
         device = self.trained.place.device
         stops = {"stop_strings": list(self.section.stop), "tokenizer": self.tokenizer} if self.section.stop else {}
         with self.trained.place.compute():
@@ -142,11 +143,3 @@ def _until(text: str, stops: Sequence[str]) -> tuple[str, bool]:
 
 def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
-def _left_padded(prompts: list[list[int]], padding: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """``input_ids`` and ``attention_mask`` (B, T)."""
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[padding] * (longest - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    return ids, mask

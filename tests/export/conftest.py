@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,16 +121,3 @@ def facts_in(folder: Path) -> dict[str, Any]:
 @pytest.fixture
 def provenance() -> Callable[[Path], dict[str, Any]]:
     return facts_in
-
-
-@pytest.fixture(scope="session")
-def even_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random two-layer Llama whose sizes are multiples of a quantisation block."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("even") / "llama"
-    shutil.copytree(tiny_llama, folder)
-    torch.manual_seed(0)
-    facts = LlamaConfig.from_pretrained(folder, hidden_size=64, intermediate_size=128, head_dim=16)
-    LlamaForCausalLM(facts).save_pretrained(folder)
-    return folder

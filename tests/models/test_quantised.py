@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -33,19 +32,6 @@ CPU_BF16 = Place(torch.device("cpu"), torch.bfloat16, torch.bfloat16)
 KINDS = ("nf4", "fp4", "int8")
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft
 Cli = Callable[..., Any]
-
-
-@pytest.fixture(scope="session")
-def even_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random two-layer Llama whose sizes are multiples of a quantisation block."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("even") / "llama"
-    shutil.copytree(tiny_llama, folder)
-    torch.manual_seed(0)
-    config = LlamaConfig.from_pretrained(folder, hidden_size=64, intermediate_size=128, head_dim=16)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 def load(folder: Path, kind: str, place: Place = CPU, **options: Any) -> Any:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 Cli = Callable[..., Any]
 Train = Callable[..., Path]
@@ -77,16 +75,3 @@ def result_of() -> Callable[[Path], dict[str, Any]]:
         return found
 
     return read
-
-
-@pytest.fixture(scope="session")
-def even_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random two-layer Llama whose sizes are multiples of a quantisation block."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("even") / "llama"
-    shutil.copytree(tiny_llama, folder)
-    torch.manual_seed(0)
-    config = LlamaConfig.from_pretrained(folder, hidden_size=64, intermediate_size=128, head_dim=16)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder

@@ -22,6 +22,16 @@ if TYPE_CHECKING:
 _STAND_IN = "yes"  # for an answer that is not there yet
 _DAY = datetime.date(2024, 7, 26)  # what templates take for today: the same data must give the same tokens tomorrow
 
+# ``plain`` in Jinja.
+_PLAIN = (
+    "{{ BEGIN }}{% for message in messages %}{% if not loop.first %}{{ '\\n\\n' }}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ '### Instruction:\\n' }}"
+    "{% elif message['role'] == 'assistant' %}{{ '### Response:\\n' }}{% endif %}{{ message['content'] }}"
+    "{% if message.get('input') %}{{ '\\n\\n### Input:\\n' + message['input'] }}{% endif %}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\n\\n### Response:\\n' }}{% endif %}"
+)
+
 
 @dataclass(frozen=True)
 class Laid:
@@ -44,6 +54,11 @@ def plain(tokenizer: PreTrainedTokenizerBase) -> Layout:
         return ("\n\n" if index else "") + heads.get(message["role"], ""), message["content"] + given
 
     return _one_after_another(tokenizer, text_of)
+
+
+def plain_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The same as a chat template."""
+    return _PLAIN.replace("{{ BEGIN }}", "{{ bos_token }}" if _ends(tokenizer)[0] else "")
 
 
 def raw(tokenizer: PreTrainedTokenizerBase) -> Layout:

@@ -87,7 +87,7 @@ class Written:
         ends = sorted(
             {question.answer[-1] for question in questions if question.answer[-1] in self._special} | self._ends
         )
-        ids, mask = _left_padded([question.prompt for question in questions])
+        ids, mask = left_padded([question.prompt for question in questions])
         found = model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
@@ -122,10 +122,10 @@ def _question(row: dict[str, Tensor]) -> Question:
     return Question(prompt, stretches[last][0])
 
 
-def _left_padded(prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """``input_ids`` and ``attention_mask`` (B, T)."""
+def left_padded(prompts: Sequence[Sequence[int]], padding: int = 0) -> tuple[Tensor, Tensor]:
+    """``input_ids`` and ``attention_mask`` (B, T), so that the newest tokens are side by side."""
     longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+    ids = torch.tensor([[padding] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     return ids, mask
 

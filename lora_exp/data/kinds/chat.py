@@ -159,6 +159,15 @@ class Chat(DataKind):
         lay, _ = layout_of(self, tokenizer)
         return functools.partial(question, lay, self.system)
 
+    def chat_template(self, tokenizer: PreTrainedTokenizerBase) -> str | dict[str, str] | None:
+        from lora_exp.data.chat.layouts import plain_template, read_template
+
+        if self.template:
+            return read_template(self.template)
+        if self.layout == "plain" or (self.layout == "auto" and not tokenizer.chat_template):
+            return plain_template(tokenizer)
+        return None if self.layout == "raw" else tokenizer.chat_template
+
     def openings(self, rows: Dataset[Row], count: int) -> list[tuple[list[int], list[int]]]:
         from lora_exp.data.chat.writing import questions_of
 

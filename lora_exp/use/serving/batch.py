@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from lora_exp.adapters import LoraModel
+from lora_exp.data.chat.writing import left_padded
 
 if TYPE_CHECKING:
     from lora_exp.use.loading import Trained
@@ -44,7 +45,7 @@ class Batch:
         where each sequence is from: ``order[i]`` was the place of the i-th now, the new ones behind those before."""
         sorted_in = sorted(range(len(names)), key=lambda index: names[index])
         back = sorted(range(len(names)), key=lambda index: sorted_in[index])
-        ids, mask = _left_padded([prompts[index] for index in sorted_in])
+        ids, mask = left_padded([prompts[index] for index in sorted_in])
         cache = DynamicCache()
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         logits = self._forward(ids, mask, positions, cache, [names[index] for index in sorted_in])
@@ -119,14 +120,6 @@ def _options(trained: Trained) -> Mapping[str, Any]:
 def _layers(cache: Any) -> list[_Layer]:
     """Those that hold keys and values: some models let a layer use another's."""
     return [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
-
-
-def _left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """``input_ids`` and ``attention_mask`` (B, T)."""
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    return ids, mask
 
 
 def _padded(of: Tensor, slots: int) -> Tensor:

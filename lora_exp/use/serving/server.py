@@ -13,7 +13,6 @@ from typing import NoReturn
 
 import uvicorn
 
-from lora_exp.adapters import LoraModel
 from lora_exp.config import Config
 from lora_exp.errors import UserError
 from lora_exp.machine import signals
@@ -139,6 +138,5 @@ def _check_adapters_alone(trained: Trained) -> None:
 
 def _context(trained: Trained) -> int:
     """Tokens of a prompt and its answer: what the model was made for, at most ``serve.context``."""
-    wrapped = trained.model.wrapped if isinstance(trained.model, LoraModel) else trained.model
-    made_for = trained_positions(wrapped.config.to_dict())  # type: ignore[union-attr, operator]
+    made_for = trained_positions(trained.model.config.to_dict())  # type: ignore[union-attr, operator]
     return min(trained.config.serve.context, made_for or trained.config.serve.context)

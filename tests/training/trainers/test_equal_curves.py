@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -101,19 +100,6 @@ def make_work(workplace: Path, tiny_llama: Path, text_file: Path) -> MakeWork:
         )
 
     return make
-
-
-@pytest.fixture(scope="session")
-def even_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random two-layer Llama whose sizes are multiples of a quantisation block."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("even") / "llama"
-    shutil.copytree(tiny_llama, folder)
-    torch.manual_seed(0)
-    config = LlamaConfig.from_pretrained(folder, hidden_size=64, intermediate_size=128, head_dim=16)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 def answers() -> Data:
