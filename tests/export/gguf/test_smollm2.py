@@ -54,7 +54,7 @@ def trained(section: ModelConfig, **options: Any) -> Adapted:
     config = LoraConfig(**{"target_modules": TARGETS, "rank": 8, "lora_alpha": 16, **options})
     model = LoraModel(base, config, "one", verbose=False)
     ids = tokenizer(VERSES, return_tensors="pt").input_ids
-    optimizer = torch.optim.AdamW(model.adapter_parameters("one").values(), lr=2e-3)
+    optimizer = torch.optim.AdamW(model.adapter_parameters("one").values(), lr=2e-4)
     for _ in range(8):
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
@@ -76,46 +76,76 @@ def greedy(model: nn.Module, prompt: list[int], length: int) -> list[int]:
 
 
 @torch.no_grad()
-def gap(model: nn.Module, rows: torch.Tensor, found: torch.Tensor) -> float:
-    """The largest difference of the log-probability of a token of the text, given those before it."""
-    expected = model(rows).logits.log_softmax(-1)
-    tokens = rows[:, 1:, None]
-    difference = expected[:, :-1].gather(-1, tokens) - found[:, :-1].gather(-1, tokens)
-    assert difference.isfinite().float().mean() > 0.9  # nearly all are among the likeliest
-    return float(difference.nan_to_num().abs().max())
+def gaps(model: nn.Module, rows: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """The differences of the log-probability of each token of the texts, given those before it."""
+    expected, tokens = model(rows).logits.log_softmax(-1), rows[:, 1:, None]
+    difference = (expected[:, :-1].gather(-1, tokens) - found[:, :-1].gather(-1, tokens)).abs()
+    told = difference.isfinite()
+    assert told.float().mean() > 0.9  # nearly all are among the likeliest
+    return difference[told]
 
 
-def held_out(tokenizer: Any) -> torch.Tensor:
-    """(3, 23) tokens that it was not trained on."""
-    text = (
-        "The ship left the harbour before the sun had risen, and nobody on the shore saw it go. Water boils at a lower "
-        "temperature on a high mountain than it does beside the sea, which is why tea tastes different up there. She "
-        "asked whether the train from the north would be late again, as it was every Monday in the winter months."
-    )
-    return torch.tensor(tokenizer.encode(text)[:69]).view(3, 23)
+@pytest.fixture(scope="module")
+def expected(adapted: Adapted) -> tuple[list[list[int]], list[list[int]]]:
+    """The prompts, and transformers' continuations of them."""
+    model, tokenizer = adapted
+    prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
+    found = [greedy(model, prompt, LENGTH) for prompt in prompts]
+    with model.disable_adapter():
+        assert [greedy(model, prompt, LENGTH) for prompt in prompts[:3]] != found[:3], "the adapter changes the answers"
+    return prompts, found
 
 
-# q8_0: 0.43 was seen, where 0.15 was aimed at; llama.cpp rounds activations to 8 bits too.
-BOUNDS = {"f32": (0.02, 10), "f16": (0.02, 9), "bf16": (1.0, 0), "q8_0": (1.0, 0), "q4_k_m": (5.0, 0)}
+def texts(prompts: list[list[int]], answers: list[list[int]]) -> torch.Tensor:
+    """(N, 24) tokens: prompts with what follows."""
+    joined = [[*prompt, *answer][:24] for prompt, answer in zip(prompts, answers, strict=True)]
+    return torch.tensor([text for text in joined if len(text) == 24])
+
+
+# (what share of the tokens' log-probabilities is within which difference, all are within which, how many of ten
+# continuations are the same). q8_0 moves some tokens of this model by more than 0.15 with no adapter at all: see below.
+BOUNDS = {
+    "f32": (1.0, 0.02, 0.02, 10), "f16": (1.0, 0.02, 0.02, 9), "bf16": (0.9, 0.15, 0.3, 0),
+    "q8_0": (0.9, 0.15, 1.0, 0), "q4_k_m": (0.9, 2.0, 5.0, 0),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", BOUNDS)
-def test_merged(kind: str, adapted: Adapted, tmp_path: Path, llama_cpp: Callable[..., Any]) -> None:
-    model, tokenizer = adapted
-    most, alike = BOUNDS[kind]
-    prompts, rows = [tokenizer.encode(prompt) for prompt in PROMPTS], held_out(tokenizer)
-    path = tmp_path / "model.gguf"
+def test_merged(
+    kind: str, adapted: Adapted, expected: tuple[list[list[int]], list[list[int]]], tmp_path: Path,
+    llama_cpp: Callable[..., Any],
+) -> None:  # fmt: skip
+    (model, tokenizer), (prompts, answers), (share, within, most, alike) = adapted, expected, BOUNDS[kind]
+    rows, path = texts(prompts, answers), tmp_path / "model.gguf"
+    assert len(rows) >= 8
     write_model(path, plain(model), merged(model, "one"), tokenizer, kind)
-    tokenization.save(tmp_path, tokenizer)
     found = llama_cpp(path, rows, prompts=prompts, length=LENGTH)
-    assert gap(model, rows, found.log_probabilities) < most
+    same = sum(ours == theirs for ours, theirs in zip(answers, found.answers, strict=True))
+    difference = gaps(model, rows, found.log_probabilities)
+    near, largest = float(difference.quantile(share)), float(difference.max())
+    print(f"{kind}: {near:.2g}, at most {largest:.2g} of a log-probability, {same} continuations of {len(prompts)}")
+    assert near < within
+    assert largest < most
+    assert same >= alike
     assert all(len(answer) > 1 for answer in found.answers)
-    expected = [greedy(model, prompt, LENGTH) for prompt in prompts]
-    same = [a == b for a, b in zip(expected, found.answers, strict=True)]
-    print(kind, gap(model, rows, found.log_probabilities), sum(same))
-    assert sum(same) >= alike
+
+
+def test_8_bits_take_as_much_of_the_base_alone(
+    adapted: Adapted, expected: tuple[list[list[int]], list[list[int]]], tmp_path: Path, section: ModelConfig,
+    llama_cpp: Callable[..., Any],
+) -> None:  # fmt: skip
+    """What q8_0 changes is llama.cpp's rounding, and not how an adapted model is written."""
+    model, tokenizer = adapted
+    rows = texts(*expected)
+    state = {key: (lambda value=value: value) for key, value in plain_state(section).items()}
+    write_model(tmp_path / "base.gguf", plain(model), state, tokenizer, "q8_0")
+    write_model(tmp_path / "merged.gguf", plain(model), merged(model, "one"), tokenizer, "q8_0")
     with model.disable_adapter():
-        assert [greedy(model, prompt, LENGTH) for prompt in prompts] != expected, "the adapter changes the answers"
+        alone = gaps(model, rows, llama_cpp(tmp_path / "base.gguf", rows).log_probabilities)
+    inside = gaps(model, rows, llama_cpp(tmp_path / "merged.gguf", rows).log_probabilities)
+    print(f"base {alone.mean():.2g}, at most {alone.max():.2g}; merged {inside.mean():.2g}, at most {inside.max():.2g}")
+    assert alone.max() > 0.15
+    assert inside.mean() < 1.5 * alone.mean()
 
 
 def test_texts_are_cut_alike(adapted: Adapted, tmp_path: Path, llama_cpp: Callable[..., Any]) -> None:
@@ -131,7 +161,8 @@ def test_base_and_lora_are_merged(
     rank: int, use_rslora: bool, section: ModelConfig, tmp_path: Path, llama_cpp: Callable[..., Any]
 ) -> None:
     model, tokenizer = trained(section, rank=rank, use_rslora=use_rslora)
-    rows, prompts = held_out(tokenizer), [tokenizer.encode(prompt) for prompt in PROMPTS[:4]]
+    prompts = [tokenizer.encode(prompt) for prompt in PROMPTS[:4]]
+    rows = texts(prompts, [greedy(model, prompt, 24) for prompt in prompts])
     base, inside, lora = (tmp_path / f"{name}.gguf" for name in ("base", "merged", "lora"))
     state = {key: (lambda value=value: value) for key, value in plain_state(section).items()}
     write_model(base, plain(model), state, tokenizer, "f32")
@@ -140,10 +171,9 @@ def test_base_and_lora_are_merged(
     one = llama_cpp(inside, rows, prompts=prompts, length=LENGTH)
     other = llama_cpp(base, rows, lora=lora, prompts=prompts, length=LENGTH)
     known = one.log_probabilities.isfinite() & other.log_probabilities.isfinite()
-    print(float((one.log_probabilities - other.log_probabilities)[known].abs().max()))
     assert (one.log_probabilities - other.log_probabilities)[known].abs().max() < 0.01
     assert one.answers == other.answers
-    assert gap(model, rows, other.log_probabilities) < 0.02
+    assert gaps(model, rows, other.log_probabilities).max() < 0.02
     assert one.answers != llama_cpp(base, prompts=prompts, length=LENGTH).answers
 
 
