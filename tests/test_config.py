@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from lora_exp.checks import check
 from lora_exp.config import Config, ConfigError, conf_folder, resolve_alpha, scale_of
 from lora_exp.listed import flat_values
+from lora_exp.resuming import settings
 from lora_exp.schema import register, to_config
 
 register()
@@ -104,6 +105,15 @@ def test_a_password_in_the_address_is_refused_and_not_repeated() -> None:
     with pytest.raises(ConfigError, match="MLFLOW_TRACKING_PASSWORD") as caught:
         check(config("tracking.uri='https://me:hunter2@server'"))
     assert "hunter2" not in str(caught.value)
+
+
+def test_what_is_done_with_finished_runs_is_no_part_of_a_training() -> None:
+    plain = config()
+    asked = ["export=gguf", "export.texts=9", "best.metric=eval/accuracy", "evaluate.split=test"]
+    other = config(*asked, "generate.prompt=Hello", "serve.port=9")
+    assert other != plain
+    assert flat_values(other) == flat_values(plain)
+    assert settings(other) == settings(plain)
 
 
 def test_flat_values_are_short_plain_and_name_every_choice() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -75,6 +76,35 @@ def test_the_card_is_in_the_hubs_form_and_shows_the_hashes_of_the_run(
     for name in ("base_files_sha256", "base_values_sha256"):
         assert name in adapter_card
         assert facts[name] in adapter_card
+
+
+def test_its_run_in_mlflow_is_told_and_stays_as_it_ended(cli: Cli, tiny_overrides: list[str], workplace: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    folder = workplace / "outputs/runs/day/run"
+    assert cli(*tiny_overrides, f"hydra.run.dir={folder}").code == 0
+    run_id = json.loads((folder / "result.json").read_text())["result"]["run_id"]
+    client = MlflowClient(f"sqlite:///{workplace}/outputs/mlflow.db")
+    before = client.get_run(run_id).info
+    done = cli("task=export", f"run={run_id}", "export=peft")
+    assert done.code == 0, done.err
+    told = client.get_run(run_id)
+    kept = json.loads((EXPORTS / "day-run-peft/provenance.json").read_text())["verification"]
+    for name in ("max_logit", "mean_kl"):
+        assert told.data.metrics[f"export/peft/{name}"] == pytest.approx(kept[name])
+    assert Path(told.data.tags["export.peft"]) == (workplace / EXPORTS / "day-run-peft")
+    assert (told.info.status, told.info.end_time) == (before.status, before.end_time)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_its_files_are_open_to_whom_the_umask_says(umask: int, cli: Cli, finished: Finished) -> None:
+    run, before = finished(), os.umask(umask)
+    try:
+        assert cli("task=export", f"run={run}", "export=peft", "export.verify=false", "tracking=none").code == 0
+    finally:
+        os.umask(before)
+    files = [file for file in (EXPORTS / "day-run-peft").rglob("*") if file.is_file()]
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o666 & ~umask}
 
 
 def test_an_earlier_step_is_exported_as_it_was_then(cli: Cli, finished: Finished, provenance: Facts) -> None:
