@@ -32,11 +32,16 @@ def held_out(count: int, fraction: float) -> list[bool]:
 def shares(count: int, validation: float, test: float) -> bytearray:
     """Which of ``SPLITS`` each of ``count`` things is in, each held-out fraction of all evenly spread.
 
-    What is held out for validation does not depend on ``test``.
+    What is held out for validation does not depend on ``test``, but that of three one is left for each. Raises UserError
+    for fewer things than splits.
     """
     found = bytearray(count)
+    if validation and test and count < len(SPLITS):
+        raise UserError(f"{count} cannot be split into training, validation and test")
     if validation:
         found = bytearray(VALIDATION if is_held_out else 0 for is_held_out in held_out(count, validation))
+    if test and count - sum(found) < 2:
+        found[found.rindex(VALIDATION)] = 0
     rest = [place for place, share in enumerate(found) if not share]
     if test:
         for place, is_held_out in zip(rest, held_out(len(rest), min(test * count / len(rest), 1.0)), strict=True):

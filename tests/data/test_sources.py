@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lora_exp.data.kinds.text import Text
@@ -161,12 +161,18 @@ def test_the_fingerprint_is_of_content_splits_fields_and_weights(tmp_path: Path)
     assert fingerprint(section(str(file)), 1) != first
 
 
+@example(count=3, validation=0.6, test=0.25)  # the nearest number of validation rows would leave one for two splits
 @given(count=st.integers(3, 2000), validation=st.floats(0.001, 0.6), test=st.floats(0.001, 0.3))
 def test_each_split_has_its_fraction_and_at_least_one(count: int, validation: float, test: float) -> None:
     counts = Counter(shares(count, validation, test))
     assert all(counts[split] for split in range(3))
     for split, fraction in ((1, validation), (2, test)):
         assert abs(counts[split] - fraction * count) <= 1
+
+
+def test_two_records_are_no_three_splits() -> None:
+    with pytest.raises(UserError, match="2 cannot be split into training, validation and test"):
+        shares(2, 0.5, 0.2)
 
 
 @pytest.fixture

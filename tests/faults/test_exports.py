@@ -41,7 +41,7 @@ def under_the_name(folder: Path) -> bool:
 
 
 WHERE = {
-    "while loading": "lora_exp.use.loading:_with_adapters",
+    "while loading": "lora_exp.use.loading:_with_runs",
     "while writing": "lora_exp.export.merging:save_plain",
     "while verifying": "lora_exp.export.verifying:_run",
     "while noting": "lora_exp.export.run:write_card",
