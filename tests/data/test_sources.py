@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from lora_exp.data.kinds.text import Text
 from lora_exp.data.sources import BadRecords, fingerprint, records
 from lora_exp.data.split import SPLITS, shares
+from lora_exp.errors import UserError
 
 
 def write(file: Path, texts: list[str]) -> Path:
