@@ -32,8 +32,8 @@ def held_out(count: int, fraction: float) -> list[bool]:
 def shares(count: int, validation: float, test: float) -> bytearray:
     """Which of ``SPLITS`` each of ``count`` things is in, each held-out fraction of all evenly spread.
 
-    What is held out for validation does not depend on ``test``, but that of three one is left for each. Raises UserError
-    for fewer things than splits.
+    What is held out for validation does not depend on ``test``, but that of three things one is left for each.
+    Raises UserError for fewer things than splits.
     """
     found = bytearray(count)
     if validation and test and count < len(SPLITS):
