@@ -50,6 +50,7 @@ class Llama:
         self._host, _, self._port = address.rpartition(":")
         self.vocabulary: int = self._ask("/v1/models")["data"][0]["meta"]["n_vocab"]
         self._plain = self.tokenize("a")[-1]  # a token of a whole character
+        self.generate([self._plain], 1)  # its loop has begun: one that is told to end before it has never ends
 
     def __enter__(self) -> Llama:
         return self
