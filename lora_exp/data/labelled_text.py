@@ -71,10 +71,12 @@ def load_texts(section: TextClassification, tokenizer: PreTrainedTokenizerBase) 
     padding = next((each for each in (tokenizer.pad_token_id, tokenizer.eos_token_id) if each is not None), 0)
     indices, rows, said = {name: index for index, name in enumerate(classes)}, {}, bad.said()
     for split, found in splits.items():
-        tokens, cut = _tokenise([texts for texts, _ in found], section.max_length, tokenizer)
+        tokens, cut = _tokenise([texts for texts, _ in found], section, tokenizer)
         rows[split] = Texts(tokens, [indices[label] for _, label in found], padding)
         if cut:
-            said.append(f"{cut:,} of {len(found):,} {split} texts are cut to their first {section.max_length} tokens")
+            said.append(
+                f"{cut:,} of {len(found):,} {split} texts are cut to their first {room(section, tokenizer)} tokens"
+            )
     return Data(
         train=rows["train"],
         validation=rows["validation"],
@@ -183,25 +185,48 @@ def _shown(rows: Texts, classes: Sequence[str], tokenizer: PreTrainedTokenizerBa
 
 def _check_length(section: TextClassification, tokenizer: PreTrainedTokenizerBase) -> None:
     special = tokenizer.num_special_tokens_to_add(pair=section.pair_field is not None)
-    if section.max_length <= special:
+    if room(section, tokenizer) <= special:
+        ending = f" and {len(suffix_tokens(section, tokenizer))} of data.suffix" if section.suffix else ""
         raise UserError(
-            f"data.max_length={section.max_length} leaves no room beside {special} special tokens: raise it"
+            f"data.max_length={section.max_length} leaves no room beside {special} special tokens{ending}: raise it"
         )
 
 
+def room(section: TextClassification, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens a text may have, special ones among them and the suffix's not."""
+    return section.max_length - len(suffix_tokens(section, tokenizer))
+
+
+def suffix_tokens(section: TextClassification, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    found: list[int] = tokenizer(section.suffix, add_special_tokens=False)["input_ids"] if section.suffix else []
+    return found
+
+
 def _tokenise(
-    texts: list[tuple[str, ...]], longest: int, tokenizer: PreTrainedTokenizerBase
+    texts: list[tuple[str, ...]], section: TextClassification, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[dict[str, Tensor]], int]:
     """Each text's tokens, and how many texts were cut."""
     if not texts:
         return [], 0
+    ending, longest = suffix_tokens(section, tokenizer), room(section, tokenizer)
     columns = [list(column) for column in zip(*texts, strict=True)]
     whole = tokenizer(*columns, return_attention_mask=False)
     over = [index for index, ids in enumerate(whole["input_ids"]) if len(ids) > longest]
-    rows = [{name: torch.tensor(whole[name][i], dtype=torch.int32) for name in whole} for i in range(len(texts))]
+    rows = [{name: whole[name][i] for name in whole} for i in range(len(texts))]
     if over:
         long = [[column[index] for index in over] for column in columns]
         cut = tokenizer(*long, truncation=True, max_length=longest, return_attention_mask=False)
         for place, index in enumerate(over):
-            rows[index] = {name: torch.tensor(cut[name][place], dtype=torch.int32) for name in cut}
-    return rows, len(over)
+            rows[index] = {name: cut[name][place] for name in cut}
+    ended = [_ended(row, ending, tokenizer) for row in rows] if ending else rows
+    return [{name: torch.tensor(ids, dtype=torch.int32) for name, ids in row.items()} for row in ended], len(over)
+
+
+def _ended(row: dict[str, list[int]], ending: list[int], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
+    """With the suffix before the special tokens at the end; what else a token has is the token's before it."""
+    is_special = tokenizer.get_special_tokens_mask(row["input_ids"], already_has_special_tokens=True)
+    end = max((index for index, special in enumerate(is_special) if not special), default=-1) + 1
+    filling = {
+        name: ending if name == "input_ids" else [ids[max(end - 1, 0)]] * len(ending) for name, ids in row.items()
+    }
+    return {name: [*ids[:end], *filling[name], *ids[end:]] for name, ids in row.items()}

@@ -75,10 +75,21 @@ class Answering(PythonModel):
         return str(self.tokenizer.decode(written[0, tokens.shape[1] :], skip_special_tokens=True))
 
     def _classified(self, text: str) -> dict[str, Any]:
-        given = self.tokenizer(text, truncation=True, max_length=self.facts["max_length"], return_tensors="pt")
+        given = self._ended(text)
         scores = self.model(**given.to(self.model.device)).logits[0].softmax(-1)
         best = int(scores.argmax())
         return {"label": self.model.config.id2label[best], "score": float(scores[best])}
+
+    def _ended(self, text: str) -> Any:
+        """(1, T): cut as in training, and ended by the suffix, which special tokens at the end come after."""
+        suffix = self.tokenizer(self.facts.get("suffix", ""), add_special_tokens=False)["input_ids"]
+        given = self.tokenizer(text, truncation=True, max_length=self.facts["max_length"] - len(suffix))
+        is_special = self.tokenizer.get_special_tokens_mask(given["input_ids"], already_has_special_tokens=True)
+        end = max((index for index, special in enumerate(is_special) if not special), default=-1) + 1
+        for name, ids in given.items():
+            filling = suffix if name == "input_ids" else [ids[max(end - 1, 0)]] * len(suffix)
+            given[name] = [[*ids[:end], *filling, *ids[end:]]]
+        return given.convert_to_tensors("pt")
 
 
 if __name__ != "lora_exp.tracking.answering":  # run by MLflow, as the model's code

@@ -159,6 +159,31 @@ def test_what_is_cut_is_counted_and_is_the_tokenizers_own_cut(
     assert sorted(found) == sorted(expected)
 
 
+@pytest.mark.parametrize("longest", [9, 400])
+def test_a_suffix_ends_every_text_also_one_that_was_cut(
+    longest: int, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    rows, suffix = records(), "\nTopic:"
+    data = loaded(tokenizer, jsonl(tmp_path / "a.jsonl", rows), max_length=longest, suffix=suffix)
+    ending = tokenizer(suffix, add_special_tokens=False)["input_ids"]
+    cut = tokenizer([row["text"] for row in rows], truncation=True, max_length=longest - len(ending))["input_ids"]
+    found = [row["input_ids"].tolist() for split in (data.train, data.validation) for row in split]  # type: ignore[attr-defined]
+    assert sorted(found) == sorted([*ids, *ending] for ids in cut)
+    assert max(map(len, found)) <= longest
+
+
+def test_a_suffix_comes_before_the_special_tokens_of_the_end(tmp_path: Path) -> None:
+    tokenizer = _bert_tokenizer()
+    rows = [{"one": f"sea {i}", "two": "ox lamb", "label": i % 2} for i in range(8)]
+    options = {"text_field": "one", "pair_field": "two", "suffix": "sea 7"}
+    row = loaded(tokenizer, jsonl(tmp_path / "a.jsonl", rows), **options).train[0]
+    expected = tokenizer("sea 0", "ox lamb sea 7")
+    assert row["input_ids"].tolist() == expected["input_ids"]
+    assert row["token_type_ids"].tolist() == expected["token_type_ids"]
+    with pytest.raises(UserError, match=r"max_length=5 leaves no room beside 3 special tokens and 2 of data\.suffix"):
+        loaded(tokenizer, jsonl(tmp_path / "a.jsonl", rows), **options, max_length=5)
+
+
 def test_a_batch_is_transformers_own(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.pad_token = tokenizer.eos_token
     section = TextClassification(label="own", path=str(jsonl(tmp_path / "a.jsonl", records())))

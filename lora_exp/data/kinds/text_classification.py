@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 @data_kind("text_classification")
 class TextClassification(DataKind):
     """``text_field`` of each record, with ``pair_field`` two texts, and its class, ``label_field``; or a folder of a
-    folder a class, a text a file. What is longer than ``max_length`` tokens is cut."""
+    folder a class, a text a file. What is longer than ``max_length`` tokens is cut. ``suffix`` ends every text, also
+    one that was cut: a causal model's head reads the last token, which is the same everywhere then."""
 
     text_field: str = "text"
     pair_field: str | None = None
     label_field: str = "label"
     max_length: int = 256
+    suffix: str = ""
 
     learners: ClassVar[tuple[str, ...]] = ("encoder", "causal_lm")
     unit: ClassVar[str] = "texts"

@@ -57,7 +57,10 @@ def prompt_of(wish: Wish) -> tuple[dict[str, Any], dict[str, Any]]:
 
     kind = kind_of(wish.trained.config.data)
     if kind.new_head:
-        return {"prompt": "classes", "max_length": kind.positions}, {"text": "The match ended in a draw."}
+        suffix = getattr(kind, "suffix", "")
+        return {"prompt": "classes", "max_length": kind.positions, "suffix": suffix}, {
+            "text": "The match ended in a draw."
+        }
     chats = kind.chat_template(wish.trained.tokenizer) is not None
     asked = {"prompt": "chat" if chats else "text"}
     return asked, {"prompt": "What is a ship for?" if chats else "In the beginning"}

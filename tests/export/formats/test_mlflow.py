@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 Cli = Callable[..., Any]
 Finished = Callable[..., Path]
@@ -143,7 +143,8 @@ def test_a_store_that_is_away_is_said_and_the_export_stays(cli: Cli, finished: F
     assert (TARGET / "MLmodel").is_file()
 
 
-def test_a_classifier_answers_with_a_class(cli: Cli, workplace: Path, tiny_llama: Path) -> None:
+@pytest.mark.parametrize("suffix", ["", " was"])
+def test_a_classifier_answers_with_a_class(suffix: str, cli: Cli, workplace: Path, tiny_llama: Path) -> None:
     import mlflow.pyfunc
 
     words = ["ox", "king", "sea"]
@@ -153,10 +154,16 @@ def test_a_classifier_answers_with_a_class(cli: Cli, workplace: Path, tiny_llama
         "model=hf", f"model.path={tiny_llama}", "model.label=tiny", "data=text_classification", "device=cpu",
         f"data.path={workplace}/rows.jsonl", "data.val_fraction=0.3", "data.max_length=8", "train.steps=30",
         "train.warmup_steps=1", "optimizer.lr=2e-2", "tracking=none", "hydra.run.dir=outputs/runs/day/run",
+        f"data.suffix='{suffix}'",
     )  # fmt: skip
     assert done.code == 0, done.err
     done = cli("task=export", "run=outputs/runs/day/run", "export=mlflow", "tracking=none")
     assert done.code == 0, done.err
     found = mlflow.pyfunc.load_model(str(TARGET)).predict([{"text": f"the {word} is here 3"} for word in words])
     assert list(found["label"]) == words
-    assert all(0.3 < score <= 1 for score in found["score"])
+    model = AutoModelForSequenceClassification.from_pretrained(TARGET / "artifacts/model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(TARGET / "artifacts/model")
+    ending = tokenizer(suffix, add_special_tokens=False)["input_ids"]
+    for word, score in zip(words, found["score"], strict=True):
+        ids = tokenizer(f"the {word} is here 3")["input_ids"][: 8 - len(ending)] + ending
+        assert score == pytest.approx(model(torch.tensor([ids])).logits.softmax(-1).max().item(), abs=1e-5)
