@@ -9,7 +9,7 @@ ARGS ?=
 TRIALS ?= 30
 SEED ?= 0
 
-.PHONY: run ui test torture lint format bench bench-quick gpu-check lock wheel clean
+.PHONY: run ui test test-first test-second torture lint format bench bench-quick gpu-check lock wheel clean
 
 run: $(STAMP)
 	$(BIN)/python -m lora_exp $(ARGS)
@@ -17,8 +17,21 @@ run: $(STAMP)
 ui: $(STAMP)
 	$(BIN)/python -m lora_exp.tracking.ui $(ARGS)
 
+# Two halves side by side, of one thread each, as most tests wait for processes that they start; ARGS: one pytest with them.
+FIRST_HALF := tests/adapters tests/backends tests/data tests/export
+SECOND_HALF := $(filter-out $(FIRST_HALF),$(patsubst %/,%,$(wildcard tests/*/))) $(wildcard tests/test_*.py)
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -p no:cacheprovider
+ifeq ($(strip $(ARGS)),)
+test: lint
+	$(MAKE) --no-print-directory --keep-going --output-sync=target -j2 test-first test-second
+test-first:
+	$(PYTEST) $(FIRST_HALF)
+test-second:
+	$(PYTEST) $(filter-out %__pycache__,$(SECOND_HALF))
+else
 test: lint
 	$(BIN)/python -m pytest $(ARGS)
+endif
 
 # Runs that are killed at random moments, also while a checkpoint is written, and gone on with: minutes.
 torture: $(STAMP)
