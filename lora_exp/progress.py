@@ -44,7 +44,8 @@ class TrainingProgress(_Shown):
     def __init__(self, steps: int) -> None:
         self._steps = steps
         self._seen: dict[str, float] = {}
-        self._started = self._last_line = time.monotonic()
+        self._last_line = time.monotonic()
+        self._first: tuple[int, float] | None = None  # the first step that was seen, and when
         super().__init__(_wide(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"), TimeRemainingColumn())
         self._task = self._bar.add_task("train", total=steps, shown="") if self._bar else None
 
@@ -52,11 +53,13 @@ class TrainingProgress(_Shown):
         """Take one record of the training loop."""
         self._seen.update({key: value for key, value in record.items() if isinstance(value, float)})
         step = int(record["step"])
+        if "train/loss" in record:
+            self._first = self._first or (step, time.monotonic())
         if "eval/loss" in record:
             text = f"step {step:>4}/{self._steps}  validation loss {record['eval/loss']:.4f}"
             self._line("  ".join([text, *_other_figures(record)]))
-        elif self._bar is None and time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
-            self._line(f"step {step:>4}/{self._steps}  {self._figures()}  ETA {self._eta(step)}")
+        elif self._bar is None and self._first and time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
+            self._line(f"step {step:>4}/{self._steps}  {self._figures()}{self._eta(step)}")
         if self._bar and self._task is not None:
             self._bar.update(self._task, completed=step, shown=self._figures())
 
@@ -69,8 +72,12 @@ class TrainingProgress(_Shown):
         return f"loss {seen['train/loss']:.4f}  lr {seen['train/lr']:.2e}  {speed}"
 
     def _eta(self, step: int) -> str:
-        left = (time.monotonic() - self._started) / max(step, 1) * (self._steps - step)
-        return f"{int(left) // 60}:{int(left) % 60:02d}"
+        """By the steps of this process alone: an evaluation or a process before them says nothing."""
+        first, began = self._first or (step, 0.0)
+        if step <= first:
+            return ""
+        left = (time.monotonic() - began) / (step - first) * (self._steps - step)
+        return f"  ETA {int(left) // 60}:{int(left) % 60:02d}"
 
     def _line(self, text: str) -> None:
         self._last_line = time.monotonic()
