@@ -27,6 +27,7 @@ class Native(Way):
         wanted = lora_config(config)
         layers = targeted(base, config, wanted)
         model = LoraModel(base, wanted, verbose=False, given=_given(base, layers, wanted, origin))
+        model.known_base = origin.known or model.known_base
         trainable, total = model.parameter_counts()
         parameters = list(model.adapter_parameters().values())
 

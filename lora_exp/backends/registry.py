@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase
 
+    from lora_exp.adapters.inspection.base_hash import Known
+
 
 @dataclass(frozen=True)
 class Adapted:
@@ -49,7 +51,8 @@ class Origin:
     ``name``: the hub's, where the weights lie in a folder that nobody else has; None: the name it was loaded by
     stands. ``files_sha256``: the digest of its weight files. ``tokenizer()`` loads the one to save beside.
     ``dense_weights(layer)``: a layer's weight as it was before it was quantised. ``show(model, rows)``: has a model
-    see that many rows of the training data. ``class_names``: what a new head's outputs stand for.
+    see that many rows of the training data. ``class_names``: what a new head's outputs stand for. ``known``: what is
+    known of the base's values, for all who train on them.
     """
 
     name: str | None = None
@@ -58,6 +61,7 @@ class Origin:
     dense_weights: Callable[[str], Tensor] | None = None
     show: Callable[[nn.Module, int], None] | None = None
     class_names: Sequence[str] = ()
+    known: Known | None = None
 
 
 class Way:
