@@ -26,7 +26,8 @@ class Adapted:
     how many values those are. ``fast``: the parameters, by name, that LoRA+ trains at a higher rate. ``added``:
     parameters and buffers that are not the base's own, trained or not. ``masks``: what its dropout masks follow from,
     beside torch's generators; ``load_masks`` takes that up again. ``base_sha256``: of the base's values, as the
-    adapter's card names it, where it has one.
+    adapter's card names it, where it has one. ``starts_at_base``: whether the model gives what the base gives, to the
+    bit, until it is trained.
     """
 
     model: nn.Module
@@ -42,6 +43,7 @@ class Adapted:
     masks: Callable[[], Mapping[str, int]] = dict
     load_masks: Callable[[Mapping[str, int]], object] = lambda masks: None
     base_sha256: Callable[[], str | None] = lambda: None
+    starts_at_base: bool = False
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +24,10 @@ from lora_exp.packing import shelf
 if TYPE_CHECKING:
     from torch import nn
 
+    from lora_exp.backends import Adapted
     from lora_exp.machine.place import Place
     from lora_exp.models import Source
+    from lora_exp.training.loop import Figures
 
 log = logging.getLogger(__name__)
 
@@ -77,8 +79,7 @@ def base_of(config: Config, source: Source, place: Place, shape: Mapping[str, An
     if not config.adapter.is_added:
         here.drop("base")
         return load()
-    seed = config.seed if "class_names" in shape else None  # a new head is drawn
-    key = (config.model, config.quantization, place, dict(shape), seed)
+    key = (config.model, config.quantization, place, dict(shape), _seed(config))
     resident = here.take("base", key, lambda: _resident(load()))
     if not resident.values.holds(base_tensors(resident.base.model)):
         log.warning("Something has written to the frozen base that jobs share: it is read anew")
@@ -86,6 +87,21 @@ def base_of(config: Config, source: Source, place: Place, shape: Mapping[str, An
         del resident
         resident = here.take("base", key, lambda: _resident(load()))
     return Base(twin(resident.base.model), resident.base.digest, resident.base.known)
+
+
+def at_start(config: Config, adapted: Adapted, place: Place) -> Callable[[Callable[[], Figures]], Figures]:
+    """What takes the way to evaluate before the first step, and evaluates only where no job has seen the base do so."""
+    here, section = shelf.current(), config.train
+    if here is None or not adapted.starts_at_base:
+        return lambda make: make()
+    asked = section.eval_blocks, section.micro_batch_size, section.metrics
+    key = (config.model, config.quantization, config.data, config.machine, place, _seed(config), asked)
+    return lambda make: dict(here.take("figures", key, make))
+
+
+def _seed(config: Config) -> int | None:
+    """A new head is drawn, and then belongs to the base."""
+    return config.seed if config.data.new_head else None
 
 
 def _resident(base: Base) -> _Resident:

@@ -28,6 +28,7 @@ __all__ = ["Context", "DivergedError", "Forward", "Lane", "LaneState", "Record",
 
 Context = contextlib.AbstractContextManager[object]
 Record = dict[str, Any]
+Figures = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Forward:
     ``check_gradients`` is called after the first backward pass, ``between_steps`` before every optimizer step and after
     the last, ``between_batches`` before every evaluation batch: both may raise to end the training, where its state is
     whole. ``metrics`` are an evaluation's, by name. ``join`` makes one batch of the lanes'.
-    ``world``: the processes that train together, each on batches of its own.
+    ``world``: the processes that train together, each on batches of its own. ``at_start`` is given what evaluates
+    before the first step, and returns what that gives, which somebody may know already.
     """
 
     model: nn.Module
@@ -54,6 +56,7 @@ class Forward:
     between_steps: Callable[[], object] = lambda: None
     world: World = ALONE
     join: Callable[[Sequence[Batch]], Batch] = field(default=lambda batches: _concatenate(batches))
+    at_start: Callable[[Callable[[], Figures]], Figures] = field(default=lambda make: make())
 
 
 def train(forward: Forward, lanes: list[Lane]) -> Iterator[Record]:
@@ -90,7 +93,7 @@ def train(forward: Forward, lanes: list[Lane]) -> Iterator[Record]:
 
 
 @torch.no_grad()
-def evaluate(forward: Forward, batches: list[Batch], name: str) -> dict[str, float]:
+def evaluate(forward: Forward, batches: list[Batch], name: str) -> Figures:
     """The metrics over ``batches`` by the lane ``name``; ``loss`` is the mean in nats a prediction."""
     forward.model.eval()
     found = []
@@ -224,7 +227,12 @@ def evaluations(forward: Forward, lanes: list[Lane]) -> Iterator[Record]:
 
 
 def _evaluated(forward: Forward, lane: Lane) -> Record:
-    step, figures = lane.state.step, evaluate(forward, lane.evaluation, lane.name)
+    step = lane.state.step
+
+    def make() -> Figures:
+        return evaluate(forward, lane.evaluation, lane.name)
+
+    figures = make() if step else forward.at_start(make)
     loss = figures["loss"]
     if not math.isfinite(loss) and not step:
         raise DivergedError(

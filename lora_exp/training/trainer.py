@@ -39,7 +39,7 @@ class Work:
     ``timetable``: what ``train`` says of its length and intervals, for these rows. ``best`` is fed with each record
     that is kept: a trainer ends when it says ``should_stop``. ``checkpoints``: where the training's state is kept;
     None: nowhere. ``start``: what to go on from; None: from the beginning. ``world``: the processes that do the work
-    together; the timetable counts the micro batches of all of them.
+    together; the timetable counts the micro batches of all of them. ``at_start``: see ``loop.Forward``.
     """
 
     adapted: Adapted
@@ -54,6 +54,7 @@ class Work:
     world: World = field(default_factory=_alone)
     checkpoints: Checkpoints | None = None
     start: Checkpoint | None = None
+    at_start: Callable[[Callable[[], dict[str, float]]], dict[str, float]] = field(default=lambda make: make())
 
 
 class Trainer:

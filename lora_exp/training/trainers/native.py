@@ -82,4 +82,5 @@ def forward_of(work: Work) -> Forward:
         between_steps=work.world.obey,
         world=work.world,
         join=kind.join,
+        at_start=work.at_start,
     )
