@@ -89,6 +89,14 @@ def base_of(config: Config, source: Source, place: Place, shape: Mapping[str, An
     return Base(twin(resident.base.model), resident.base.digest, resident.base.known)
 
 
+def another() -> nn.Module:
+    """One more twin of the base that jobs share now."""
+    here = shelf.current()
+    resident: _Resident | None = None if here is None else here.held("base")
+    assert resident is not None
+    return twin(resident.base.model)
+
+
 def at_start(config: Config, adapted: Adapted, place: Place) -> Callable[[Callable[[], Figures]], Figures]:
     """What takes the way to evaluate before the first step, and evaluates only where no job has seen the base do so."""
     here, section = shelf.current(), config.train

@@ -27,6 +27,10 @@ class Shelf:
         self._things[kind] = key, made
         return made
 
+    def held(self, kind: str) -> Any:
+        """The one that is there, whatever it was made for; None if there is none."""
+        return self._things.get(kind, (None, None))[1]
+
     def drop(self, *kinds: str) -> None:
         """Forget those that are there; all of them without a name."""
         for kind in kinds or tuple(self._things):

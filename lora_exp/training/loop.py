@@ -11,7 +11,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,16 @@ Record = dict[str, Any]
 Figures = dict[str, float]
 
 
+class Passed(NamedTuple):
+    """What the passes of one optimizer step found: each lane's loss, and how many tokens (images, rows) it saw."""
+
+    losses: list[Tensor]
+    units: list[int]
+
+
+Passes = Callable[["Forward", Sequence[Lane], Sequence[Sequence[Batch]]], Passed]
+
+
 @dataclass(frozen=True)
 class Forward:
     """How a batch becomes losses: the model, the objective, and the contexts around a pass.
@@ -40,7 +50,8 @@ class Forward:
     the last, ``between_batches`` before every evaluation batch: both may raise to end the training, where its state is
     whole. ``metrics`` are an evaluation's, by name. ``join`` makes one batch of the lanes'.
     ``world``: the processes that train together, each on batches of its own. ``at_start`` is given what evaluates
-    before the first step, and returns what that gives, which somebody may know already.
+    before the first step, and returns what that gives, which somebody may know already. ``passes`` makes the gradients
+    of one optimizer step.
     """
 
     model: nn.Module
@@ -57,6 +68,7 @@ class Forward:
     world: World = ALONE
     join: Callable[[Sequence[Batch]], Batch] = field(default=lambda batches: _concatenate(batches))
     at_start: Callable[[Callable[[], Figures]], Figures] = field(default=lambda make: make())
+    passes: Passes = field(default=lambda forward, lanes, drawn: passes(forward, lanes, drawn))
 
 
 def train(forward: Forward, lanes: list[Lane]) -> Iterator[Record]:
@@ -114,6 +126,15 @@ def _accumulate(forward: Forward, lanes: list[Lane]) -> tuple[list[Tensor], list
     """
     turns = [lane.timetable.micro_batches(lane.state.step + 1) for lane in lanes]  # of all processes
     drawn = [[next(lane.batches) for _ in forward.world.own(n)] for lane, n in zip(lanes, turns, strict=True)]
+    found = forward.passes(forward, lanes, drawn)
+    if forward.world.most(max(turns)) > max(map(len, drawn)):
+        _keep_pace(forward, lanes[0])
+    forward.world.sum_gradients(parameter for lane in lanes for parameter in lane.parameters)
+    return [forward.world.summed(loss) for loss in found.losses], found.units
+
+
+def passes(forward: Forward, lanes: Sequence[Lane], drawn: Sequence[Sequence[Batch]]) -> Passed:
+    """Forward and backward passes over what each lane has drawn for one optimizer step."""
     counts, units = _totals(forward, drawn)
     losses = [torch.zeros((), device=forward.device) for _ in lanes]
     for turn in range(max(map(len, drawn))):
@@ -125,13 +146,10 @@ def _accumulate(forward: Forward, lanes: list[Lane]) -> tuple[list[Tensor], list
         torch.stack(scaled).sum().backward()
         for number, mean in zip(having, means, strict=True):
             losses[number] = losses[number] + mean.detach()
-    if forward.world.most(max(turns)) > max(map(len, drawn)):
-        _keep_pace(forward, lanes[0])
-    forward.world.sum_gradients(parameter for lane in lanes for parameter in lane.parameters)
-    return [forward.world.summed(loss) for loss in losses], units
+    return Passed(losses, units)
 
 
-def _totals(forward: Forward, drawn: list[list[Batch]]) -> tuple[list[int], list[int]]:
+def _totals(forward: Forward, drawn: Sequence[Sequence[Batch]]) -> tuple[list[int], list[int]]:
     """How many predictions, and tokens, each lane's part of the optimizer step has in all processes."""
     counts = [sum(int(forward.count(batch).sum()) for batch in micro) for micro in drawn]
     units = [sum(_tokens(batch) for batch in micro) for micro in drawn]

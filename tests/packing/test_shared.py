@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
-from lora_exp.job import read_metrics, read_outcome
+from lora_exp.job import read_metrics
 from lora_exp.packing import shelf
 
 CLOCK = ("_per_s", "train/mfu")

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from lora_exp.adapters import LoraConfig, LoraModel
 from lora_exp.adapters.starts.registry import start_names
-from lora_exp.backends.native import starts_at_base
 from lora_exp.adapters.variants.registry import variant_named, variant_names
+from lora_exp.backends.native import starts_at_base
 
 CHOICES = [
     LoraConfig(rank=4, variant=variant, start=start)

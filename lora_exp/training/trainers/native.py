@@ -27,6 +27,7 @@ class Native(Trainer):
         lane = lane_of(work)
         saver = Saver(work, lane)
         forward = replace(forward_of(work), between_steps=saver.between_steps)
+        forward = forward if work.passes is None else replace(forward, passes=work.passes)
         try:
             for record in train(forward, [lane]):
                 keep(record)
