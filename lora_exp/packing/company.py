@@ -57,6 +57,7 @@ class Company:
 
     def __init__(self, make_base: Callable[[], nn.Module]) -> None:
         self.is_joined = True
+        self.joined_passes = 0  # optimizer steps that were made for several at once
         self._make_base = make_base
         self._joint: JointModel | None = None
         self._places: list[_Place] = []
@@ -145,6 +146,7 @@ class Company:
             before.put_back()
             self._give_up("the model draws random numbers of its own, for all rows at once")
             return None
+        self.joined_passes += 1
         each = zip(self._places, found.losses, found.units, strict=True)
         return {place.owner: Passed([loss], [units]) for place, loss, units in each}
 
