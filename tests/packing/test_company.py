@@ -105,7 +105,7 @@ def test_eight_unlike_lanes_learn_what_each_learns_alone(base):
     before = [parameter.clone() for parameter in base.parameters()]
     turns, company = in_company(base, UNLIKE)
     assert company.is_joined
-    assert company.joined_passes >= 9
+    assert company.joined_passes == 7  # then one lane is left
     for kind, turn in zip(UNLIKE, turns, strict=True):
         alone, ours = trained(base, kind), turn.result
         assert turn.error is None
