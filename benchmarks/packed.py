@@ -5,6 +5,7 @@ Every side trains the same jobs and logs them to MLflow; a side is whole process
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import statistics
@@ -161,7 +162,7 @@ def _growth(folder: Path, jobs: int) -> Row:
     started = time.time()
     peak = _peak_gib(["-m", "lora_exp", *given, *swept], folder / "log.txt")
     ends = sorted((folder / f"s/{number}/result.json").stat().st_mtime for number in range(jobs))
-    each = [later - sooner for sooner, later in zip(ends, ends[1:], strict=False)]
+    each = [later - sooner for sooner, later in itertools.pairwise(ends)]
     fourth = max(1, len(each) // 4)
     begin, end = statistics.median(each[:fourth]), statistics.median(each[-fourth:])
     row: Row = {"case": f"{jobs} tiny jobs of one step", "first_s": round(ends[0] - started, 2)}

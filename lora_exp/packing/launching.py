@@ -56,16 +56,18 @@ def most_lanes(configs: Sequence[Config | None], wish: Wish) -> int:
         return min(wish.lanes, count)
     if wish.passes == TURNS:  # open at once they would only take memory
         return 1
-    from lora_exp.machine.place import resolve_device, resolve_place
+    import torch
+
+    from lora_exp.machine.place import Place, resolve_device
     from lora_exp.packing.measuring import MOST, most_by_memory, most_by_tokens
 
-    device = resolve_device(first.device).type
-    bound = min(count, MOST if wish.passes == JOINED else most_by_tokens(first, device))
-    if bound < 2:
+    try:
+        device = resolve_device(first.device)
+    except UserError:  # the job says so
         return 1
+    bound = min(count, MOST if wish.passes == JOINED else most_by_tokens(first, device.type))
     largest = max((config for config in configs if config is not None), key=lambda config: config.rank)
-    place = resolve_place(first.device, first.model.dtype, False, first.quantization.name != "none")
-    return min(bound, most_by_memory(largest, place))
+    return bound if bound < 2 else most_by_memory(largest, bound, Place(device, torch.float32))
 
 
 def run_lanes(

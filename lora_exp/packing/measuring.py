@@ -40,16 +40,19 @@ def most_by_tokens(config: Config, device: str) -> int:
     return max(1, min(MOST, _TOKENS.get(device, 0) // tokens))
 
 
-def most_by_memory(config: Config, place: Place) -> int:
-    """How many such lanes the memory has room for beside the base; a plan that cannot be made is no bound."""
+def most_by_memory(config: Config, most: int, place: Place) -> int:
+    """``most``, or as many such lanes as fit beside the base into memory; what cannot be planned is no bound."""
+    memory = memory_gib(place.device) * GIB * _SHARE
     try:
-        plan = Planner(config, place, is_told=True).plan()
+        planner = Planner(config, place, is_told=True)
+        if planner.upper_bound() * most <= memory:
+            return most
+        plan = planner.plan()
     except Exception as error:
         log.debug("not planned: %s", error)
-        return MOST
+        return most
     base = sum(plan.base_bytes.values())
-    room = memory_gib(place.device) * GIB * _SHARE - base
-    return max(1, int(room // max(plan.total_bytes - base, 1)))
+    return max(1, min(most, int((memory - base) // max(plan.total_bytes - base, 1))))
 
 
 def most_that_pay(asked: Asked, most: int, make_base: Callable[[], nn.Module]) -> int:

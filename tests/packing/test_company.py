@@ -130,7 +130,7 @@ def test_one_that_leaves_does_not_touch_the_bits_of_the_others(base, leaves):
 
 def test_one_that_comes_later_takes_the_place_of_one_that_is_gone(base):
     kinds = [replace(UNLIKE[0], seed=seed) for seed in range(5)]
-    turns, company = in_company(base, [replace(kinds[0], fails_at=2), *kinds[1:]], most=2)
+    turns, _ = in_company(base, [replace(kinds[0], fails_at=2), *kinds[1:]], most=2)
     assert [turn.error is None for turn in turns] == [False, True, True, True, True]
     whole, _ = in_company(base, kinds[:2])
     assert same(turns[1].result, whole[1].result)
