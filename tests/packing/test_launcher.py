@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,6 @@ from lora_exp.training import loop
 CLOCK = ("_per_s", "train/mfu")
 PACKED = "hydra/launcher=packed"
 JOINED = [PACKED, "hydra.launcher.lanes=8", "hydra.launcher.passes=joined"]
-TURNS = [PACKED, "hydra.launcher.lanes=8", "hydra.launcher.passes=turns"]
 SWEPT = ["rank=2,1000,4", "adapter=lora,dora", "dropout=0.3"]  # a rank of 1000 is a UserError once the model is there
 GOOD, BAD = (0, 1, 4, 5), (2, 3)
 
@@ -83,22 +81,6 @@ def test_jobs_leave_what_they_leave_alone(
     for number in GOOD:
         said = (workplace / "joined" / str(number) / "lora_exp.log").read_text()
         assert said.count("Initial Parameters") == said.count("hashes adapter_sha256") == 1
-
-
-def test_a_signal_ends_all_that_are_open_and_they_go_on(
-    forked: Callable[..., Any], tiny_overrides: list[str], workplace: Path
-) -> None:
-    swept = [*tiny_overrides, "rank=2,4", "dropout=0.3", "hydra.sweep.dir=outputs/s", "-m", *TURNS]
-    whole = forked(*swept)
-    aim = {"target": "lora_exp.training.loop:_accumulate", "at": 5, "do": "signal", "signal": int(signal.SIGTERM)}
-    stopped = forked(*swept, **aim)
-    assert stopped.code == 143, stopped.err
-    assert stopped.statuses() == ["KILLED", "KILLED", "KILLED"]
-    assert [status(stopped.folder / "outputs/s" / str(number)) for number in (0, 1)] == ["KILLED", "KILLED"]
-    ended = forked(*swept, "resume=auto", folder=stopped.folder)
-    assert ended.code == 0, ended.err
-    for number in (0, 1):
-        assert ended.earned(f"outputs/s/{number}") == whole.earned(f"outputs/s/{number}")
 
 
 @pytest.mark.parametrize("wish", ["lanes=0", "lanes=many", "passes=sometimes"])
