@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .job import DTYPES, own_cache
 from .rows import Row
@@ -44,7 +45,7 @@ class Sweep:
 
 def run(quick: bool) -> Row:
     """`quick` has two jobs of two steps, a turn each, and 20 tiny jobs."""
-    few = {"ranks": RANKS[:2], "rates": RATES[:1]} if quick else {}
+    few: dict[str, Any] = {"ranks": RANKS[:2], "rates": RATES[:1]} if quick else {}
     steps, turns = (2, 1) if quick else (24, 3)
     sweeps = [Sweep(label, label, steps, 4, 128, **few) for label in (["bf16"] if quick else DTYPES)]
     short = Sweep("short", "bf16", steps, 1, 16, **({"rates": _SHORT_RATES} | few))
@@ -179,7 +180,12 @@ def _tiny(folder: Path) -> tuple[Path, Path]:
     tokenizer = Tokenizer(models.BPE(letters, [], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder / "model")
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     LlamaForCausalLM(LlamaConfig(vocab_size=len(letters), **sizes)).save_pretrained(folder / "model")
     text = folder / "text.txt"
     text.write_text("\n".join(f"line {number} of a text that is as long as it must be" for number in range(400)))

@@ -77,7 +77,7 @@ class PackedLauncher(Launcher):
 
     def _run(self, job: DictConfig) -> JobReturn:
         self._log_as_launcher()
-        overrides = filter_overrides(OmegaConf.to_container(job.hydra.overrides.task))
+        overrides = filter_overrides([str(override) for override in job.hydra.overrides.task])
         log.info(f"\t#{job.hydra.job.num} : {' '.join(overrides)}")
         return run_job(
             hydra_context=self._context,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 
 from torch import nn
 
@@ -54,7 +56,7 @@ class JointModel(LoraModel):
         """The adapter `name` is not here any more; there it is what it has become."""
         self.delete_adapter(name)
 
-    def passing(self, sizes: dict[str, int]):  # type: ignore[no-untyped-def]
+    def passing(self, sizes: Mapping[str, int]) -> AbstractContextManager[None]:
         """`route`, in which a name that nobody has means the base alone."""
         return self.route_state.using(sliced_plan(sizes))
 

@@ -16,6 +16,7 @@ from lora_exp.job import read_metrics
 from lora_exp.models.twin import twin
 
 SLOW = pytest.mark.slow
+IN_TURN = ["hydra/launcher=packed", "hydra.launcher.lanes=1"]
 WAYS = {
     "nf4": ["quantization=nf4", "adapter=lora,dora"],
     "int8": ["quantization=int8", "rank=2,4"],
@@ -52,7 +53,7 @@ def test_the_second_job_leaves_what_it_leaves_alone(
     given = [*tiny_overrides, f"model.path={even_llama}", "tracking=none"]
     loaded, real = [], models.load_base
     monkeypatch.setattr(models, "load_base", lambda *args, **named: (loaded.append(1), real(*args, **named))[1])
-    ended = cli("-m", *given, *WAYS[way], "hydra/launcher=packed", "hydra.sweep.dir=packed")
+    ended = cli("-m", *given, *WAYS[way], *IN_TURN, "hydra.sweep.dir=packed")
     assert ended.code == 0, ended.err
     assert "read anew" not in ended.out
     assert len(loaded) == (2 if way == "full" else 1)
@@ -73,7 +74,7 @@ def test_a_base_that_was_written_to_is_read_anew(
         next(own.parameters()).data.view(-1)[:4] += 1.0  # as no torch counter sees
         return own
 
-    given = [*tiny_overrides, "tracking=none", "rank=2,4", "-m", "hydra/launcher=packed", "hydra.launcher.lanes=1"]
+    given = [*tiny_overrides, "tracking=none", "rank=2,4", "-m", *IN_TURN]
     monkeypatch.setattr(resident, "twin", damaging)
     ended = cli(*given, "hydra.sweep.dir=packed")
     assert ended.code == 0
