@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class Sweep:
     tokens: int
     ranks: Sequence[int] = RANKS
     rates: Sequence[float] = RATES
+    evaluated: int = 32
 
     @property
     def jobs(self) -> list[tuple[int, float]]:
@@ -45,13 +46,19 @@ class Sweep:
 
 def run(quick: bool) -> Row:
     """`quick` has two jobs of two steps, a turn each, and 20 tiny jobs."""
-    few: dict[str, Any] = {"ranks": RANKS[:2], "rates": RATES[:1]} if quick else {}
-    steps, turns = (2, 1) if quick else (24, 3)
-    sweeps = [Sweep(label, label, steps, 4, 128, **few) for label in (["bf16"] if quick else DTYPES)]
-    short = Sweep("short", "bf16", steps, 1, 16, **({"rates": _SHORT_RATES} | few))
+    turns = 1 if quick else 3
+    if quick:
+        sweeps = [_few(Sweep("default", "bf16", 2, 4, 128)), _few(Sweep("short", "bf16", 2, 1, 16))]
+    else:
+        sweeps = [Sweep(label, label, 24, 4, 128) for label in DTYPES]
+        sweeps.append(Sweep("short", "bf16", 24, 1, 16, rates=_SHORT_RATES))
     with tempfile.TemporaryDirectory() as name:
-        rows = [_row(Path(name) / sweep.name, sweep, turns) for sweep in [*sweeps, short]]
+        rows = [_row(Path(name) / sweep.name, sweep, turns) for sweep in sweeps]
         return {"rows": rows, "growth": [_growth(Path(name) / "growth", 20 if quick else 200)]}
+
+
+def _few(sweep: Sweep) -> Sweep:
+    return replace(sweep, ranks=RANKS[:2], rates=RATES[:1], evaluated=4)
 
 
 def _row(folder: Path, sweep: Sweep, turns: int) -> Row:
@@ -100,6 +107,7 @@ def _ours(place: _Place, name: str, overrides: Sequence[str], multirun: bool = F
     given = [f"model.dtype={DTYPES[sweep.label]}", f"tracking.uri={place.store}", f"train.steps={sweep.steps}"]
     given += [f"model.cache_dir={place.cache}", f"data.cache_dir={place.cache}", f"data.block_size={sweep.tokens}"]
     given += [f"train.micro_batch_size={sweep.rows}", f"train.eval_every={max(1, sweep.steps // 2)}"]
+    given += [f"train.eval_blocks={sweep.evaluated}"]
     where = [f"hydra.sweep.dir={folder}", "-m"] if multirun else [f"hydra.run.dir={folder}"]
     return ["-m", "lora_exp", *given, *overrides, *where]
 
@@ -114,20 +122,19 @@ def _fresh(place: _Place, name: str) -> list[list[str]]:
     found = []
     for number, (rank, rate) in enumerate(place.sweep.jobs):
         folder = str(place.folder / f"{name}_{number}")
-        asked = json.dumps({"steps": place.sweep.steps, "rows": place.sweep.rows, "jobs": [[rank, rate]]})
-        found.append(["-m", "benchmarks.peft_kept", folder, place.store, *place.files(), _dtype(place), asked])
+        found.append(_peft(place, folder, [(rank, rate)]))
     return found
 
 
 def _kept(place: _Place, name: str) -> list[list[str]]:
     """One process of PEFT for all jobs, on a base that it keeps."""
-    asked = json.dumps({"steps": place.sweep.steps, "rows": place.sweep.rows, "jobs": place.sweep.jobs})
-    command = ["-m", "benchmarks.peft_kept", str(place.folder / name), place.store, *place.files(), _dtype(place)]
-    return [[*command, asked]]
+    return [_peft(place, str(place.folder / name), place.sweep.jobs)]
 
 
-def _dtype(place: _Place) -> str:
-    return DTYPES[place.sweep.label]
+def _peft(place: _Place, folder: str, jobs: Sequence[tuple[int, float]]) -> list[str]:
+    sweep = place.sweep
+    asked = json.dumps({"steps": sweep.steps, "rows": sweep.rows, "evaluated": sweep.evaluated, "jobs": jobs})
+    return ["-m", "benchmarks.peft_kept", folder, place.store, *place.files(), DTYPES[sweep.label], asked]
 
 
 _SIDES: dict[str, Callable[[_Place, str], list[list[str]]]] = {

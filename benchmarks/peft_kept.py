@@ -19,11 +19,11 @@ from .peft_trainer import adapter_config, blocks_of, environment, trainer_of, tr
 
 
 def main(folder: str, store: str, model_folder: str, blocks_folder: str, dtype: str, asked: str) -> None:
-    """`asked`: {"steps": ..., "rows": a micro batch's, "jobs": [[rank, learning rate], ...]} as JSON."""
+    """`asked`: {"steps": ..., "rows": a micro batch's, "evaluated": blocks, "jobs": [[rank, lr], ...]} as JSON."""
     os.environ.update(environment(store))
     wanted = json.loads(asked)
     base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=getattr(torch, dtype))
-    blocks, model = blocks_of(blocks_folder), None
+    blocks, model = blocks_of(blocks_folder, wanted["evaluated"]), None
     for number, (rank, lr) in enumerate(wanted["jobs"]):
         torch.manual_seed(0)
         name, config = f"job{number}", adapter_config(rank)

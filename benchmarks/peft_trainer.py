@@ -51,11 +51,11 @@ def adapter_config(rank: int) -> LoraConfig:
     return LoraConfig(r=rank, lora_alpha=16, use_rslora=True, target_modules=TARGETS, task_type="CAUSAL_LM")
 
 
-def blocks_of(folder: str) -> dict[str, datasets.Dataset]:
+def blocks_of(folder: str, evaluated: int = EVALUATED) -> dict[str, datasets.Dataset]:
     """Training blocks, and those that ours evaluate on."""
     found = {name: datasets.Dataset.from_file(f"{folder}/{name}.arrow") for name in ("train", "validation")}
     held_out = found["validation"]
-    found["validation"] = held_out.select([i * len(held_out) // EVALUATED for i in range(EVALUATED)])
+    found["validation"] = held_out.select([i * len(held_out) // evaluated for i in range(evaluated)])
     return found
 
 

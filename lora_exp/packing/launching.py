@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_exp.config import Config
 from lora_exp.errors import UserError
+from lora_exp.machine import launch
 from lora_exp.packing.groups import group_of, lane_group_of, together
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def groups_of(configs: Sequence[Config | None]) -> list[list[int]]:
 def most_lanes(configs: Sequence[Config | None], wish: Wish) -> int:
     """How many of these jobs, of one group, may be open at once; 1: they follow each other."""
     first, count = configs[0], len(configs)
-    if first is None or _lane_group(first) is None or count == 1 or wish.lanes == 1:
+    if first is None or _lane_group(first) is None or count == 1 or wish.lanes == 1 or launch.current() is not None:
         return 1
     if wish.lanes is not None:
         return min(wish.lanes, count)

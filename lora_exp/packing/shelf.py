@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+from lora_exp.machine import launch
+
 _Thing = TypeVar("_Thing")
 
 
@@ -48,9 +50,12 @@ def current() -> Shelf | None:
 
 @contextlib.contextmanager
 def shared() -> Iterator[Shelf]:
-    """Jobs share in this block. What is on the shelf stays: a sweeper may launch its jobs in several batches."""
+    """Jobs share in this block. What is on the shelf stays: a sweeper may launch its jobs in several batches.
+
+    Nothing is shared where several processes do each job's work together: the others would have to share alike.
+    """
     global _open
-    before, _open = _open, True
+    before, _open = _open, launch.current() is None
     try:
         yield _shelf
     finally:

@@ -24,6 +24,7 @@ WAYS = {
     "hf": ["trainer=hf", "rank=2,4"],
     "full": ["adapter=full,lora"],
     "checkpointing": ["train.gradient_checkpointing=true", "dropout=0.3", "rank=2,4"],
+    "bfloat16": ["model.dtype=bfloat16", "rank=2,4"],
     "biases": ["bias=all", "rank=2,4"],
 }
 
