@@ -34,7 +34,8 @@ def main(folder: str, store: str, model_folder: str, blocks_folder: str, dtype: 
         model.set_adapter(name)
         if number:  # PEFT cannot be left without an adapter
             model.delete_adapter(f"job{number - 1}")
-        options = training_options(f"{folder}/{number}", wanted["steps"], True, lr, wanted["rows"], run_name=name)
+        sizes = {"rows": wanted["rows"], "evaluated_rows": 16 if wanted["rows"] == 1 else 4}  # no tiny passes in vain
+        options = training_options(f"{folder}/{number}", wanted["steps"], True, lr, run_name=name, **sizes)
         with mlflow.start_run(run_name=name):
             trainer_of(model, options, blocks).train()
         model.save_pretrained(str(Path(folder) / str(number) / "adapter"), selected_adapters=[name])

@@ -68,7 +68,7 @@ def trainer_of(
 
 
 def training_options(
-    folder: str, steps: int, evaluates: bool, lr: float = 1e-3, rows: int = 4, **more: Any
+    folder: str, steps: int, evaluates: bool, lr: float = 1e-3, rows: int = 4, evaluated_rows: int = 4, **more: Any
 ) -> TrainingArguments:
     """The default job's."""
     every = max(1, steps // 2)
@@ -76,7 +76,7 @@ def training_options(
     wanted |= {"save_steps": every, "save_only_model": True, "report_to": ["mlflow"], "use_cpu": True, "seed": 0}
     if evaluates:
         wanted |= {"eval_strategy": "steps", "eval_steps": every, "eval_on_start": True}
-        wanted |= {"per_device_eval_batch_size": rows, "prediction_loss_only": True}
+        wanted |= {"per_device_eval_batch_size": max(rows, evaluated_rows), "prediction_loss_only": True}
         wanted |= {"learning_rate": lr, "lr_scheduler_type": "cosine", "warmup_steps": min(2, steps)}
     return TrainingArguments(folder, disable_tqdm=True, **wanted, **more)
 

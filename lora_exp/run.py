@@ -29,7 +29,7 @@ from lora_exp.machine.place import Place, prepare_backends, resolve_device, reso
 from lora_exp.machine.precision import Precision, take_precision
 from lora_exp.machine.saving import recover
 from lora_exp.models.dense_weights import DenseWeights
-from lora_exp.packing.lanes import passes_of
+from lora_exp.packing.lanes import evaluation_rows, passes_of
 from lora_exp.packing.resident import at_start, base_of, data_of, source_of
 from lora_exp.parallel import loading_place, spread, world_tags
 from lora_exp.plan.precheck import check_fits, memory_errors_explained
@@ -105,6 +105,7 @@ def _run(config: Config, job: Job, world: World) -> Result | None:
                 kept = _checkpoints(config, job, lambda: _facts(tracked, recorder, identity))
                 work = replace(_work(adapted, data, config, place, world), checkpoints=kept, start=resumed.checkpoint)
                 work = replace(work, at_start=at_start(config, adapted, place), passes=passes_of(config))
+                work = replace(work, evaluation_rows=evaluation_rows(config))
                 rate = precision.rate(place.autocast or place.dtype) * world.size
                 share = Utilisation.of(adapted.model, rate, trains_base=not config.adapter.is_added)
                 with Recorder(tracked, work, job, share) as recorder, world.in_step():

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lora_exp.config import Config
+from lora_exp.data import kind_of
 from lora_exp.machine import signals
 from lora_exp.packing import turns
 from lora_exp.packing.company import Asked, Company, Reply
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from lora_exp.training.objectives import Batch
 
 log = logging.getLogger(__name__)
+TOKENS = 256  # of a pass, up to which more rows are faster on a CPU
 Choose = Callable[[Asked], int]
 
 
@@ -34,6 +36,14 @@ def passes_of(config: Config) -> Passes | None:
         return found
 
     return ask
+
+
+def evaluation_rows(config: Config) -> int | None:
+    """How many rows a lane of common passes evaluates at once: as many as make such a pass. None: a micro batch."""
+    turn, positions = turns.current(), kind_of(config.data).positions
+    if turn is None or not turn.is_joined or positions is None:
+        return None
+    return max(config.train.micro_batch_size, TOKENS // positions)
 
 
 def run_in_lanes(jobs: Sequence[Turn[Any]], company: Company, choose: Choose) -> None:

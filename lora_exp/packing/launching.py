@@ -92,7 +92,7 @@ def run_lanes(
         company.is_joined = paying > 1
         return max(paying, wish.lanes or 1)
 
-    found = [Turn(name, work, also) for name, work in jobs]
+    found = [Turn(name, work, also, company.is_joined) for name, work in jobs]
     with without_bars():
         run_in_lanes(found, company, choose)
     return found

@@ -18,6 +18,7 @@ from lora_exp.machine import signals
 from lora_exp.machine.place import Place
 from lora_exp.packing import shelf
 from lora_exp.packing.company import Asked, Before, joined
+from lora_exp.packing.lanes import TOKENS
 from lora_exp.plan.estimate import GIB, Planner
 from lora_exp.plan.precheck import memory_gib
 from lora_exp.training.loop import Forward, passes
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 MOST = 16
 # Tokens of a pass, beyond which more rows were never faster a row: on two cores at 135 million weights. A GPU's is a
 # guess.
-_TOKENS = {"cpu": 256, "cuda": 16384}
+_TOKENS = {"cpu": TOKENS, "cuda": 16384}
 _GAIN = 0.9  # of a lane's own pass: what a share in a common one must be below
 _SHARE = 0.8  # of the memory
 

@@ -20,6 +20,7 @@ from lora_exp.config import Config, DataConfig, ModelConfig
 from lora_exp.data import Data, Tokenizer, load_data
 from lora_exp.models.twin import twin
 from lora_exp.packing import shelf
+from lora_exp.packing.lanes import evaluation_rows
 
 if TYPE_CHECKING:
     from torch import nn
@@ -102,7 +103,7 @@ def at_start(config: Config, adapted: Adapted, place: Place) -> Callable[[Callab
     here, section = shelf.current(), config.train
     if here is None or not adapted.starts_at_base:
         return lambda make: make()
-    asked = section.eval_blocks, section.micro_batch_size, section.metrics
+    asked = section.eval_blocks, section.micro_batch_size, evaluation_rows(config), section.metrics
     key = (config.model, config.quantization, config.data, config.machine, place, _seed(config), asked)
     return lambda make: dict(here.take("figures", key, make))
 

@@ -23,10 +23,15 @@ _local = threading.local()
 
 
 class Turn(Generic[_Result]):
-    """A job and its thread. ``asked`` is what it waits for, until it has ended with its ``result`` or ``error``."""
+    """A job and its thread. ``asked`` is what it waits for, until it has ended with its ``result`` or ``error``.
 
-    def __init__(self, name: str, work: Callable[[], _Result], also: Sequence[Take] = ()) -> None:
-        self.name, self._work, self._also = name, work, also
+    ``is_joined``: whether it is to share passes with others.
+    """
+
+    def __init__(
+        self, name: str, work: Callable[[], _Result], also: Sequence[Take] = (), is_joined: bool = False
+    ) -> None:
+        self.name, self._work, self._also, self.is_joined = name, work, also, is_joined
         self.asked: Any = None
         self.result: _Result | None = None
         self.error: BaseException | None = None

@@ -40,6 +40,7 @@ class Work:
     that is kept: a trainer ends when it says ``should_stop``. ``checkpoints``: where the training's state is kept;
     None: nowhere. ``start``: what to go on from; None: from the beginning. ``world``: the processes that do the work
     together; the timetable counts the micro batches of all of them. ``at_start`` and ``passes``: see ``loop.Forward``.
+    ``evaluation_rows``: how many are evaluated at once; None: a micro batch.
     """
 
     adapted: Adapted
@@ -56,6 +57,7 @@ class Work:
     start: Checkpoint | None = None
     at_start: Callable[[Callable[[], dict[str, float]]], dict[str, float]] = field(default=lambda make: make())
     passes: Passes | None = None
+    evaluation_rows: int | None = None
 
 
 class Trainer:

@@ -53,7 +53,9 @@ def lane_of(work: Work) -> Lane:
         batches=training_batches(
             work.data.train, size, work.seed, pin, collate, section.drop_last, world.rank, world.size
         ),
-        evaluation=evaluation_batches(work.data.validation, size, section.eval_blocks, pin, collate),
+        evaluation=evaluation_batches(
+            work.data.validation, work.evaluation_rows or size, section.eval_blocks, pin, collate
+        ),
         optimizer=optimizer,
         schedule=build_schedule(optimizer, section, work.timetable),
         timetable=work.timetable,
