@@ -74,6 +74,15 @@ class Company:
         found = self._pass(next(iter(waiting.values())).forward)
         return alone if found is None else {owner: _given(found[owner]) for owner in waiting}
 
+    def give_up(self, reason: Exception | str) -> None:
+        """From here on each lane makes its own passes."""
+        if isinstance(reason, Exception):
+            log.debug("lanes make their own passes", exc_info=reason)
+            reason = f"{type(reason).__name__}: {str(reason).splitlines()[:1]}"
+        log.warning(f"lanes make their own passes from here on: {reason}")
+        self.is_joined = False
+        self._places, self._joint = [], None
+
     # Places
 
     def _seat(self, waiting: Mapping[object, Asked]) -> None:
@@ -82,7 +91,7 @@ class Company:
                 self._leave(place)
         for owner, asked in waiting.items():
             if reason := self._why_alone(owner, asked):
-                self._give_up(reason)
+                self.give_up(reason)
                 return
             self._place_of(owner, asked)
         for place in self._places:
@@ -140,20 +149,15 @@ class Company:
             found = passes(forward, lanes, [place.drawn for place in self._places])
         except Exception as error:
             before.put_back()
-            self._give_up(f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}")
+            self.give_up(error)
             return None
         if before.is_drawn():
             before.put_back()
-            self._give_up("the model draws random numbers of its own, for all rows at once")
+            self.give_up("the model draws random numbers of its own, for all rows at once")
             return None
         self.joined_passes += 1
         each = zip(self._places, found.losses, found.units, strict=True)
         return {place.owner: Passed([loss], [units]) for place, loss, units in each}
-
-    def _give_up(self, reason: str) -> None:
-        log.warning(f"lanes make their own passes from here on: {reason}")
-        self.is_joined = False
-        self._places, self._joint = [], None
 
 
 def joined(like: Forward, joint: JointModel) -> Forward:

@@ -60,7 +60,7 @@ def run_in_lanes(jobs: Sequence[Turn[Any]], company: Company, choose: Choose) ->
             turn.go_on()
             live += [] if turn.is_over else [turn]
             if live and most is None:
-                most = choose(live[0].asked)
+                most = _chosen(choose, live[0].asked, company)
         if signals.received() is not None:
             coming.clear()
         replies = _replies(company, live)
@@ -70,11 +70,25 @@ def run_in_lanes(jobs: Sequence[Turn[Any]], company: Company, choose: Choose) ->
     signals.obey()
 
 
+def _chosen(choose: Choose, asked: Asked, company: Company) -> int:
+    """One where it cannot be told: whoever is open must come to its end, whatever happens here."""
+    try:
+        return choose(asked)
+    except signals.Stopped:  # the lane obeys it in its turn
+        return 1
+    except Exception as error:
+        company.give_up(error)
+        return 1
+
+
 def _replies(company: Company, live: Sequence[Turn[Any]]) -> dict[Turn[Any], Reply]:
     try:
         found = company.answer({turn: turn.asked for turn in live})
     except signals.Stopped as stop:  # asked more than once, in the midst of a pass
         return dict.fromkeys(live, _raising(stop))
+    except Exception as error:
+        company.give_up(error)
+        return {turn: turn.asked.alone for turn in live}
     return {turn: found[turn] for turn in live}
 
 

@@ -51,6 +51,7 @@ UNLIKE = [
     Kind(LoraConfig(rank=4, target_modules=["q_proj", "down_proj"], lora_dropout=0.1), accumulate=2, seed=4),
     Kind(LoraConfig(rank=4, start="pissa"), lr=1e-3, schedule="constant", seed=5, steps=5),
 ]
+SOME = list(enumerate(UNLIKE[1:3]))
 
 
 @pytest.fixture(scope="module")
@@ -148,3 +149,17 @@ def test_a_model_that_draws_for_all_rows_at_once_is_not_shared(base):
 def same(ours: list[Record], theirs: list[Record]) -> bool:
     """To the bit."""
     return ours[:-1] == theirs[:-1] and torch.equal(ours[-1]["parameters"], theirs[-1]["parameters"])
+
+
+@pytest.mark.parametrize("where", ["choosing", "seating", "passing"])
+def test_an_error_in_what_is_shared_leaves_each_lane_to_itself(base, where, monkeypatch):
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("no room")
+
+    company = Company(broken if where == "seating" else lambda: twin(base))
+    if where == "passing":
+        monkeypatch.setattr("lora_exp.packing.company.joined", broken)
+    turns = [Turn(str(n), lambda kind=kind: trained(base, kind, passes=passes_of(Config()))) for n, kind in SOME]
+    run_in_lanes(turns, company, broken if where == "choosing" else lambda asked: 2)
+    assert not company.is_joined
+    assert all(same(turn.result, trained(base, kind)) for turn, (_, kind) in zip(turns, SOME, strict=True))
