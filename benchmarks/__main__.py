@@ -22,7 +22,7 @@ from lora_exp.machine.precision import take_precision  # noqa: E402
 
 from . import report  # noqa: E402
 
-SUITES = ("job", "layers", "models", "memory", "startup", "scale", "waiting", "trainers", "serving")
+SUITES = ("job", "layers", "models", "memory", "startup", "scale", "waiting", "trainers", "serving", "packed")
 
 
 def main() -> None:

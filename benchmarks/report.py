@@ -25,6 +25,7 @@ _HEADINGS = {
     "waiting": "Waiting threads",
     "trainers": "Trainers",
     "serving": "Several adapters over one base",
+    "packed": "Sweeps in one process",
 }
 _NOTES = {
     "job": "Seconds of whole processes, medians, ours and a plain PEFT + Trainer script's in turns: loading, the "
@@ -56,6 +57,11 @@ _NOTES = {
     "four adapters in one routed batch, by the engine of `task=serve`; `in_turn`: an adapter's after another's; "
     "`one_adapter` and `base`: as many requests, all for one. `ratio`: the second side's time, or bytes, over the "
     "first's, with its 95 % bootstrap interval. Memory is what a process of its own holds more once all is loaded.",
+    "packed": "Seconds of whole processes, medians, the sides in turns; every job is an MLflow run. `packed`: "
+    "hydra/launcher=packed; `fresh`: a process of PEFT + Trainer a job; `kept`: PEFT in one process, add_adapter and "
+    "delete_adapter on a base that it keeps; `basic`: our jobs under Hydra's own launcher. `over_…`: packed over that "
+    "side. `peak_over_one`: peak memory over that of one job alone, of the largest rank. Growth: seconds a job takes "
+    "in a long sweep, those of its last quarter over those of its first, and what the report takes at its end.",
 }
 
 
@@ -100,7 +106,7 @@ def write(results: dict[str, Row], folder: Path) -> None:
     (folder / "RESULTS.md").write_text("\n\n".join(parts) + "\n")
 
 
-_TABLES = ("rows", "other_layers", "by_model", "loss_head", "peaks", "beside")
+_TABLES = ("rows", "other_layers", "by_model", "loss_head", "peaks", "beside", "growth")
 
 
 def _tables(found: Row) -> list[str]:
@@ -116,11 +122,7 @@ def _tables(found: Row) -> list[str]:
         )
     return [
         *tables,
-        *(
-            table(found[key])
-            for key in ("rows", "other_layers", "by_model", "loss_head", "peaks", "beside")
-            if found.get(key)
-        ),
+        *(table(found[key]) for key in _TABLES if found.get(key)),
     ]
 
 

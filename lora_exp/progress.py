@@ -22,11 +22,26 @@ _SECONDS_BETWEEN_LINES = 5.0
 _Self = TypeVar("_Self", bound="_Shown")
 
 
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """Lines alone, for jobs that are open at once: a terminal shows one bar at a time."""
+    global _bars
+    before, _bars = _bars, False
+    try:
+        yield
+    finally:
+        _bars = before
+
+
+_bars = True
+
+
 class _Shown:
     """A bar of such ``columns`` on a terminal; None elsewhere. A context manager holds it open."""
 
     def __init__(self, *columns: ProgressColumn) -> None:
-        self._bar = Progress(*columns, console=Console(), transient=True) if sys.stdout.isatty() else None
+        has_bar = _bars and sys.stdout.isatty()
+        self._bar = Progress(*columns, console=Console(), transient=True) if has_bar else None
 
     def __enter__(self: _Self) -> _Self:
         if self._bar:

@@ -16,7 +16,7 @@ from torch import nn
 from lora_exp import models
 from lora_exp.backends import Adapted, Origin, adapt
 from lora_exp.config import Config
-from lora_exp.data import Data, Tokenizer, kind_of, load_data
+from lora_exp.data import Data, Tokenizer, kind_of
 from lora_exp.data.origin import record_data
 from lora_exp.job import Job, Result
 from lora_exp.keeping import take_back_kept
@@ -29,6 +29,8 @@ from lora_exp.machine.place import Place, prepare_backends, resolve_device, reso
 from lora_exp.machine.precision import Precision, take_precision
 from lora_exp.machine.saving import recover
 from lora_exp.models.dense_weights import DenseWeights
+from lora_exp.packing.lanes import evaluation_rows, passes_of
+from lora_exp.packing.resident import at_start, base_of, data_of, source_of
 from lora_exp.parallel import loading_place, spread, world_tags
 from lora_exp.plan.precheck import check_fits, memory_errors_explained
 from lora_exp.recording import Recorder, log_files
@@ -102,6 +104,8 @@ def _run(config: Config, job: Job, world: World) -> Result | None:
                     resumed.take_up(job.folder)
                 kept = _checkpoints(config, job, lambda: _facts(tracked, recorder, identity))
                 work = replace(_work(adapted, data, config, place, world), checkpoints=kept, start=resumed.checkpoint)
+                work = replace(work, at_start=at_start(config, adapted, place), passes=passes_of(config))
+                work = replace(work, evaluation_rows=evaluation_rows(config))
                 rate = precision.rate(place.autocast or place.dtype) * world.size
                 share = Utilisation.of(adapted.model, rate, trains_base=not config.adapter.is_added)
                 with Recorder(tracked, work, job, share) as recorder, world.in_step():
@@ -152,9 +156,8 @@ def _prepare(
     tracked: tracking.Run, config: Config, place: Place, identity: Identity, world: World
 ) -> tuple[Adapted, Data]:
     with signals.at_once(), world.turns("data"):
-        source = models.find_source(config.model)
-        tokenizer = functools.cache(lambda: models.load_tokenizer(source, config.model))
-        data = load_data(config.data, tokenizer)
+        source, tokenizer = source_of(config.model)
+        data = data_of(config.data, config.model, tokenizer)
     identity.note("data", data.fingerprint)
     if world.leads:
         record_data(tracked, kind_of(config.data), data)
@@ -166,8 +169,8 @@ def _prepare(
     set_seed(config.seed)  # of a new head, which must not depend on what reading the data has drawn
     loading = loading_place(config, place)
     with signals.at_once(), world.turns("base"):
-        base = models.load_base(source, config.model, loading, data.shape, config.quantization)
-        digest = models.base_files_sha256(base, source)
+        found = base_of(config, source, loading, data.shape)
+        base, digest = found.model, found.digest
     identity.note("base_files_sha256", digest)
     kind_of(config.data).check_model(base, loading.device)
     config = replace(config, model=models.with_new_modules(config.model, base))
@@ -180,7 +183,7 @@ def _prepare(
     set_seed(config.seed)  # again: loading may have drawn numbers, and the adapter's first values must not depend on it
     origin = replace(_origin(config, digest, tokenizer), class_names=data.shape.get("class_names", ()))
     show = functools.partial(_show, data, config, loading)
-    origin = replace(origin, dense_weights=DenseWeights(source, base), show=show)
+    origin = replace(origin, dense_weights=DenseWeights(source, base), show=show, known=found.known)
     adapted = adapt(base, config, origin)
     share = 100 * adapted.trainable / adapted.total
     counts = {"trainable": adapted.trainable, "total": adapted.total, "trainable_percent": share}

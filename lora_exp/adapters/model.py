@@ -78,7 +78,7 @@ class LoraModel(nn.Module):
         self.wrapped = model
         self.__class__ = class_like(type(self), model)
         self.route_state = Route()
-        self._identity: base_hash.Identity | None = None
+        self.known_base = base_hash.Known()
         self._merged: Merged | None = None
         with undone_on_failure(model):
             model.requires_grad_(False)
@@ -409,8 +409,9 @@ class LoraModel(nn.Module):
         Over names, shapes and values rounded to bfloat16, so that it is the same in float32 and bfloat16; not the
         digest of a file.
         """
-        self._identity = base_hash.found(self.wrapped, self._identity)
-        return self._identity.sha256
+        known = self.known_base
+        known.identity = base_hash.found(self.wrapped, known.identity)
+        return known.identity.sha256
 
     # State dicts: while merged they hold the base's own parameters too, as "kept.…"
 

@@ -27,6 +27,7 @@ class Native(Way):
         wanted = lora_config(config)
         layers = targeted(base, config, wanted)
         model = LoraModel(base, wanted, verbose=False, given=_given(base, layers, wanted, origin))
+        model.known_base = origin.known or model.known_base
         trainable, total = model.parameter_counts()
         parameters = list(model.adapter_parameters().values())
 
@@ -42,7 +43,16 @@ class Native(Way):
         fast, masks, load_masks = model.fast_parameters(), model.dropout_state, model.load_dropout_state
         counts = parameters, trainable, total
         more = {"fast": fast, "masks": masks, "load_masks": load_masks, "base_sha256": model.base_sha256}
+        more["starts_at_base"] = starts_at_base(wanted)
         return Adapted(model, *counts, save, check_gradients, **more)  # type: ignore[arg-type]
+
+
+def starts_at_base(wanted: LoraConfig) -> bool:
+    from lora_exp.adapters.starts.registry import start_named
+    from lora_exp.adapters.variants.registry import variant_named
+
+    variant, start = vars(variant_named(wanted.variant)), start_named(wanted.start)
+    return variant.get("starts_at_base", False) and (start.starts_at_base or start.is_subtracted)
 
 
 def _given(base: nn.Module, layers: dict[str, nn.Module], wanted: LoraConfig, origin: Origin) -> Given:

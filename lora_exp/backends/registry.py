@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase
 
+    from lora_exp.adapters.inspection.base_hash import Known
+
 
 @dataclass(frozen=True)
 class Adapted:
@@ -24,7 +26,8 @@ class Adapted:
     how many values those are. ``fast``: the parameters, by name, that LoRA+ trains at a higher rate. ``added``:
     parameters and buffers that are not the base's own, trained or not. ``masks``: what its dropout masks follow from,
     beside torch's generators; ``load_masks`` takes that up again. ``base_sha256``: of the base's values, as the
-    adapter's card names it, where it has one.
+    adapter's card names it, where it has one. ``starts_at_base``: whether the model gives what the base gives, to the
+    bit, until it is trained.
     """
 
     model: nn.Module
@@ -40,6 +43,7 @@ class Adapted:
     masks: Callable[[], Mapping[str, int]] = dict
     load_masks: Callable[[Mapping[str, int]], object] = lambda masks: None
     base_sha256: Callable[[], str | None] = lambda: None
+    starts_at_base: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,8 @@ class Origin:
     ``name``: the hub's, where the weights lie in a folder that nobody else has; None: the name it was loaded by
     stands. ``files_sha256``: the digest of its weight files. ``tokenizer()`` loads the one to save beside.
     ``dense_weights(layer)``: a layer's weight as it was before it was quantised. ``show(model, rows)``: has a model
-    see that many rows of the training data. ``class_names``: what a new head's outputs stand for.
+    see that many rows of the training data. ``class_names``: what a new head's outputs stand for. ``known``: what is
+    known of the base's values, for all who train on them.
     """
 
     name: str | None = None
@@ -58,6 +63,7 @@ class Origin:
     dense_weights: Callable[[str], Tensor] | None = None
     show: Callable[[nn.Module, int], None] | None = None
     class_names: Sequence[str] = ()
+    known: Known | None = None
 
 
 class Way:

@@ -123,6 +123,16 @@ def between_steps() -> contextlib.AbstractContextManager[None]:
     return _borne(1)
 
 
+def patience() -> Callable[[], None]:
+    """How many requests are only noted, as it is now; returns what brings that back."""
+    before = _state.borne
+
+    def put_back() -> None:
+        _state.borne = before
+
+    return put_back
+
+
 @contextlib.contextmanager
 def held() -> Iterator[None]:
     """For work that several processes do in step: they agree where to end, and ``obey`` ends none of them alone."""

@@ -11,7 +11,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,17 @@ __all__ = ["Context", "DivergedError", "Forward", "Lane", "LaneState", "Record",
 
 Context = contextlib.AbstractContextManager[object]
 Record = dict[str, Any]
+Figures = dict[str, float]
+
+
+class Passed(NamedTuple):
+    """What the passes of one optimizer step found: each lane's loss, and how many tokens (images, rows) it saw."""
+
+    losses: list[Tensor]
+    units: list[int]
+
+
+Passes = Callable[["Forward", Sequence[Lane], Sequence[Sequence[Batch]]], Passed]
 
 
 @dataclass(frozen=True)
@@ -38,7 +49,9 @@ class Forward:
     ``check_gradients`` is called after the first backward pass, ``between_steps`` before every optimizer step and after
     the last, ``between_batches`` before every evaluation batch: both may raise to end the training, where its state is
     whole. ``metrics`` are an evaluation's, by name. ``join`` makes one batch of the lanes'.
-    ``world``: the processes that train together, each on batches of its own.
+    ``world``: the processes that train together, each on batches of its own. ``at_start`` is given what evaluates
+    before the first step, and returns what that gives, which somebody may know already. ``passes`` makes the gradients
+    of one optimizer step.
     """
 
     model: nn.Module
@@ -54,6 +67,8 @@ class Forward:
     between_steps: Callable[[], object] = lambda: None
     world: World = ALONE
     join: Callable[[Sequence[Batch]], Batch] = field(default=lambda batches: _concatenate(batches))
+    at_start: Callable[[Callable[[], Figures]], Figures] = field(default=lambda make: make())
+    passes: Passes = field(default=lambda forward, lanes, drawn: passes(forward, lanes, drawn))
 
 
 def train(forward: Forward, lanes: list[Lane]) -> Iterator[Record]:
@@ -90,7 +105,7 @@ def train(forward: Forward, lanes: list[Lane]) -> Iterator[Record]:
 
 
 @torch.no_grad()
-def evaluate(forward: Forward, batches: list[Batch], name: str) -> dict[str, float]:
+def evaluate(forward: Forward, batches: list[Batch], name: str) -> Figures:
     """The metrics over ``batches`` by the lane ``name``; ``loss`` is the mean in nats a prediction."""
     forward.model.eval()
     found = []
@@ -111,6 +126,15 @@ def _accumulate(forward: Forward, lanes: list[Lane]) -> tuple[list[Tensor], list
     """
     turns = [lane.timetable.micro_batches(lane.state.step + 1) for lane in lanes]  # of all processes
     drawn = [[next(lane.batches) for _ in forward.world.own(n)] for lane, n in zip(lanes, turns, strict=True)]
+    found = forward.passes(forward, lanes, drawn)
+    if forward.world.most(max(turns)) > max(map(len, drawn)):
+        _keep_pace(forward, lanes[0])
+    forward.world.sum_gradients(parameter for lane in lanes for parameter in lane.parameters)
+    return [forward.world.summed(loss) for loss in found.losses], found.units
+
+
+def passes(forward: Forward, lanes: Sequence[Lane], drawn: Sequence[Sequence[Batch]]) -> Passed:
+    """Forward and backward passes over what each lane has drawn for one optimizer step."""
     counts, units = _totals(forward, drawn)
     losses = [torch.zeros((), device=forward.device) for _ in lanes]
     for turn in range(max(map(len, drawn))):
@@ -122,13 +146,10 @@ def _accumulate(forward: Forward, lanes: list[Lane]) -> tuple[list[Tensor], list
         torch.stack(scaled).sum().backward()
         for number, mean in zip(having, means, strict=True):
             losses[number] = losses[number] + mean.detach()
-    if forward.world.most(max(turns)) > max(map(len, drawn)):
-        _keep_pace(forward, lanes[0])
-    forward.world.sum_gradients(parameter for lane in lanes for parameter in lane.parameters)
-    return [forward.world.summed(loss) for loss in losses], units
+    return Passed(losses, units)
 
 
-def _totals(forward: Forward, drawn: list[list[Batch]]) -> tuple[list[int], list[int]]:
+def _totals(forward: Forward, drawn: Sequence[Sequence[Batch]]) -> tuple[list[int], list[int]]:
     """How many predictions, and tokens, each lane's part of the optimizer step has in all processes."""
     counts = [sum(int(forward.count(batch).sum()) for batch in micro) for micro in drawn]
     units = [sum(_tokens(batch) for batch in micro) for micro in drawn]
@@ -224,7 +245,12 @@ def evaluations(forward: Forward, lanes: list[Lane]) -> Iterator[Record]:
 
 
 def _evaluated(forward: Forward, lane: Lane) -> Record:
-    step, figures = lane.state.step, evaluate(forward, lane.evaluation, lane.name)
+    step = lane.state.step
+
+    def make() -> Figures:
+        return evaluate(forward, lane.evaluation, lane.name)
+
+    figures = make() if step else forward.at_start(make)
     loss = figures["loss"]
     if not math.isfinite(loss) and not step:
         raise DivergedError(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lora_exp.machine.place import Place
     from lora_exp.training.best import Best
     from lora_exp.training.checkpoints import Checkpoint, Checkpoints
-    from lora_exp.training.loop import Record
+    from lora_exp.training.loop import Passes, Record
     from lora_exp.training.timetable import Timetable
 
     Keep = Callable[[Record], object]
@@ -39,7 +39,8 @@ class Work:
     ``timetable``: what ``train`` says of its length and intervals, for these rows. ``best`` is fed with each record
     that is kept: a trainer ends when it says ``should_stop``. ``checkpoints``: where the training's state is kept;
     None: nowhere. ``start``: what to go on from; None: from the beginning. ``world``: the processes that do the work
-    together; the timetable counts the micro batches of all of them.
+    together; the timetable counts the micro batches of all of them. ``at_start`` and ``passes``: see ``loop.Forward``.
+    ``evaluation_rows``: how many are evaluated at once; None: a micro batch.
     """
 
     adapted: Adapted
@@ -54,6 +55,9 @@ class Work:
     world: World = field(default_factory=_alone)
     checkpoints: Checkpoints | None = None
     start: Checkpoint | None = None
+    at_start: Callable[[Callable[[], dict[str, float]]], dict[str, float]] = field(default=lambda make: make())
+    passes: Passes | None = None
+    evaluation_rows: int | None = None
 
 
 class Trainer:

@@ -22,12 +22,19 @@ class Identity:
     values: Fingerprint
 
 
+@dataclasses.dataclass
+class Known:
+    """The identity that was found last; models over the same weights may have one in common."""
+
+    identity: Identity | None = None
+
+
 def found(model: nn.Module, known: Identity | None) -> Identity:
     """The identity of `model`'s base: `known`, where it still has those values, else computed anew.
 
     A base that is shared out among processes (FSDP) is what it was before: no process holds all of it.
     """
-    tensors = [tensor for _, parameter in _base(model) for tensor in parameter]
+    tensors = base_tensors(model)
     if any(hasattr(tensor, "to_local") for tensor in tensors):  # torch's DTensor, which takes long to import
         return known or Identity(None, Fingerprint([]))
     if any(tensor.is_meta for tensor in tensors):
@@ -51,6 +58,11 @@ def base_sha256(model: nn.Module) -> str | None:
         for tensor in (parameter, *its_constants):
             digest.update(_bytes(tensor))
     return digest.hexdigest()
+
+
+def base_tensors(model: nn.Module) -> list[Tensor]:
+    """The base's parameters, and what it takes to dequantise them."""
+    return [tensor for _, parameter in _base(model) for tensor in parameter]
 
 
 def _base(model: nn.Module) -> Iterator[tuple[str, list[Tensor]]]:

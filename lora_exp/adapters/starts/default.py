@@ -8,5 +8,7 @@ from lora_exp.adapters.starts.start import Blank, Start
 
 @start("default")
 class DefaultStart(Start):
+    starts_at_base = True
+
     def fill(self, blank: Blank) -> None:
         blank.host.initialise(blank.lora_A, blank.lora_B)

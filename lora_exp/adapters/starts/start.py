@@ -81,6 +81,7 @@ class Start:
 
     name: ClassVar[str]
     is_subtracted: ClassVar[bool] = False
+    starts_at_base: ClassVar[bool] = False  # in every bit; one that is subtracted always does
     rows: int = 0  # of data that it would have the base see, for `Given.input_scales`
 
     def check(self, hosts: Mapping[str, Host], ranks: Mapping[str, int]) -> None:

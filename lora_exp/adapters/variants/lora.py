@@ -51,6 +51,7 @@ class LoraAdapter(nn.Module):
     takes_starts: ClassVar[bool] = True
     peft_trains: ClassVar[bool] = True  # whether PEFT, told these flags, trains the same; a subclass says so itself
     takes_stacks: ClassVar[bool] = True  # of weights; a subclass that does too says so itself
+    starts_at_base: ClassVar[bool] = True  # in every bit, where AB is zero; a subclass that does too says so itself
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter

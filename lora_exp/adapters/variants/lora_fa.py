@@ -22,6 +22,7 @@ class LoraFaAdapter(LoraAdapter):
     frozen: ClassVar[tuple[str, ...]] = ("lora_A",)
     takes_starts: ClassVar[bool] = True
     takes_stacks: ClassVar[bool] = True
+    starts_at_base: ClassVar[bool] = True
 
     def prepare(self, host: Host) -> None:
         super().prepare(host)

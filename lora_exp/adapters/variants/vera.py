@@ -117,6 +117,7 @@ class VeraAdapter(LoraAdapter):
 
     title: ClassVar[str] = "VeRA"
     peft_format: ClassVar[PeftFormat] = VeraFormat()
+    starts_at_base: ClassVar[bool] = True
     projection: Projection
     d: nn.Parameter
     b: nn.Parameter

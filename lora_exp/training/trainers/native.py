@@ -27,6 +27,7 @@ class Native(Trainer):
         lane = lane_of(work)
         saver = Saver(work, lane)
         forward = replace(forward_of(work), between_steps=saver.between_steps)
+        forward = forward if work.passes is None else replace(forward, passes=work.passes)
         try:
             for record in train(forward, [lane]):
                 keep(record)
@@ -52,7 +53,9 @@ def lane_of(work: Work) -> Lane:
         batches=training_batches(
             work.data.train, size, work.seed, pin, collate, section.drop_last, world.rank, world.size
         ),
-        evaluation=evaluation_batches(work.data.validation, size, section.eval_blocks, pin, collate),
+        evaluation=evaluation_batches(
+            work.data.validation, work.evaluation_rows or size, section.eval_blocks, pin, collate
+        ),
         optimizer=optimizer,
         schedule=build_schedule(optimizer, section, work.timetable),
         timetable=work.timetable,
@@ -82,4 +85,5 @@ def forward_of(work: Work) -> Forward:
         between_steps=work.world.obey,
         world=work.world,
         join=kind.join,
+        at_start=work.at_start,
     )
