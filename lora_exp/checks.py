@@ -53,7 +53,7 @@ def _adapter_problems(config: Config) -> list[str]:
         problems += [problem] if problem else registry[name]().problems(config)
     if not trainers.problem(config.trainer):
         problems += parallel.problems(config, trainers[config.trainer].is_parallel)
-    if config.start.name != "default" and not config.adapter.is_added:
+    if config.start.name != "default" and not config.adapter.has_factors:
         start, name = config.start.name, config.adapter.name
         problems.append(f"start={start} has no meaning with adapter={name}, which has no factors: leave start out")
     return problems
@@ -186,7 +186,7 @@ def _lora_plus_problems(config: Config) -> list[str]:
     ratio = config.optimizer.lora_plus_ratio
     if ratio is None:
         return []
-    if not config.adapter.is_added:
+    if not config.adapter.has_factors:
         return [f"optimizer.lora_plus_ratio={ratio} is for a factor B, which adapter={config.adapter.name} has not"]
     if not (ratio > 0 and math.isfinite(ratio)):
         return [f"optimizer.lora_plus_ratio={ratio} must be a finite number above 0, such as 16; null: as A's"]

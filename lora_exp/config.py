@@ -32,19 +32,27 @@ class LayerConfig:
 
 @dataclass
 class AdapterConfig:
-    """What is trained: an adapter of a ``variant`` with that variant's ``options``, or without one weights of the
-    base itself: those of ``model.modules_to_save`` (``trains=modules_to_save``) or all (``trains=weights``).
+    """What is trained: an adapter of a ``variant`` with that variant's ``options``, or of PEFT's ``method`` with PEFT's
+    (of both, ``config`` is a file in the form of its adapter_config.json); or weights of the base itself: those of
+    ``model.modules_to_save`` (``trains=modules_to_save``) or all (``trains=weights``).
     """
 
     name: str = MISSING
     variant: str | None = None
+    method: str | None = None
+    config: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     trains: str = "adapter"
 
     @property
     def is_added(self) -> bool:
-        """Whether something is added to the base, so that rank, alpha, scaling and layer have a meaning."""
+        """Whether something is added to the base, which stays as it is."""
         return self.trains == "adapter"
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether that is of a variant of ours, so that rank, alpha, scaling and start have a meaning."""
+        return self.is_added and self.variant is not None
 
 
 @dataclass
