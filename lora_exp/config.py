@@ -272,6 +272,8 @@ class Config:
 
     ``run``: what tasks on finished runs are about: an MLflow run's id, a run's or an adapter's folder, ``best``, or a
     list of them; of ``task=sync`` the folder that is looked into.
+
+    ``suite``: a folder in the form of PEFT's method_comparison, and which of its experiments (METHOD/NAME) this is.
     """
 
     layer: LayerConfig = field(default_factory=LayerConfig)
@@ -305,6 +307,8 @@ class Config:
     device: str = "auto"
     resume: str | None = None
     plugins: list[str] = field(default_factory=list)
+    suite: str | None = None
+    suite_experiment: str | None = None
 
 
 class ConfigError(UserError):

@@ -30,6 +30,9 @@ def flat_values(config: Config) -> dict[str, object]:
         del values["plugins"]
     if config.run is None:
         del values["run"]
+    del values["suite"]  # where it lies; what it says is listed
+    if config.suite_experiment is None:
+        del values["suite_experiment"]
     if not config.adapter.has_factors:  # LoRA's knobs have no meaning there, and would group unlike runs
         return {key: value for key, value in values.items() if key not in KNOBS}
     with contextlib.suppress(ValueError, ZeroDivisionError):  # a config that check() refuses is listed as it is

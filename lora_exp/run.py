@@ -34,6 +34,7 @@ from lora_exp.plan.precheck import check_fits, memory_errors_explained
 from lora_exp.recording import Recorder, log_files
 from lora_exp.results import hashes, log_result, report, saved_evaluation, say_if_stopped_early, summed_up
 from lora_exp.resuming import Identity, Resumed, resumed_together
+from lora_exp.suite_result import write_suite_result
 from lora_exp.tracking import mlflow as tracking
 from lora_exp.tracking.setup import log_setup, run_name, sweep_name
 from lora_exp.training.batches import (
@@ -113,6 +114,8 @@ def _run(config: Config, job: Job, world: World) -> Result | None:
             log_files(tracked, job, records)
             digests = hashes(job, work)
             log_result(tracked, result, records, digests)
+            if config.suite_experiment is not None:
+                tracked.log_artifact(write_suite_result(config, job, work, records, result))
             tracked.log_model(f"{config.model.label}-{config.adapter.name}", flat_values(config), result.step)
     report(result, digests)
     return result

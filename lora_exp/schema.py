@@ -9,6 +9,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from lora_exp import peft_suite
 from lora_exp.config import DEFAULT_STEPS, Config, ConfigError, DataConfig, conf_folder, data_kinds
 from lora_exp.method_file import with_method
 
@@ -26,6 +27,7 @@ def register() -> None:
     OmegaConf.set_struct(schema.data, False)
     OmegaConf.set_struct(schema.adapter.options, False)
     ConfigStore.instance().store(name="schema", node=schema)
+    peft_suite.register()
     OmegaConf.register_new_resolver("lora_exp.choices", _choices, replace=True)
 
 

@@ -102,9 +102,9 @@ def _config_class(method: str) -> Any:
 
 
 def _checked_options(method: str, kind: Any, options: Mapping[str, object]) -> dict[str, object]:
-    """PEFT passes over options that its version has not. A null says nothing, and may be of a newer one."""
+    """PEFT passes over options that its version has not. One that is null or empty says nothing, in any version."""
     known = [field.name for field in dataclasses.fields(kind) if field.init]
-    if unknown := [name for name, value in options.items() if name not in known and value is not None]:
+    if unknown := [name for name, value in options.items() if name not in known and value not in (None, {}, [])]:
         near = difflib.get_close_matches(unknown[0], known, n=3)
         meant = f"did you mean {' or '.join(near)}?" if near else f"it takes {', '.join(sorted(known))}"
         raise UserError(f"adapter.options: {', '.join(unknown)} is no option of PEFT's {method}: {meant}")
