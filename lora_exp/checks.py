@@ -11,6 +11,7 @@ from lora_exp.backends import backends, trained
 from lora_exp.config import BLOCK_SIZES, Config, ConfigError, DataConfig, QuantizationConfig, resolve_alpha
 from lora_exp.credentials import login_problems
 from lora_exp.data import kind_of
+from lora_exp.forgetting import forget_problems
 from lora_exp.inputs import model_path_problem, source_problems
 from lora_exp.models.kind import model_kind_of, model_kinds
 from lora_exp.task import tasks
@@ -98,7 +99,7 @@ def _kind_problems(config: Config) -> list[str]:
     """What the kinds of model and data see in the config, and whether they go together."""
     model, data, reads = config.model, kind_of(config.data), _reads_data(config)
     sources = source_problems(config.data, data.suffixes, reads) if data.suffixes else []
-    problems = [*sources, *data.problems("train" if reads else "plan")]
+    problems = [*forget_problems(config), *sources, *data.problems("train" if reads else "plan")]
     if problem := model_kinds.problem(model.kind):
         return [*problems, problem]
     if model.kind not in data.learners:

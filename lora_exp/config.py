@@ -137,6 +137,9 @@ class DataConfig:
     ``val_fraction`` and ``test_fraction`` are held out, unless a path or a split of its own is named.
     ``max_bad_fraction``: the largest share of broken records that is passed over.
 
+    ``forget``: other data on which the loss is taken before training and after: the name of a file in ``conf/data``, a
+    YAML file like those, or a path to text; ``train.eval_blocks`` rows of it.
+
     ``new_head``: whether a language model gets a new head for it, of an output a class.
     """
 
@@ -157,6 +160,7 @@ class DataConfig:
     test_fraction: float = 0.0
     max_bad_fraction: float = 0.0
     sample_seed: int = 0
+    forget: str | None = None
     cache_dir: str | None = None
 
 

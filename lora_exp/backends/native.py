@@ -42,6 +42,7 @@ class Native(Way):
         fast, masks, load_masks = model.fast_parameters(), model.dropout_state, model.load_dropout_state
         counts = parameters, trainable, total
         more = {"fast": fast, "masks": masks, "load_masks": load_masks, "base_sha256": model.base_sha256}
+        more["without"] = model.disable_adapter
         return Adapted(model, *counts, save, check_gradients, **more)  # type: ignore[arg-type]
 
 

@@ -77,7 +77,7 @@ def _trained(model: PeftModel) -> Adapted:
         # "auto" would add the whole frozen embedding to the file of an adapted one.
         model.save_pretrained(str(folder), save_embedding_layers=False)
 
-    return Adapted(model, list(trained.values()), trainable, total, save, fast=fast)
+    return Adapted(model, list(trained.values()), trainable, total, save, fast=fast, without=model.disable_adapter)
 
 
 @contextlib.contextmanager
