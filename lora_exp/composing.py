@@ -27,8 +27,8 @@ from lora_exp.config import ConfigError, conf_folder
 from lora_exp.credentials import login_problems, redacted
 from lora_exp.errors import UserError
 from lora_exp.keys import nearest, unknown_key, unknown_keys, wrong_data, wrong_value
-from lora_exp.plugins import PluginError, import_plugins
 from lora_exp.peft_suite import suite_problems
+from lora_exp.plugins import PluginError, import_plugins
 from lora_exp.task import tasks
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"

@@ -16,7 +16,7 @@ from omegaconf import MISSING
 from lora_exp.adapters.config import scaling_factor
 from lora_exp.errors import UserError
 from lora_exp.registry import Registry
-from lora_exp.use_config import BestConfig, EvaluateConfig, ExportConfig, GenerateConfig, ServeConfig
+from lora_exp.use_config import AnalyseConfig, BestConfig, EvaluateConfig, ExportConfig, GenerateConfig, ServeConfig
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes'
 DEFAULT_STEPS, DEFAULT_WARMUP_STEPS = 24, 2
@@ -294,6 +294,7 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
     best: BestConfig = field(default_factory=BestConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    analyse: AnalyseConfig = field(default_factory=AnalyseConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)

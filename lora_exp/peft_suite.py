@@ -34,8 +34,7 @@ def register() -> None:
 
 def suite_problems(composed: DictConfig) -> list[str]:
     """What is wrong with the suite that a composed config reads, and with the experiment that it has chosen."""
-    params = OmegaConf.to_container(composed.hydra.sweeper.params, resolve=False) if "hydra" in composed else {}
-    if not isinstance(params, dict) or "suite_experiment" not in params:
+    if "suite_experiment" not in (OmegaConf.select(composed, "hydra.sweeper.params") or {}):
         return []
     if composed.suite is None:
         return ["suite is not set: add suite=FOLDER, a folder in the form of PEFT's method_comparison/MetaMathQA"]
@@ -137,5 +136,7 @@ def _refused(given: Mapping[str, Any]) -> list[str]:
         if given.get(name, only) != only:
             found.append(f"{name}={json.dumps(given[name])} is not here: {json.dumps(only)} is")
     if given.get("dtype") in ("int8", "int4"):
-        found.append(f"dtype={given['dtype']} is a quantised base: leave it out there, and add quantization=int8 or fp4")
+        found.append(
+            f"dtype={given['dtype']} is a quantised base: leave it out there, and add quantization=int8 or fp4"
+        )
     return found

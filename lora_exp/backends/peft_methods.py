@@ -163,8 +163,8 @@ def _check_trainable(model: PeftModel, config: Config) -> None:
     method = config.adapter.method
     if hasattr(model.base_model, "update_and_allocate"):
         raise UserError(
-            f"adapter.method={method} has to be told of each optimizer step and adds to the loss, which only PEFT's own "
-            "loops do: choose another method"
+            f"adapter.method={method} has to be told of each optimizer step and adds to the loss, which is not done "
+            "here: choose another method"
         )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"adapter.method={method} trains nothing with these options: choose others")

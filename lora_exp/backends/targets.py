@@ -22,8 +22,8 @@ class Adapter(Way):
         found = []
         if config.adapter.variant is None and config.backend != "peft":
             found.append(
-                f"adapter={config.adapter.name} names no variant of ours: set adapter.variant, such as lora, or train a "
-                "method of PEFT's by backend=peft"
+                f"adapter={config.adapter.name} names no variant of ours: set adapter.variant, such as lora, or "
+                "backend=peft for a method of PEFT's"
             )
         named = config.model.targets
         if config.targets is None and named and not default_targets(config):

@@ -33,11 +33,10 @@ def run_plan(config: Config, job: Job) -> PlanResult:
             take_precision(config.machine, torch.device("cpu"))
     names = f"plan {run_name(config, job)}", job.sweep_folder, f"plan {sweep_name(config, job) or 'sweep'}"
     with tracking.open_run(config.tracking, *names, folder=job.folder) as tracked:
-        with signals.at_once():
-            with _methods_explained(config):
-                planner = Planner(config)
-                plan = planner.plan()
-                found = fit(planner, plan, config)
+        with signals.at_once(), _methods_explained(config):
+            planner = Planner(config)
+            plan = planner.plan()
+            found = fit(planner, plan, config)
         result = _result(plan, found, tracked.run_id)
         tracked.log_tags({"lora_exp.kind": "plan"})
         log_setup(tracked, config, job, {"dtype": plan.dtype, "device": plan.device_type})

@@ -150,7 +150,7 @@ class _Caught(nn.Module):
 
 
 def _hidden(model: nn.Module, inputs: Mapping[str, Tensor], head: nn.Linear) -> tuple[Tensor | None, str]:
-    """(B, T, D) what the model hands to its head, T virtual tokens included that a prompt has before it. Refused unless it returns the head's output as it is:
+    """(B, T, D) what the model hands to its head, virtual tokens before the row included. Refused unless it returns the head's output as it is:
     a scaled or capped logit would be another tensor."""
     caught = _Caught(head)
     with _replaced(model, head, caught):
