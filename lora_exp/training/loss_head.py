@@ -150,8 +150,8 @@ class _Caught(nn.Module):
 
 
 def _hidden(model: nn.Module, inputs: Mapping[str, Tensor], head: nn.Linear) -> tuple[Tensor | None, str]:
-    """(B, T, D) what the model hands to its head, virtual tokens before the row included. Refused unless it returns the head's output as it is:
-    a scaled or capped logit would be another tensor."""
+    """(B, T, D) what the model hands to its head, virtual tokens before a row included. Refused unless it returns the
+    head's output as it is: a scaled or capped logit would be another tensor."""
     caught = _Caught(head)
     with _replaced(model, head, caught):
         logits = model(**inputs).logits
