@@ -1,6 +1,6 @@
 """How well one run's rank curve predicts a sweep over ranks: ``python -m benchmarks.rank_curve --seeds 0 1 2``.
 
-For each seed the ranks are trained one by one, and ``task=analyse`` cuts the largest rank's adapter to the smaller ones.
+For each seed the ranks are trained one by one, and ``task=analyse`` cuts the largest one's adapter to the others.
 Both look at the same validation rows. What is finished is not run again, so that an interrupted study goes on.
 """
 

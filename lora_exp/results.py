@@ -65,7 +65,7 @@ def log_result(tracked: tracking.Run, result: Result, records: list[Record], dig
     best = next(each for each in reversed(records) if "eval/loss" in each and each["step"] == result.best_step)
     figures = {f"best/{name}": value for name, value in _below("eval/", best).items()}
     sizes |= {**figures, "best/step": float(result.best_step or 0)}
-    sizes |= {name.replace("forget_", "forget/"): value for name, value in forgotten(records).items()}
+    sizes |= {name: value for name, value in forgotten(records).items() if name == "forgotten"}
     tracked.log_metrics(sizes, step=int(records[-1]["step"]))
     tracked.log_tags(digests)
 

@@ -46,9 +46,7 @@ def test_the_loss_elsewhere_before_and_after(
         assert losses["adapted"] == pytest.approx(found["forget_loss"], abs=1e-5)
 
 
-def test_a_sweep_shows_what_was_forgotten(
-    cli: Cli, tiny_overrides: list[str], workplace: Path, text_file: Path
-) -> None:
+def test_a_sweep_shows_it(cli: Cli, tiny_overrides: list[str], workplace: Path, text_file: Path) -> None:
     done = cli("-m", *tiny_overrides, "rank=2,4", f"data.forget={text_file}", f"hydra.sweep.dir={workplace / 's'}")
     assert done.code == 0, done.err
     assert "forgotten" in (workplace / "s/comparison.csv").read_text().splitlines()[0]

@@ -168,9 +168,7 @@ def test_a_sweep_over_files_stands_for_itself(cli: Cli, tiny_overrides: list[str
     assert "rank" not in values
 
 
-def test_a_plan_counts_what_a_run_trains(
-    cli: Cli, tiny_overrides: list[str], workplace: Path, tiny_llama: Path
-) -> None:
+def test_a_plan_counts_as_peft_does(cli: Cli, tiny_overrides: list[str], workplace: Path, tiny_llama: Path) -> None:
     given = ["backend=peft", "adapter=peft_method", "adapter.method=MISS", "adapter.options.r=4", "tracking=none"]
     done = cli(*tiny_overrides, *given, "task=plan", f"hydra.run.dir={workplace / 'plan'}")
     assert done.code == 0, done.err
