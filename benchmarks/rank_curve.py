@@ -16,6 +16,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 RANKS, MARGIN = (1, 2, 4, 8, 16), 0.01
 
@@ -96,9 +97,9 @@ def told(studies: list[Study], margin: float, overrides: list[str]) -> str:
     return "\n".join([*lines, "", f"They agree in {agreed} of {len(studies)} seeds.", ""])
 
 
-def _result(folder: Path) -> dict[str, object] | None:
+def _result(folder: Path) -> dict[str, Any] | None:
     file = folder / "result.json"
-    outcome = json.loads(file.read_text()) if file.is_file() else {}
+    outcome: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     return outcome["result"] if outcome.get("status") == "FINISHED" else None
 
 

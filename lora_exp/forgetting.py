@@ -41,6 +41,12 @@ class Other:
         return evaluation_batches(self.rows, size, min(count, have), False, self.kind.collate)
 
 
+def forgotten_data(config: Config, tokenizer: Tokenizer) -> Other | None:
+    """What ``data.forget`` names, if it does."""
+    named = config.data.forget
+    return None if named is None else other_data(named, "data.forget", config, tokenizer)
+
+
 def other_data(named: str, key: str, config: Config, tokenizer: Tokenizer) -> Other:
     """What ``key=named`` names: what is held out of a dataset, or all of a path. Raises UserError."""
     from torch.utils.data import ConcatDataset

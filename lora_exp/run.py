@@ -18,7 +18,7 @@ from lora_exp.backends import Adapted, Origin, adapt
 from lora_exp.config import Config
 from lora_exp.data import Data, Tokenizer, kind_of, load_data
 from lora_exp.data.origin import record_data
-from lora_exp.forgetting import Other, other_data
+from lora_exp.forgetting import Other, forgotten_data
 from lora_exp.forgotten import look_at_forgotten
 from lora_exp.job import Job, Result
 from lora_exp.keeping import take_back_kept
@@ -161,9 +161,7 @@ def _prepare(
     with signals.at_once(), world.turns("data"):
         source = models.find_source(config.model)
         tokenizer = functools.cache(lambda: models.load_tokenizer(source, config.model))
-        data, other = load_data(config.data, tokenizer), None
-        if config.data.forget is not None:
-            other = other_data(config.data.forget, "data.forget", config, tokenizer)
+        data, other = load_data(config.data, tokenizer), forgotten_data(config, tokenizer)
     identity.note("data", data.fingerprint)
     if world.leads:
         record_data(tracked, kind_of(config.data), data)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from lora_exp.backends.targets import target_modules
+from lora_exp.backends.targets import lora_config, target_modules, targeted
 from lora_exp.config import Config
 from lora_exp.errors import UserError, is_bug
 
@@ -141,11 +141,35 @@ def _set_targets(asked: PeftConfig, base: nn.Module, config: Config) -> None:
     if "target_modules" in options and config.targets is not None:
         raise UserError(f"targets={config.targets} and adapter.options.target_modules are both set: leave one out")
     if "target_modules" not in options:
-        asked.target_modules = target_modules(config)
+        asked.target_modules = None if _takes_others(asked, base, config) else _harness_targets(base, config)
     if asked.target_modules not in (None, ALL_LINEAR):
         wish = asked.target_modules
         names = [name for name, _ in base_modules(base)]
         matching(wish if isinstance(wish, str) else sorted(wish), names, "targets")
+
+
+def _harness_targets(base: nn.Module, config: Config) -> list[str] | str:
+    """Those that the other arms have."""
+    named = target_modules(config)
+    return sorted(targeted(base, config, lora_config(config))) if named is None else named
+
+
+def _takes_others(asked: PeftConfig, base: nn.Module, config: Config) -> bool:
+    """Whether PEFT knows the method to be for modules of another kind than ``layer`` says, such as norms."""
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    from lora_exp.adapters.inspection.traversal import base_modules
+    from lora_exp.adapters.layers.registry import layer_class_for
+    from lora_exp.adapters.surgery.targets import suffixes
+
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(asked.peft_type)
+    architecture = getattr(getattr(base, "config", None), "model_type", None)
+    known = (getattr(tuner, "target_module_mapping", None) or {}).get(architecture)
+    if config.targets is not None or not isinstance(known, (list, tuple, set)):
+        return False
+    found = [module for name, module in base_modules(base) if not set(known).isdisjoint(suffixes(name))]
+    kinds = {getattr(layer_class_for(module), "layer_type", "") for module in found}
+    return bool(found) and config.layer.types != ["all"] and kinds.isdisjoint(config.layer.types)
 
 
 def _set_modules_to_save(asked: PeftConfig, config: Config) -> None:

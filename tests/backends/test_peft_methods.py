@@ -32,7 +32,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "LOHA": {"r": 4},
     "MISS": {"r": 4},
     "C3A": {"block_size": 16},
-    "LN_TUNING": {"target_modules": ["input_layernorm"]},
+    "LOKR": {"r": 4},
     "FOURIERFT": {"n_frequency": 40},
 }
 CLASSES = {str(key.value): kind for key, kind in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
@@ -55,9 +55,8 @@ def base(folder: Path) -> Any:
 @pytest.mark.parametrize("method", METHODS)
 def test_counts_and_files_are_those_of_peft(method: str, tiny_llama: Path, tmp_path: Path) -> None:
     options = METHODS[method]
-    targets = [] if "target_modules" in options else [f"targets=[{','.join(LAYERS)}]"]
-    adapted = adapt(base(tiny_llama), config(method, options, *targets))
-    theirs = peft.get_peft_model(base(tiny_llama), CLASSES[method](**{"target_modules": LAYERS, **options}))
+    adapted = adapt(base(tiny_llama), config(method, options, f"targets=[{','.join(LAYERS)}]"))
+    theirs = peft.get_peft_model(base(tiny_llama), CLASSES[method](target_modules=LAYERS, **options))
     assert (adapted.trainable, adapted.total) == theirs.get_nb_trainable_parameters()
     assert sum(parameter.numel() for parameter in adapted.parameters) == adapted.trainable > 0
     tokens = torch.arange(3, 15)[None]
@@ -79,8 +78,19 @@ def test_virtual_tokens_predict_nothing(method: str, tiny_llama: Path) -> None:
     adapted.model.eval()
     tokens = torch.randint(3, 300, (2, 10))
     ours = causal_lm_losses(adapted.model, {"input_ids": tokens, "labels": tokens})
-    theirs = adapted.model(input_ids=tokens, labels=tokens).loss
+    others = tokens.index_fill(1, torch.tensor([0]), -100)  # PEFT has virtual tokens predict the row's first one
+    theirs = adapted.model(input_ids=tokens, labels=others).loss
     torch.testing.assert_close(ours.total.sum() / ours.count.sum(), theirs)
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")  # peft, of a Llama's norms
+def test_without_targets_a_method_takes_what_the_other_arms_have_or_is_made_for(tiny_llama: Path) -> None:
+    given = ["model=hf", f"model.path={tiny_llama}"]
+    linear = adapt(base(tiny_llama), config("MISS", {"r": 4}, *given))
+    theirs = peft.get_peft_model(base(tiny_llama), peft.MissConfig(r=4, target_modules="all-linear"))
+    assert linear.trainable == theirs.get_nb_trainable_parameters()[0]
+    norms = adapt(base(tiny_llama), config("LN_TUNING", {}, *given))
+    assert norms.trainable == 5 * 32
 
 
 def test_a_file_of_pefts_names_its_own_targets(tiny_llama: Path, tmp_path: Path) -> None:
