@@ -99,7 +99,8 @@ def _kind_problems(config: Config) -> list[str]:
     """What the kinds of model and data see in the config, and whether they go together."""
     model, data, reads = config.model, kind_of(config.data), _reads_data(config)
     sources = source_problems(config.data, data.suffixes, reads) if data.suffixes else []
-    problems = [*forget_problems(config), *sources, *data.problems("train" if reads else "plan")]
+    trains = not tasks.problem(config.task) and tasks[config.task].trains
+    problems = [*(forget_problems(config) if trains else []), *sources, *data.problems("train" if reads else "plan")]
     if problem := model_kinds.problem(model.kind):
         return [*problems, problem]
     if model.kind not in data.learners:

@@ -33,7 +33,10 @@ def register() -> None:
 
 
 def suite_problems(composed: DictConfig) -> list[str]:
-    """What is wrong with the suite that a composed config reads, and with the experiment that it has chosen."""
+    """What is wrong with the suite that a composed config reads, or with the experiment that it has chosen.
+
+    A sweep has chosen none yet: one that cannot be done here ends its own job, and the others run.
+    """
     if "suite_experiment" not in (OmegaConf.select(composed, "hydra.sweeper.params") or {}):
         return []
     if composed.suite is None:
@@ -41,8 +44,8 @@ def suite_problems(composed: DictConfig) -> list[str]:
     names = experiments(composed.suite)
     if not names:
         return [f"suite={composed.suite} has no experiments/METHOD/NAME/{FILE}: name a folder in PEFT's form"]
-    chosen = [composed.suite_experiment] if composed.suite_experiment else names
-    return [problem for name in chosen for problem in _problems(composed.suite, name, names)]
+    chosen = composed.suite_experiment
+    return _problems(composed.suite, chosen, names) if chosen else []
 
 
 def experiments(suite: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -34,10 +35,10 @@ def add_shrunk(model: LoraModel, source: str, name: str, rank: int, found: Mappi
 
 def shrunk_config(config: LoraConfig, rank: int) -> LoraConfig:
     """The config of an adapter of the same layers, plain, with a scale of 1."""
-    plain = {"variant": "lora", "variant_options": {}, "use_dora": False, "dora_detach_norm": True}
-    begun = {"start": "default", "start_options": {}, "rank_pattern": None, "alpha_pattern": None}
-    scaled = {"rank": rank, "lora_alpha": float(rank), "use_rslora": False}
-    return dataclasses.replace(config, **plain, **begun, **scaled)  # type: ignore[arg-type]
+    plain: dict[str, Any] = {"variant": "lora", "variant_options": {}, "use_dora": False, "dora_detach_norm": True}
+    begun: dict[str, Any] = {"start": "default", "start_options": {}, "rank_pattern": None, "alpha_pattern": None}
+    scaled: dict[str, Any] = {"rank": rank, "lora_alpha": float(rank), "use_rslora": False}
+    return dataclasses.replace(config, **plain, **begun, **scaled)
 
 
 def _fill(layer: LoRALayerBase, name: str, change: Change) -> None:

@@ -102,9 +102,9 @@ def _config_class(method: str) -> Any:
 
 
 def _checked_options(method: str, kind: Any, options: Mapping[str, object]) -> dict[str, object]:
-    """PEFT passes over options that its version has not. One that is null or empty says nothing, in any version."""
+    """PEFT passes over options that its version has not. One that is null, false or empty says nothing."""
     known = [field.name for field in dataclasses.fields(kind) if field.init]
-    if unknown := [name for name, value in options.items() if name not in known and value not in (None, {}, [])]:
+    if unknown := [name for name, value in options.items() if name not in known and value not in (None, False, {}, [])]:
         near = difflib.get_close_matches(unknown[0], known, n=3)
         meant = f"did you mean {' or '.join(near)}?" if near else f"it takes {', '.join(sorted(known))}"
         raise UserError(f"adapter.options: {', '.join(unknown)} is no option of PEFT's {method}: {meant}")
@@ -162,7 +162,7 @@ def _takes_others(asked: PeftConfig, base: nn.Module, config: Config) -> bool:
     from lora_exp.adapters.layers.registry import layer_class_for
     from lora_exp.adapters.surgery.targets import suffixes
 
-    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(asked.peft_type)
+    tuner = dict[Any, Any](PEFT_TYPE_TO_TUNER_MAPPING).get(asked.peft_type)
     architecture = getattr(getattr(base, "config", None), "model_type", None)
     known = (getattr(tuner, "target_module_mapping", None) or {}).get(architecture)
     if config.targets is not None or not isinstance(known, (list, tuple, set)):

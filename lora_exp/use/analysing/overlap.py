@@ -38,8 +38,9 @@ def overlaps(runs: Mapping[str, Mapping[str, Change]]) -> Iterator[Overlap]:
             a, b = ours[layer], theirs[layer]
             most = min(_directions(a), _directions(b))
             for rank in powers_of_two(most):
-                shared = [_shared(x[:, :rank], y[:, :rank]) for x, y in ((a.V, b.V), (a.U, b.U))]
-                yield Overlap(one, other, layer, rank, *shared, rank / len(a.V))
+                by_inputs = _shared(a.V[:, :rank], b.V[:, :rank])
+                by_outputs = _shared(a.U[:, :rank], b.U[:, :rank])
+                yield Overlap(one, other, layer, rank, by_inputs, by_outputs, rank / len(a.V))
 
 
 def grid(ours: Mapping[str, Change], theirs: Mapping[str, Change]) -> Tensor:

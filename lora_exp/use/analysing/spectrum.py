@@ -74,7 +74,7 @@ def intruders(weight: Tensor, change: Change, top: int, similarity: float) -> li
     changed = weight + change.U * change.S @ change.V.T
     after = torch.linalg.svd(changed, full_matrices=False).U[:, :top]
     likest = (before.T @ after).abs().amax(0)  # (top,)
-    return (likest < similarity).nonzero().flatten().tolist()
+    return [place for place, cosine in enumerate(likest.tolist()) if cosine < similarity]
 
 
 def _holding(squares: Tensor, share: float) -> int:
