@@ -27,6 +27,7 @@ from lora_exp.listed import flat_values
 from lora_exp.machine import claims, launch, signals
 from lora_exp.machine.allocator import keep_freed_memory
 from lora_exp.machine.waiting import wait_briefly
+from lora_exp.method_file import with_method
 from lora_exp.quoting import texts_quoted
 from lora_exp.rerunning import saved_config_composed
 from lora_exp.schema import register, to_config
@@ -168,8 +169,8 @@ def _job(composed: DictConfig) -> Job:
 
 def _yaml(composed: DictConfig) -> str:
     try:
-        return OmegaConf.to_yaml(composed, resolve=True)
-    except OmegaConfBaseException:  # the conversion to dataclasses, inside the job, says what is wrong
+        return OmegaConf.to_yaml(with_method(composed), resolve=True)
+    except (OmegaConfBaseException, UserError):  # the conversion to dataclasses, inside the job, says what is wrong
         return OmegaConf.to_yaml(composed)
 
 

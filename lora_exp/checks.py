@@ -11,6 +11,7 @@ from lora_exp.backends import backends, trained
 from lora_exp.config import BLOCK_SIZES, Config, ConfigError, DataConfig, QuantizationConfig, resolve_alpha
 from lora_exp.credentials import login_problems
 from lora_exp.data import kind_of
+from lora_exp.forgetting import forget_problems
 from lora_exp.inputs import model_path_problem, source_problems
 from lora_exp.models.kind import model_kind_of, model_kinds
 from lora_exp.task import tasks
@@ -53,7 +54,7 @@ def _adapter_problems(config: Config) -> list[str]:
         problems += [problem] if problem else registry[name]().problems(config)
     if not trainers.problem(config.trainer):
         problems += parallel.problems(config, trainers[config.trainer].is_parallel)
-    if config.start.name != "default" and not config.adapter.is_added:
+    if config.start.name != "default" and not config.adapter.has_factors:
         start, name = config.start.name, config.adapter.name
         problems.append(f"start={start} has no meaning with adapter={name}, which has no factors: leave start out")
     return problems
@@ -98,7 +99,8 @@ def _kind_problems(config: Config) -> list[str]:
     """What the kinds of model and data see in the config, and whether they go together."""
     model, data, reads = config.model, kind_of(config.data), _reads_data(config)
     sources = source_problems(config.data, data.suffixes, reads) if data.suffixes else []
-    problems = [*sources, *data.problems("train" if reads else "plan")]
+    trains = not tasks.problem(config.task) and tasks[config.task].trains
+    problems = [*(forget_problems(config) if trains else []), *sources, *data.problems("train" if reads else "plan")]
     if problem := model_kinds.problem(model.kind):
         return [*problems, problem]
     if model.kind not in data.learners:
@@ -186,7 +188,7 @@ def _lora_plus_problems(config: Config) -> list[str]:
     ratio = config.optimizer.lora_plus_ratio
     if ratio is None:
         return []
-    if not config.adapter.is_added:
+    if not config.adapter.has_factors:
         return [f"optimizer.lora_plus_ratio={ratio} is for a factor B, which adapter={config.adapter.name} has not"]
     if not (ratio > 0 and math.isfinite(ratio)):
         return [f"optimizer.lora_plus_ratio={ratio} must be a finite number above 0, such as 16; null: as A's"]

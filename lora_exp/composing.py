@@ -27,6 +27,7 @@ from lora_exp.config import ConfigError, conf_folder
 from lora_exp.credentials import login_problems, redacted
 from lora_exp.errors import UserError
 from lora_exp.keys import nearest, unknown_key, unknown_keys, wrong_data, wrong_value
+from lora_exp.peft_suite import suite_problems
 from lora_exp.plugins import PluginError, import_plugins
 from lora_exp.task import tasks
 
@@ -83,7 +84,7 @@ def check_composed(composed: DictConfig) -> None:
     swept = [key.lstrip("+~") for key in params]
     keys = [key for key in swept if not key.startswith("hydra.") and not any((root / key).is_dir() for root in roots)]
     unknown = [*unknown_keys(composed), *(problem for key in keys if (problem := unknown_key(key)))]
-    _refuse(unknown or wrong_data(composed))
+    _refuse(unknown or suite_problems(composed) or wrong_data(composed))
 
 
 def check_mode(composed: DictConfig) -> None:

@@ -16,7 +16,7 @@ from omegaconf import MISSING
 from lora_exp.adapters.config import scaling_factor
 from lora_exp.errors import UserError
 from lora_exp.registry import Registry
-from lora_exp.use_config import BestConfig, EvaluateConfig, ExportConfig, GenerateConfig, ServeConfig
+from lora_exp.use_config import AnalyseConfig, BestConfig, EvaluateConfig, ExportConfig, GenerateConfig, ServeConfig
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes'
 DEFAULT_STEPS, DEFAULT_WARMUP_STEPS = 24, 2
@@ -32,19 +32,27 @@ class LayerConfig:
 
 @dataclass
 class AdapterConfig:
-    """What is trained: an adapter of a ``variant`` with that variant's ``options``, or without one weights of the
-    base itself: those of ``model.modules_to_save`` (``trains=modules_to_save``) or all (``trains=weights``).
+    """What is trained: an adapter of a ``variant`` with that variant's ``options``, or of PEFT's ``method`` with PEFT's
+    (of both, ``config`` is a file in the form of its adapter_config.json); or weights of the base itself: those of
+    ``model.modules_to_save`` (``trains=modules_to_save``) or all (``trains=weights``).
     """
 
     name: str = MISSING
     variant: str | None = None
+    method: str | None = None
+    config: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     trains: str = "adapter"
 
     @property
     def is_added(self) -> bool:
-        """Whether something is added to the base, so that rank, alpha, scaling and layer have a meaning."""
+        """Whether something is added to the base, which stays as it is."""
         return self.trains == "adapter"
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether that is of a variant of ours, so that rank, alpha, scaling and start have a meaning."""
+        return self.is_added and self.variant is not None
 
 
 @dataclass
@@ -129,6 +137,9 @@ class DataConfig:
     ``val_fraction`` and ``test_fraction`` are held out, unless a path or a split of its own is named.
     ``max_bad_fraction``: the largest share of broken records that is passed over.
 
+    ``forget``: other data on which the loss is taken before training and after: the name of a file in ``conf/data``, a
+    YAML file like those, or a path to text; ``train.eval_blocks`` rows of it.
+
     ``new_head``: whether a language model gets a new head for it, of an output a class.
     """
 
@@ -149,6 +160,7 @@ class DataConfig:
     test_fraction: float = 0.0
     max_bad_fraction: float = 0.0
     sample_seed: int = 0
+    forget: str | None = None
     cache_dir: str | None = None
 
 
@@ -264,6 +276,8 @@ class Config:
 
     ``run``: what tasks on finished runs are about: an MLflow run's id, a run's or an adapter's folder, ``best``, or a
     list of them; of ``task=sync`` the folder that is looked into.
+
+    ``suite``: a folder in the form of PEFT's method_comparison, and which of its experiments (METHOD/NAME) this is.
     """
 
     layer: LayerConfig = field(default_factory=LayerConfig)
@@ -280,6 +294,7 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
     best: BestConfig = field(default_factory=BestConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    analyse: AnalyseConfig = field(default_factory=AnalyseConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
@@ -297,6 +312,8 @@ class Config:
     device: str = "auto"
     resume: str | None = None
     plugins: list[str] = field(default_factory=list)
+    suite: str | None = None
+    suite_experiment: str | None = None
 
 
 class ConfigError(UserError):

@@ -30,7 +30,10 @@ def flat_values(config: Config) -> dict[str, object]:
         del values["plugins"]
     if config.run is None:
         del values["run"]
-    if not config.adapter.is_added:  # LoRA's knobs have no meaning there, and would group unlike runs
+    del values["suite"]  # where it lies; what it says is listed
+    if config.suite_experiment is None:
+        del values["suite_experiment"]
+    if not config.adapter.has_factors:  # LoRA's knobs have no meaning there, and would group unlike runs
         return {key: value for key, value in values.items() if key not in KNOBS}
     with contextlib.suppress(ValueError, ZeroDivisionError):  # a config that check() refuses is listed as it is
         values |= {"alpha": resolve_alpha(config.alpha, config.rank), "scale": scale_of(config)}
@@ -48,7 +51,10 @@ def _flat_section(group: str, section: dict[str, object]) -> dict[str, object]:
     values = {group: section[title]} if title in section else {}
     if group == "adapter":  # a choice that says no more than its name
         section = {name: value for name, value in section.items() if value != "adapter"}
-        section |= {"variant": None} if section["variant"] == section["name"] else {}
+        options = section["options"]
+        if section["variant"] is None and isinstance(options, dict):  # of PEFT's: a swept one is a value like others
+            section |= {"options": None} | {f"options.{name}": value for name, value in options.items()}
+        section |= {key: None for key in ("variant", "method") if str(section[key]).lower() == section["name"]}
     if group == "layer" and section["types"] == [section["name"]]:
         return {group: section["name"]}
     if group == "data":

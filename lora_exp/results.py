@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+from lora_exp.forgetting import forgotten
 from lora_exp.job import Job, Result, shown
 from lora_exp.machine.cache import file_sha256
 from lora_exp.machine.memory import peak_gib
@@ -24,7 +25,7 @@ def summed_up(tracked: tracking.Run, work: Work, records: list[Record], job: Job
     return Result(
         eval_loss=float(saved["eval/loss"]),
         eval_loss_before=float(evaluated[0]["eval/loss"]),
-        metrics=_beside_loss(saved) | _written(records),
+        metrics=_beside_loss(saved) | _written(records) | forgotten(records),
         trainable=adapted.trainable,
         total=adapted.total,
         adapter_bytes=sum(file.stat().st_size for file in _weights(job)),
@@ -64,6 +65,7 @@ def log_result(tracked: tracking.Run, result: Result, records: list[Record], dig
     best = next(each for each in reversed(records) if "eval/loss" in each and each["step"] == result.best_step)
     figures = {f"best/{name}": value for name, value in _below("eval/", best).items()}
     sizes |= {**figures, "best/step": float(result.best_step or 0)}
+    sizes |= {name: value for name, value in forgotten(records).items() if name == "forgotten"}
     tracked.log_metrics(sizes, step=int(records[-1]["step"]))
     tracked.log_tags(digests)
 

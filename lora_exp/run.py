@@ -18,6 +18,8 @@ from lora_exp.backends import Adapted, Origin, adapt
 from lora_exp.config import Config
 from lora_exp.data import Data, Tokenizer, kind_of
 from lora_exp.data.origin import record_data
+from lora_exp.forgetting import Other, forgotten_data
+from lora_exp.forgotten import look_at_forgotten
 from lora_exp.job import Job, Result
 from lora_exp.keeping import take_back_kept
 from lora_exp.listed import flat_values
@@ -36,6 +38,7 @@ from lora_exp.plan.precheck import check_fits, memory_errors_explained
 from lora_exp.recording import Recorder, log_files
 from lora_exp.results import hashes, log_result, report, saved_evaluation, say_if_stopped_early, summed_up
 from lora_exp.resuming import Identity, Resumed, resumed_together
+from lora_exp.suite_result import write_suite_result
 from lora_exp.tracking import mlflow as tracking
 from lora_exp.tracking.setup import log_setup, run_name, sweep_name
 from lora_exp.training.batches import (
@@ -99,7 +102,7 @@ def _run(config: Config, job: Job, world: World) -> Result | None:
                 if config.parallel != "fsdp":  # plans are of one process
                     with signals.at_once():
                         check_fits(config, place)
-                adapted, data = _prepare(tracked, config, place, identity, world)
+                adapted, data, other = _prepare(tracked, config, place, identity, world)
                 if world.leads:
                     resumed.take_up(job.folder)
                 kept = _checkpoints(config, job, lambda: _facts(tracked, recorder, identity))
@@ -109,7 +112,7 @@ def _run(config: Config, job: Job, world: World) -> Result | None:
                 rate = precision.rate(place.autocast or place.dtype) * world.size
                 share = Utilisation.of(adapted.model, rate, trains_base=not config.adapter.is_added)
                 with Recorder(tracked, work, job, share) as recorder, world.in_step():
-                    _train(work, job, config, recorder)
+                    _train(work, job, config, recorder, other)
             if not world.leads:
                 return None
             records = recorder.records
@@ -117,6 +120,8 @@ def _run(config: Config, job: Job, world: World) -> Result | None:
             log_files(tracked, job, records)
             digests = hashes(job, work)
             log_result(tracked, result, records, digests)
+            if config.suite_experiment is not None:
+                tracked.log_artifact(write_suite_result(config, job, work, records, result))
             tracked.log_model(f"{config.model.label}-{config.adapter.name}", flat_values(config), result.step)
     report(result, digests)
     return result
@@ -133,12 +138,14 @@ def _placed(config: Config, resumed: Resumed, world: World) -> tuple[Precision, 
     return precision, place
 
 
-def _train(work: Work, job: Job, config: Config, recorder: Recorder) -> None:
+def _train(work: Work, job: Job, config: Config, recorder: Recorder, other: Other | None) -> None:
+    look_at_forgotten(other, work, recorder)
     look_at_written(work, recorder)
     trainers[config.trainer]().train(work, recorder.keep)
     look_at_written(work, recorder, job)
     if work.world.leads:
         say_if_stopped_early(work, recorder.records)
+    look_at_forgotten(other, work, recorder, job)
     _test(work, job, recorder)
 
 
@@ -154,10 +161,10 @@ def _facts(tracked: tracking.Run, recorder: Recorder, identity: Identity) -> dic
 
 def _prepare(
     tracked: tracking.Run, config: Config, place: Place, identity: Identity, world: World
-) -> tuple[Adapted, Data]:
+) -> tuple[Adapted, Data, Other | None]:
     with signals.at_once(), world.turns("data"):
         source, tokenizer = source_of(config.model)
-        data = data_of(config.data, config.model, tokenizer)
+        data, other = data_of(config.data, config.model, tokenizer), forgotten_data(config, tokenizer)
     identity.note("data", data.fingerprint)
     if world.leads:
         record_data(tracked, kind_of(config.data), data)
@@ -195,7 +202,7 @@ def _prepare(
     )
     with signals.at_once():
         spread(adapted, config, place, world)
-    return adapted, data
+    return adapted, data, other
 
 
 def _work(adapted: Adapted, data: Data, config: Config, place: Place, world: World) -> Work:

@@ -9,7 +9,9 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from lora_exp import peft_suite
 from lora_exp.config import DEFAULT_STEPS, Config, ConfigError, DataConfig, conf_folder, data_kinds
+from lora_exp.method_file import with_method
 
 
 @dataclass
@@ -23,7 +25,9 @@ def register() -> None:
     """Put the schema where the defaults list of ``conf/config.yaml`` finds it."""
     schema = OmegaConf.structured(_Schema)
     OmegaConf.set_struct(schema.data, False)
+    OmegaConf.set_struct(schema.adapter.options, False)
     ConfigStore.instance().store(name="schema", node=schema)
+    peft_suite.register()
     OmegaConf.register_new_resolver("lora_exp.choices", _choices, replace=True)
 
 
@@ -33,7 +37,9 @@ def _choices(group: str) -> str:
 
 
 def to_config(composed: DictConfig) -> Config:
-    """Turn what Hydra composed into dataclasses, once. Raises ``ConfigError`` for values that are not set."""
+    """Turn what Hydra composed into dataclasses, once. Raises ``ConfigError`` for values that are not set,
+    UserError for a method's file that cannot be read."""
+    composed = with_method(composed)
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise ConfigError([f"{key} is not set: add {key}=VALUE" for key in missing])

@@ -7,7 +7,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
-SECTIONS = ("export", "best", "evaluate", "generate", "serve")  # none of which a training's result depends on
+# None of which a training's result depends on.
+SECTIONS = ("export", "best", "evaluate", "analyse", "generate", "serve")
 
 
 @dataclass
@@ -68,6 +69,25 @@ class EvaluateConfig:
     merged: bool = True
     together: bool | None = field(default=None, metadata={"such_as": False})
     forget: str | None = None
+
+
+@dataclass
+class AnalyseConfig:
+    """``curve``: the loss with each layer's change cut to ``ranks`` (null: 1, 2, 4, … up to the run's own), on the rows
+    that ``evaluate`` says. ``margin``: by how much (nats) the loss at the smallest rank that will do may be above the
+    run's; ``save``: keep that adapter.
+
+    ``intruders``: whether to look for intruder dimensions: of the ``top`` directions of each changed weight, those that
+    are less than ``similarity`` like every direction of the base's.
+    """
+
+    curve: bool = True
+    ranks: list[int] | None = None
+    margin: float = 0.01
+    save: bool = True
+    intruders: bool = True
+    top: int = 10
+    similarity: float = 0.5
 
 
 @dataclass

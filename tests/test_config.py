@@ -42,6 +42,8 @@ def test_every_yaml_composes_converts_and_passes_the_checks(group: str, choice: 
         "model=minilm": classes,
         "model=encoder": [*classes, "model.name=org/model"],
         "adapter=head": vision,
+        "adapter=peft_method": ["backend=peft", "adapter.method=IA3"],
+        "experiment=peft_suite": ["adapter.method=IA3"],  # which a suite names
         "layer=conv2d": vision,
         "layer=experts": ["model=hf", "model.name=org/model"],
         "data=mnist5k": vision,

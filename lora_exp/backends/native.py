@@ -44,6 +44,7 @@ class Native(Way):
         counts = parameters, trainable, total
         more = {"fast": fast, "masks": masks, "load_masks": load_masks, "base_sha256": model.base_sha256}
         more["starts_at_base"] = starts_at_base(wanted)
+        more["without"] = model.disable_adapter
         return Adapted(model, *counts, save, check_gradients, **more)  # type: ignore[arg-type]
 
 

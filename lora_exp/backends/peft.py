@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from lora_exp.backends.peft_methods import method_problems, try_out, wrapped
 from lora_exp.backends.registry import Adapted, Origin, Way, backend
 from lora_exp.backends.targets import lora_config, say_left_out_of, targeted
 from lora_exp.config import Config
@@ -16,6 +17,7 @@ from lora_exp.errors import UserError, is_bug
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from peft import PeftModel
     from torch import nn
 
     from lora_exp.adapters import LoraConfig
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 class Peft(Way):
     def problems(self, config: Config) -> list[str]:
         start, name = config.start.name, config.adapter.name
+        if config.adapter.is_added and config.adapter.variant is None:
+            return method_problems(config)
         if config.adapter.is_added and start == "default":
             return []
         if config.adapter.is_added:
@@ -36,6 +40,11 @@ class Peft(Way):
 
         from lora_exp.adapters.surgery.left_out import is_stack
 
+        if config.adapter.variant is None:
+            with _quietly():
+                model = wrapped(base, config)
+                try_out(model, config, origin.show)
+            return _trained(model)
         wanted = lora_config(config)
         _check_peft_trains(wanted, config)
         layers = targeted(base, config, wanted)
@@ -55,21 +64,28 @@ class Peft(Way):
             modules_to_save=wanted.modules_to_save,
             revision=getattr(getattr(base, "config", None), "_commit_hash", None),
         )
-        with (
-            warnings.catch_warnings(),
-            _said_plainly(),
-        ):  # PEFT 0.21 asks under a name that transformers 5.23 has changed
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-            model = peft.get_peft_model(base, asked)
-        trainable, total = model.get_nb_trainable_parameters()
-        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        fast = {name: value for name, value in trained.items() if "lora_B" in name or value.dim() == 1}  # PEFT's rule
+        with _quietly(), _said_plainly():
+            return _trained(peft.get_peft_model(base, asked))
 
-        def save(folder: Path) -> None:
-            # "auto" would add the whole frozen embedding to the file of an adapted one.
-            model.save_pretrained(str(folder), save_embedding_layers=False)
 
-        return Adapted(model, list(trained.values()), trainable, total, save, fast=fast)
+def _trained(model: PeftModel) -> Adapted:
+    trainable, total = model.get_nb_trainable_parameters()
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    fast = {name: value for name, value in trained.items() if "lora_B" in name or value.dim() == 1}  # PEFT's rule
+
+    def save(folder: Path) -> None:
+        # "auto" would add the whole frozen embedding to the file of an adapted one.
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+
+    return Adapted(model, list(trained.values()), trainable, total, save, fast=fast, without=model.disable_adapter)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """PEFT 0.21 asks under a name that transformers 5.23 has changed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -26,8 +27,8 @@ class Adapted:
     how many values those are. ``fast``: the parameters, by name, that LoRA+ trains at a higher rate. ``added``:
     parameters and buffers that are not the base's own, trained or not. ``masks``: what its dropout masks follow from,
     beside torch's generators; ``load_masks`` takes that up again. ``base_sha256``: of the base's values, as the
-    adapter's card names it, where it has one. ``starts_at_base``: whether the model gives what the base gives, to the
-    bit, until it is trained.
+    adapter's card names it, where it has one. ``without()``: the base alone, for a block before training.
+    ``starts_at_base``: whether the model gives what the base gives, to the bit, until it is trained.
     """
 
     model: nn.Module
@@ -44,6 +45,7 @@ class Adapted:
     load_masks: Callable[[Mapping[str, int]], object] = lambda masks: None
     base_sha256: Callable[[], str | None] = lambda: None
     starts_at_base: bool = False
+    without: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
 
 
 @dataclass(frozen=True)

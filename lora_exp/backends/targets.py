@@ -20,8 +20,11 @@ class Adapter(Way):
 
     def problems(self, config: Config) -> list[str]:
         found = []
-        if config.adapter.variant is None:
-            found.append(f"adapter={config.adapter.name} names no variant: set adapter.variant, such as lora")
+        if config.adapter.variant is None and config.backend != "peft":
+            found.append(
+                f"adapter={config.adapter.name} names no variant of ours: set adapter.variant, such as lora, or "
+                "backend=peft for a method of PEFT's"
+            )
         named = config.model.targets
         if config.targets is None and named and not default_targets(config):
             label = config.model.label or config.model.name

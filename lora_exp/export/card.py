@@ -72,7 +72,7 @@ def _license(base: Path | None) -> str | None:
 
 def _origin(config: Config, facts: Mapping[str, Any]) -> str:
     base = f"`{facts['base_model']}`" + (f" (revision `{facts['revision']}`)" if facts["revision"] else "")
-    trained = f"{config.adapter.name} of rank {config.rank}" if config.adapter.is_added else config.adapter.name
+    trained = f"{config.adapter.name} of rank {config.rank}" if config.adapter.has_factors else config.adapter.name
     step = f", optimizer step {facts['optimizer_step']}" if facts["optimizer_step"] is not None else ""
     metrics = "".join(f"\n- {name}: {value:.4f}" for name, value in facts["metrics"].items())
     run = f"Run `{facts['run_id'] or facts['run']}`{step}."

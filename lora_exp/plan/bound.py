@@ -26,6 +26,8 @@ def upper_bound(model: nn.Module, config: Config) -> float:
     """Bytes that a step of training ``model``, a language model on any device, stays below; infinity if unknown."""
     if not isinstance(model, PreTrainedModel):
         return math.inf
+    if config.adapter.is_added and not config.adapter.has_factors:  # nobody knows what a method of PEFT's adds
+        return math.inf
     widths, facts, length = _widths(model), model.config.get_text_config(), kind_of(config.data).positions
     heads, depth = (getattr(facts, key, None) for key in ("num_attention_heads", "num_hidden_layers"))
     if widths is None or length is None or not isinstance(heads, int) or not isinstance(depth, int):

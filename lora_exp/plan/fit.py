@@ -35,7 +35,7 @@ def fit(planner: Planner, plan: Plan, config: Config) -> Fit | None:
     rows, rank = config.train.micro_batch_size, config.rank
     batch = _largest(lambda rows: planner.plan(rows=rows).total_bytes, rows, plan, budget, _MOST_ROWS)
     largest_rank = None
-    if config.adapter.is_added and plan.modules:
+    if config.adapter.has_factors and plan.modules:
         most = max(rank, min(max(module.weight) for module in plan.modules))
         found = _largest(lambda rank: planner.plan(rank=rank).total_bytes, rank, plan, budget, most)
         largest_rank = found // _RANK_STEP * _RANK_STEP if found >= _RANK_STEP else found

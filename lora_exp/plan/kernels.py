@@ -72,7 +72,7 @@ class Kernels(TorchFunctionMode):
         if func is _GROUPED:
             return _grouped(*args, **kwargs)
         autocast = autocast_dtype("meta")
-        if func is F.linear and (self._four_bit or autocast is None) and _is_quantised(*args[:2]):
+        if func is F.linear and (self._four_bit or autocast is None) and _is_quantised(*args, **kwargs):
             return self._mixed_linear(*args, **kwargs)
         if func in _PRODUCTS and autocast is not None:
             args = tuple(self._cast(value) if isinstance(value, Tensor) else value for value in args)
@@ -103,9 +103,10 @@ class Kernels(TorchFunctionMode):
         out: Tensor = fused(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
         return out
 
-    def _mixed_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def _mixed_linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """A quantised layer computes in its own dtype and answers in its input's."""
-        return F.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)).to(x.dtype)
+        own = None if bias is None else bias.to(weight.dtype)
+        return F.linear(input.to(weight.dtype), weight, own).to(input.dtype)
 
     def _cast(self, value: Tensor) -> Tensor:
         dtype = autocast_dtype("meta")
@@ -128,6 +129,6 @@ def _grouped(x: Tensor, weight: Tensor, **_: object) -> Tensor:
     return torch.bmm(even.view(experts, rows, -1), weight).flatten(0, 1)[: len(x)]
 
 
-def _is_quantised(x: Tensor, weight: Tensor) -> bool:
+def _is_quantised(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """What is not quantised of such a base is float32, as are the activations between its layers."""
-    return x.dtype == torch.float32 and weight.dtype in _HALVES
+    return input.dtype == torch.float32 and weight.dtype in _HALVES

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from lora_exp.config import Config
+from lora_exp.errors import UserError, is_bug
 from lora_exp.job import Job, PlanResult
 from lora_exp.machine import signals
 from lora_exp.machine.precision import take_precision
@@ -30,7 +33,7 @@ def run_plan(config: Config, job: Job) -> PlanResult:
             take_precision(config.machine, torch.device("cpu"))
     names = f"plan {run_name(config, job)}", job.sweep_folder, f"plan {sweep_name(config, job) or 'sweep'}"
     with tracking.open_run(config.tracking, *names, folder=job.folder) as tracked:
-        with signals.at_once():
+        with signals.at_once(), _methods_explained(config):
             planner = Planner(config)
             plan = planner.plan()
             found = fit(planner, plan, config)
@@ -44,6 +47,26 @@ def run_plan(config: Config, job: Job) -> PlanResult:
     else:
         log.info(f"{config.model.label} rank {config.rank} {config.quantization.name}: {result.total_gib:.2f} GiB")
     return result
+
+
+@contextlib.contextmanager
+def _methods_explained(config: Config) -> Iterator[None]:
+    """A method of PEFT's may be made from the weights' values, which a plan does not load."""
+    try:
+        yield
+    except Exception as error:
+        if config.adapter.has_factors or not config.adapter.is_added or is_bug(error) or not _wants_values(error):
+            raise
+        method = config.adapter.method
+        raise UserError(
+            f"adapter.method={method} cannot be planned: PEFT makes it from the base's values, which a plan does not "
+            "load: train a step instead (train.steps=1)"
+        ) from error
+
+
+def _wants_values(error: Exception) -> bool:
+    """Whether something failed for the meta device: what PEFT's own checks of the values find there, too."""
+    return not isinstance(error, UserError) or "meta" in str(error)
 
 
 def _result(plan: Plan, found: Fit | None, run_id: str | None) -> PlanResult:

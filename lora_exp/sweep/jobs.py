@@ -47,6 +47,8 @@ def differing(jobs: list[JobReport], swept: Iterable[str] = ()) -> list[str]:
     names = dict.fromkeys(name for job in jobs for name in job.outcome.values)
     having = {name: [job for job in jobs if name in job.outcome.values or name not in KNOBS] for name in names}
     varying = [name for name in names if len({text(job.value(name)) for job in having[name]}) > 1]
+    if "suite_experiment" in varying:  # which stands for what its files say of the adapter
+        varying = [name for name in varying if not name.startswith(("adapter.", "backend"))]
     derived = {"scale"} if {"rank", "alpha", "scaling"} & set(varying) else set()
     found = [name for name in varying if name not in derived]
     return found or [name for name in swept if name in names] or ["rank"]

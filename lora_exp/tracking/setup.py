@@ -23,7 +23,7 @@ def run_name(config: Config, job: Job) -> str:
         return " ".join([*([own] if own else []), *apart])[:200]
     if own:
         return own if job.sweep_folder is None else f"{own} {job.number}"
-    rank = f" r{config.rank}" if config.adapter.is_added else ""
+    rank = f" r{config.rank}" if config.adapter.has_factors else ""
     return f"{config.model.label} {config.adapter.name}{rank}"[:200]
 
 

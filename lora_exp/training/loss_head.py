@@ -32,7 +32,7 @@ def row_losses(model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor, i
     if head is not None:
         hidden, reason = _hidden(model, inputs, head)
         if hidden is not None:
-            return _row_sums(hidden[:, :-1], head, labels[:, 1:], ignored)
+            return _row_sums(hidden[:, -labels.shape[1] : -1], head, labels[:, 1:], ignored)
     _refused[model] = reason
     log.info("loss   from the model's own logits: %s", reason)
     return None
@@ -150,8 +150,8 @@ class _Caught(nn.Module):
 
 
 def _hidden(model: nn.Module, inputs: Mapping[str, Tensor], head: nn.Linear) -> tuple[Tensor | None, str]:
-    """(B, T, D) what the model hands to its head. Refused unless it returns the head's output as it is:
-    a scaled or capped logit would be another tensor."""
+    """(B, T, D) what the model hands to its head, virtual tokens before a row included. Refused unless it returns the
+    head's output as it is: a scaled or capped logit would be another tensor."""
     caught = _Caught(head)
     with _replaced(model, head, caught):
         logits = model(**inputs).logits

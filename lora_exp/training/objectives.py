@@ -32,7 +32,8 @@ def causal_lm_losses(model: nn.Module, batch: Batch) -> RowLosses:
 def losses_from_logits(model: nn.Module, batch: Batch) -> RowLosses:
     """The same from the model's own logits, all (B, T, V) of them."""
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    logits = model(**inputs).logits[:, :-1]  # (B, T-1, V)
+    positions = batch["labels"].shape[1]  # before them virtual tokens may stand, which predict nothing
+    logits = model(**inputs).logits[:, -positions:-1]  # (B, T-1, V)
     labels = batch["labels"][:, 1:]
     losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
     return RowLosses(losses.view(labels.shape).sum(1), count_predictions(batch))

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from omegaconf import OmegaConf
-from torch.utils.data import ConcatDataset, Dataset
+from torch.utils.data import Dataset
 
 from lora_exp import models
-from lora_exp.config import Config, ConfigError, DataConfig, conf_folder
+from lora_exp.config import Config, DataConfig
 from lora_exp.data import Data, DataKind, Row, kind_of, load_data
 from lora_exp.errors import UserError
+from lora_exp.forgetting import other_data
 from lora_exp.machine import signals
-from lora_exp.schema import data_section
 from lora_exp.training.batches import evaluation_batches
 
 if TYPE_CHECKING:
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from lora_exp.use.loading import Trained
 
 log = logging.getLogger(__name__)
-ALL_OF_IT = "all"  # the split of data of which everything is looked at
 
 
 @dataclass(frozen=True)
@@ -66,49 +64,22 @@ def forgotten_rows(trained: Trained, config: Config) -> Rows | None:
     named = config.evaluate.forget
     if named is None:
         return None
-    section, is_path = _data_named(named, kind_of(config.data).positions or 128)
-    kind, own = kind_of(section), kind_of(config.data)
-    if config.model.kind not in kind.learners or kind.new_head or own.new_head:
-        raise UserError(
-            f"evaluate.forget={named} ({kind.kind}) is not for a run on data={own.label} ({own.kind}): "
-            "forgetting is looked at on text or conversations, by language models"
-        )
-    data = loaded(section, trained)
-    rows: Dataset[Row] = ConcatDataset([data.train, data.validation]) if is_path else data.validation
-    split = ALL_OF_IT if is_path else "validation"
+    with signals.at_once():
+        other = other_data(named, "evaluate.forget", config, functools.cache(lambda: _tokenizer(trained)))
     most = config.evaluate.rows if isinstance(config.evaluate.rows, int) else config.train.eval_blocks
-    most = len(rows) if config.evaluate.rows == "all" else most  # type: ignore[arg-type]
-    return Rows(section.label, split, kind, data, rows, min(most, len(rows)))  # type: ignore[arg-type]
-
-
-def _data_named(name: str, block_size: int) -> tuple[DataConfig, bool]:
-    """The data of a file in ``conf/data``, of a YAML file like those, or of a path to text in blocks of ``block_size``;
-    and whether it is such a path, of which all is there to be looked at, half of it in each split.
-
-    Raises ConfigError for none of them.
-    """
-    path = Path(name).expanduser()
-    chosen = path if path.suffix == ".yaml" else conf_folder() / f"data/{name}.yaml"
-    if chosen.is_file():
-        return data_section(OmegaConf.create({"kind": "text", **OmegaConf.load(chosen)})), False
-    if not path.exists():
-        choices = ", ".join(sorted(file.stem for file in (conf_folder() / "data").glob("*.yaml")))
-        raise ConfigError([f"evaluate.forget={name} is neither a path nor a choice of data: use one of {choices}"])
-    given = {"kind": "text", "label": path.stem, "path": str(path), "block_size": block_size, "val_fraction": 0.5}
-    return data_section(OmegaConf.create(given)), True
+    have = len(other.rows)  # type: ignore[arg-type]
+    most = have if config.evaluate.rows == "all" else most
+    return Rows(other.label, other.split, other.kind, other.data, other.rows, min(most, have))
 
 
 def loaded(section: DataConfig, trained: Trained) -> Data:
     """The data, tokenised as a training does."""
-    tokenizers: list[PreTrainedTokenizerBase] = []
-
-    def tokenizer() -> PreTrainedTokenizerBase:
-        if not tokenizers:
-            tokenizers.append(models.load_tokenizer(trained.source, trained.config.model))
-        return tokenizers[0]
-
     with signals.at_once():
-        return load_data(section, tokenizer)
+        return load_data(section, functools.cache(lambda: _tokenizer(trained)))
+
+
+def _tokenizer(trained: Trained) -> PreTrainedTokenizerBase:
+    return models.load_tokenizer(trained.source, trained.config.model)
 
 
 def _count(config: Config, rows: Dataset[Row]) -> int:

@@ -119,7 +119,9 @@ def method_of(stored: Json, source: str) -> PeftFormat:
     known: dict[str, PeftFormat] = peft_formats()
     if (method := known.get(str(stored.get("peft_type")))) is None:
         only = " or ".join(sorted(known))
-        raise UserError(f"{source} holds a {stored.get('peft_type')!r} adapter; only {only} can be read here")
+        raise UserError(
+            f"{source} holds a {stored.get('peft_type')!r} adapter; only {only} can be read here: load it by PEFT"
+        )
     return method
 
 

@@ -42,7 +42,7 @@ def beyond_low_rank(model: nn.Module, name: str) -> list[str]:
     """What of an adapter no pairs of factors say, in words."""
     found = []
     adapters = [layer.adapter_named(name) for _, layer in lora_layers(model) if name in layer.adapters]
-    if other := next((adapter for adapter in adapters if not _is_plain(type(adapter))), None):
+    if other := next((adapter for adapter in adapters if not is_plain(type(adapter))), None):
         found.append(f"{other.title}'s own parameters ({', '.join(_others(other))})")
     if any(layer.is_stack for _, layer in lora_layers(model) if name in layer.adapters):
         found.append("factors on stacked weights of experts")
@@ -53,7 +53,7 @@ def beyond_low_rank(model: nn.Module, name: str) -> list[str]:
     return found
 
 
-def _is_plain(kind: type[LoraAdapter]) -> bool:
+def is_plain(kind: type[LoraAdapter]) -> bool:
     """Whether the variant's formulas are LoRA's, so that it may differ in how it comes to its factors alone."""
     return all(getattr(kind, formula) is getattr(LoraAdapter, formula) for formula in _FORMULAS)
 

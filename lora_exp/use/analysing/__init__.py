@@ -1,0 +1,1 @@
+"""``task=analyse``: spectra and intruders by layer, overlap between runs, the loss at smaller ranks."""
