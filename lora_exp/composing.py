@@ -12,6 +12,7 @@ import os
 import re
 import shlex
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -116,9 +117,16 @@ def swept_keys(composed: DictConfig) -> list[str]:
     return [key.lstrip("+~") for key, is_swept in varying.items() if is_swept]
 
 
+def expect_schemas() -> None:
+    """For a process that composes: Hydra warns where a file of ours has the name of a plugin's schema, as those for its
+    launchers have, so that the schema checks them."""
+    warnings.filterwarnings("ignore", r"\s*'hydra/(launcher|sweeper)/\w+' is validated against ConfigStore schema")
+
+
 @contextlib.contextmanager
 def plainly() -> Iterator[None]:
     """For Hydra's main: say in our words what is wrong, and exit with 1."""
+    expect_schemas()
     if os.environ.get(_FULL_ERROR) == "1":
         yield
         return

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable
 from types import TracebackType
 
-from lora_exp.job import METRICS_FILE, Job, read_metrics
+from lora_exp.job import METRICS_FILE, Job, read_metrics, write_begun
 from lora_exp.keeping import Keeping
 from lora_exp.machine import signals
 from lora_exp.progress import TrainingProgress
@@ -31,7 +31,8 @@ class Recorder:
         self._tracked, self._job, self._share = tracked, job, share
         self._goes_on, self._digest, self._length = work.start is not None, hashlib.sha256(), 0
         self._keeping = Keeping(work, job.folder)
-        self._progress = TrainingProgress(work.timetable.steps)
+        self._steps = work.timetable.steps
+        self._progress = TrainingProgress(self._steps)
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Recorder:
@@ -39,6 +40,7 @@ class Recorder:
             return self
         self._stream = self._open.enter_context((self._job.folder / METRICS_FILE).open("a" if self._goes_on else "w"))
         self._open.enter_context(self._progress)
+        write_begun(self._job, self._steps)
         if self._goes_on:
             self._take_up()
         return self

@@ -1,0 +1,20 @@
+"""``hydra/launcher=submitit_local|submitit_slurm``: each job a process of its own, here or in Slurm's queue."""
+
+from __future__ import annotations
+
+from hydra_plugins.lora_exp_launchers._around import TERMINAL_SIGNALS, Around
+
+
+class LocalLauncher(Around):
+    """hydra-submitit-launcher's for this machine: all jobs at once."""
+
+    launcher = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher"
+    extra = "submitit"
+    unheard = TERMINAL_SIGNALS
+
+
+class SlurmLauncher(Around):
+    """hydra-submitit-launcher's for Slurm."""
+
+    launcher = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
+    extra = "submitit"
