@@ -45,6 +45,7 @@ class Result:
     ``eval_loss`` and ``metrics``, what was found beside it, by name, are the saved adapter's, after optimizer step
     ``step``. ``best_loss`` and ``best_step``: of the best evaluation by ``train.best_metric``, whether it was saved or
     not. ``test``: what the saved adapter's test rows gave, if there are any. ``data_fingerprint``: ``Data``'s.
+    ``pruned_at``: the optimizer step after which the sweep's pruner ended it.
     """
 
     eval_loss: float
@@ -63,6 +64,7 @@ class Result:
     best_step: int | None = None
     test: dict[str, float] = field(default_factory=dict)
     data_fingerprint: str = ""
+    pruned_at: int | None = None
 
     @property
     def objective(self) -> float:

@@ -8,7 +8,7 @@ from hydra_plugins.lora_exp_launchers._around import TERMINAL_SIGNALS, Around
 class LocalLauncher(Around):
     """hydra-submitit-launcher's for this machine: all jobs at once."""
 
-    launcher = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher"
+    launcher = "hydra_plugins.lora_exp_launchers._submitit.LocalLauncher"
     extra = "submitit"
     unheard = TERMINAL_SIGNALS
 
@@ -16,5 +16,5 @@ class LocalLauncher(Around):
 class SlurmLauncher(Around):
     """hydra-submitit-launcher's for Slurm."""
 
-    launcher = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
+    launcher = "hydra_plugins.lora_exp_launchers._submitit.SlurmLauncher"
     extra = "submitit"

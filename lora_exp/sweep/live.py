@@ -21,7 +21,7 @@ from rich.text import Text
 
 from lora_exp import progress
 from lora_exp.job import Result
-from lora_exp.sweep.state import RUNNING, JobState, Looking, SweepState
+from lora_exp.sweep.state import LOST, RUNNING, JobState, Looking, SweepState
 
 log = logging.getLogger(__name__)
 _LOOK_EVERY_S = 0.5
@@ -72,6 +72,14 @@ def display(state: SweepState) -> Group:
     best = [Text(said, no_wrap=True, overflow="ellipsis")] if (said := best_so_far(state)) else []
     rest = len(state.running) - _MOST_ROWS
     return Group(head, *best, rows, *([Text(f"and {rest} more")] if rest > 0 else []))
+
+
+def lines(state: SweepState) -> list[str]:
+    """All of it where there is no terminal to show it on: the sweep, what runs, and why the others did not finish."""
+    running = [f"{state.title(job)}  {figures(job)}" for job in state.running]
+    unfinished = [f"{state.title(job)}  {_end(job)}" for job in state.ended if job.status != "FINISHED"]
+    lost = [f"{state.title(job)}  lost: its process is gone" for job in state.jobs if job.status == LOST]
+    return [line for line in (heading(state), best_so_far(state), *running, *unfinished, *lost) if line]
 
 
 def heading(state: SweepState) -> str:

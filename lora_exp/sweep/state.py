@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_exp.adapters.files.whole import write_text
-from lora_exp.job import BEGUN_FILE, METRICS_FILE, RESULT_FILE, Outcome, read_begun, read_outcome
+from lora_exp.job import BEGUN_FILE, METRICS_FILE, RESULT_FILE, SWEPT_FILE, Outcome, read_begun, read_outcome
 from lora_exp.machine import stopping
 from lora_exp.machine.claims import owner
 
@@ -129,6 +129,17 @@ def read_launched(folder: Path) -> Launched | None:
         return Launched(raw["at"], raw["total"], {int(number): given for number, given in raw["jobs"].items()})
     except (OSError, ValueError, KeyError):
         return None
+
+
+def is_sweep(folder: Path) -> bool:
+    """Whether a sweep was begun in ``folder``."""
+    return any((folder / name).is_file() for name in (_FILE, SWEPT_FILE))
+
+
+def begun_last(root: Path) -> Path | None:
+    """The folder below ``root`` in which a sweep was begun last."""
+    found = {file.parent: file.stat().st_mtime for name in (_FILE, SWEPT_FILE) for file in root.glob(f"**/{name}")}
+    return max(found, key=lambda folder: found[folder]) if found else None
 
 
 class Looking:
