@@ -109,9 +109,13 @@ class SweepState:
 
     @property
     def left_s(self) -> float | None:
-        """How long it will still take at the pace so far, whatever part of it ran at once; None before there is one."""
-        done = sum(job.share for job in self.jobs)
-        return self.elapsed_s * (self.total - done) / done if done else None
+        """How long it will still take at the pace so far, whatever part of it ran at once; None before there is one.
+
+        What was only found, or failed, says nothing of the pace.
+        """
+        done = sum(job.share for job in self.jobs if job.kind in ("done", "pruned", RUNNING))
+        left = self.total - len(self.ended) - sum(job.share for job in self.running)
+        return self.elapsed_s * left / done if done else None
 
 
 def note_launched(folder: Path, overrides: Sequence[Sequence[str]], first: int, total: int | None) -> None:
