@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.metadata
 import io
 import os
 import re
@@ -227,7 +228,17 @@ def _wrong_choice(error: MissingConfigException, place: str) -> str:
     meant = (
         f"did you mean {' or '.join(near)}? ({group}: {', '.join(options)})" if near else f"use {', '.join(options)}"
     )
+    extra = choice.partition("_")[0]  # as of submitit_local
+    if group.startswith("hydra/") and extra in _extras():
+        meant = f"pip install 'lora_exp[{extra}]' brings it"
     return f"{group}={choice}{place} is not a choice: {meant}"
+
+
+def _extras() -> list[str]:
+    """What can be installed beside this package."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.metadata("lora_exp").get_all("Provides-Extra") or []
+    return []
 
 
 def _not_there(cause: OmegaConfBaseException) -> str:

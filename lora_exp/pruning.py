@@ -78,6 +78,8 @@ class Pruning:
 def problems(config: Config) -> list[str]:
     """What is wrong with the section; whether it has a meaning here, and whether Optuna is there."""
     section = config.prune
+    if config.task != "train":
+        return []
     if section.pruner is None:
         return ["prune.keep has no meaning with prune=none: choose a pruner, or leave it out"] if section.keep else []
     found = [problem for key in section.keep if (problem := unknown_key(key))]

@@ -1,4 +1,4 @@
-"""``hydra/launcher=basic``: one job after another, in this process."""
+"""One job after another, in this process: what ``lora_exp.sweep.callback`` puts around ``hydra/launcher=basic``."""
 
 from __future__ import annotations
 
