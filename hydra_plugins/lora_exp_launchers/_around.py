@@ -48,8 +48,7 @@ class Around(Launcher):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self._config = config
         self._inner = self.inner()
-        task = task_function if self.runs_here else Elsewhere(task_function, self.shares_output)
-        self._inner.setup(hydra_context=hydra_context, task_function=task, config=config)
+        self._inner.setup(hydra_context=hydra_context, task_function=self.task(task_function), config=config)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from lora_exp.sweep.live import shown
@@ -60,6 +59,10 @@ class Around(Launcher):
         note_launched(folder, job_overrides, initial_job_idx, trials)
         with shown(folder, tells_jobs=not self.runs_here), self._signals_reach_jobs(folder):
             return self._inner.launch(job_overrides, initial_job_idx=initial_job_idx)
+
+    def task(self, given: TaskFunction) -> TaskFunction:
+        """What a job does, in whichever process it does it."""
+        return given if self.runs_here else Elsewhere(given, self.shares_output)
 
     def inner(self) -> Launcher:
         """The launcher itself. Raises UserError where its package is missing."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from hydra.types import TaskFunction
+
 from hydra_plugins.lora_exp_launchers._around import TERMINAL_SIGNALS, Around
 
 
@@ -12,9 +14,14 @@ class LocalLauncher(Around):
     extra = "submitit"
     unheard = TERMINAL_SIGNALS
 
+    def task(self, given: TaskFunction) -> TaskFunction:
+        from hydra_plugins.lora_exp_launchers._requeued import Requeued
 
-class SlurmLauncher(Around):
+        return Requeued(given, self.shares_output)
+
+
+class SlurmLauncher(LocalLauncher):
     """hydra-submitit-launcher's for Slurm."""
 
     launcher = "hydra_plugins.lora_exp_launchers._submitit.SlurmLauncher"
-    extra = "submitit"
+    unheard = ()

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from lora_exp.job import METRICS_FILE, read_outcome
+from lora_exp.job import METRICS_FILE, read_metrics, read_outcome
 from lora_exp.machine.claims import owner
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -174,6 +174,24 @@ def test_a_job_whose_process_dies_costs_no_other(
     assert sweep.end() == 1
     assert [status(job) for job in range(2)] == ["KILLED", "FINISHED"], Path("said").read_text()
     assert runs() == ("FAILED", {"KILLED": 1, "FINISHED": 1})
+
+
+@pytest.mark.slow
+def test_a_job_that_submitit_takes_back_goes_on_from_its_checkpoint(
+    begin: Callable[[list[str]], Sweep], tiny_overrides: list[str]
+) -> None:
+    """Its signal, which Slurm sends before a job's time is over; one run of MLflow's in the end."""
+    sweep = begin([*chosen("submitit_local"), *tiny_overrides, "train.eval_every=30", "train.steps=600,60"])
+    sweep.wait_for_steps(0)
+    process = owner(Path("sweep/0"))
+    assert process is not None
+    os.kill(process.pid, signal.SIGUSR2)
+    assert sweep.end() == 0
+    assert [status(job) for job in range(2)] == ["FINISHED", "FINISHED"], Path("said").read_text()
+    assert runs() == ("FINISHED", {"FINISHED": 2})
+    steps = [record["step"] for record in read_metrics(Path("sweep/0")) if "train/loss" in record]
+    assert steps == list(range(1, 601))
+    assert "what was learnt up to optimizer step" in Path("sweep/0/lora_exp.log").read_text()
 
 
 @pytest.mark.slow
