@@ -38,7 +38,8 @@ def shown(folder: Path, tells_jobs: bool) -> Iterator[None]:
         with _looked_at(folder, _Telling(log.info) if tells_jobs else None):
             yield
         return
-    with Live(console=Console(), transient=True, auto_refresh=False) as live, progress.taken():
+    now = display(Looking(folder).state())
+    with Live(now, console=Console(), transient=True, auto_refresh=False) as live, progress.taken():
         telling = _Telling(lambda said: live.console.print(said, highlight=False)) if tells_jobs else None
         with _looked_at(folder, telling, live):
             yield
