@@ -51,13 +51,12 @@ class Around(Launcher):
         self._inner.setup(hydra_context=hydra_context, task_function=self.task(task_function), config=config)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from lora_exp.sweep.live import shown
-        from lora_exp.sweep.state import note_launched
+        from lora_exp.sweep.live import launched
 
         folder = Path(str(self._config.hydra.sweep.dir)).resolve()
         trials = OmegaConf.select(self._config, "hydra.sweeper.n_trials")
-        note_launched(folder, job_overrides, initial_job_idx, trials)
-        with shown(folder, tells_jobs=not self.runs_here), self._signals_reach_jobs(folder):
+        shown = launched(folder, job_overrides, initial_job_idx, trials, tells_jobs=not self.runs_here)
+        with shown, self._signals_reach_jobs(folder):
             return self._inner.launch(job_overrides, initial_job_idx=initial_job_idx)
 
     def task(self, given: TaskFunction) -> TaskFunction:

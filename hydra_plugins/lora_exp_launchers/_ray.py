@@ -58,8 +58,8 @@ def _run(given: tuple[Any, ...], overrides: list[str], number: int) -> JobReturn
     setup_globals()
     Singleton.set_state(state)
     composed = context.config_loader.load_sweep_config(config, overrides)
-    with open_dict(composed.hydra.job) as job:
-        job.id, job.num = ray.get_runtime_context().get_task_id(), number
+    with open_dict(composed):
+        composed.hydra.job.id, composed.hydra.job.num = ray.get_runtime_context().get_task_id(), number
     return run_job(
         hydra_context=context,
         task_function=task,

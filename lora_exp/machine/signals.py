@@ -151,7 +151,7 @@ def passed_on(tell: Callable[[int, int], object]) -> Iterator[None]:
 def ask(number: int, requests: int) -> None:
     """From another thread: see to it that this process has been asked as often as ``requests`` says."""
     if _state.requests < requests and number in _state.previous:
-        _thread.interrupt_main(number)
+        _thread.interrupt_main(signal.Signals(number))
 
 
 def while_closing() -> contextlib.AbstractContextManager[None]:

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console, Group
@@ -21,13 +21,24 @@ from rich.text import Text
 
 from lora_exp import progress
 from lora_exp.job import Result
-from lora_exp.sweep.state import LOST, RUNNING, JobState, Looking, SweepState
+from lora_exp.sweep.state import LOST, RUNNING, JobState, Looking, SweepState, note_launched
 
 log = logging.getLogger(__name__)
 _LOOK_EVERY_S = 0.5
 _MOST_ROWS = 8
 STOPPING = "stops: what runs keeps a checkpoint; once more ends it at once"
 Say = Callable[[str], object]
+
+
+@contextlib.contextmanager
+def launched(
+    folder: Path, overrides: Sequence[Sequence[str]], first: int, total: int | None, tells_jobs: bool
+) -> Iterator[None]:
+    """For a launcher, around the block in which it runs such jobs of the sweep in ``folder``: ``first`` is the first's
+    number."""
+    note_launched(folder, overrides, first, total)
+    with shown(folder, tells_jobs):
+        yield
 
 
 @contextlib.contextmanager
