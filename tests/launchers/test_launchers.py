@@ -101,7 +101,8 @@ def runs() -> tuple[str, dict[str, int]]:
     """The parent's status, and how many of its children have which."""
     from mlflow.tracking import MlflowClient
 
-    found = MlflowClient("sqlite:///outputs/mlflow.db").search_runs(["1"])
+    database = Path("outputs/mlflow.db").resolve()  # by another name it would be an earlier test's
+    found = MlflowClient(f"sqlite:///{database}").search_runs(["1"])
     parents = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
     (parent,) = parents
     children = [run for run in found if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
