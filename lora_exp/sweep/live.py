@@ -147,11 +147,12 @@ def _looked_at(folder: Path, telling: _Telling | None, live: Live | None = None)
     looking, over = Looking(folder), threading.Event()
 
     def look() -> None:
-        state = looking.state()
-        if live:
-            live.update(display(state), refresh=True)
-        if telling:
-            telling.tell(state)
+        with contextlib.suppress(OSError, ValueError, LookupError):  # a file that nobody can read is no end of a sweep
+            state = looking.state()
+            if live:
+                live.update(display(state), refresh=True)
+            if telling:
+                telling.tell(state)
 
     def look_again() -> None:
         while not over.wait(_LOOK_EVERY_S):
