@@ -22,7 +22,7 @@ from lora_exp.checks import check
 from lora_exp.config import Config, conf_folder
 from lora_exp.credentials import CredentialError, adopt_login, redacted, refuse_in_arguments
 from lora_exp.errors import RefusedError, UserError
-from lora_exp.job import RESULT_FILE, SWEEP_FILE, AnyResult, Job, Outcome, filed, read_swept, write_outcome
+from lora_exp.job import RESULT_FILE, SWEEP_FILE, AnyResult, Job, Outcome, filed, read_swept, write_begun, write_outcome
 from lora_exp.listed import flat_values
 from lora_exp.machine import claims, launch, signals
 from lora_exp.machine.allocator import keep_freed_memory
@@ -111,6 +111,7 @@ def _finished(job: Job, composed: DictConfig) -> float:
     """The job's objective, once its end is written down, whatever that is."""
     values: dict[str, object] = {}
     earlier = _taken(job.folder / RESULT_FILE)  # of an earlier job, which this one replaces
+    write_begun(job)
     try:
         composing.check_composed(composed)
         config = to_config(composed)

@@ -6,7 +6,7 @@ import importlib.util
 import math
 from dataclasses import asdict
 
-from lora_exp import parallel
+from lora_exp import parallel, pruning
 from lora_exp.backends import backends, trained
 from lora_exp.config import BLOCK_SIZES, Config, ConfigError, DataConfig, QuantizationConfig, resolve_alpha
 from lora_exp.credentials import login_problems
@@ -27,7 +27,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 def check(config: Config) -> None:
     """Raise ``ConfigError`` with every problem that can be seen before anything is loaded."""
     problems = [*_adapter_problems(config), *_place_problems(config), *_number_problems(config)]
-    problems += _resume_problems(config)
+    problems += [*_resume_problems(config), *pruning.problems(config)]
     problems += _task_problems(config)
     problems += [*_kind_problems(config), *_quantization_problems(config)]
     if problems:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.metadata
 import io
 import os
 import re
 import shlex
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -117,9 +119,16 @@ def swept_keys(composed: DictConfig) -> list[str]:
     return [key.lstrip("+~") for key, is_swept in varying.items() if is_swept]
 
 
+def expect_schemas() -> None:
+    """For a process that composes: Hydra warns where a file of ours has the name of a plugin's schema, as those for its
+    launchers have, so that the schema checks them."""
+    warnings.filterwarnings("ignore", r"\s*'hydra/(launcher|sweeper)/\w+' is validated against ConfigStore schema")
+
+
 @contextlib.contextmanager
 def plainly() -> Iterator[None]:
     """For Hydra's main: say in our words what is wrong, and exit with 1."""
+    expect_schemas()
     if os.environ.get(_FULL_ERROR) == "1":
         yield
         return
@@ -220,7 +229,17 @@ def _wrong_choice(error: MissingConfigException, place: str) -> str:
     meant = (
         f"did you mean {' or '.join(near)}? ({group}: {', '.join(options)})" if near else f"use {', '.join(options)}"
     )
+    extra = choice.partition("_")[0]  # as of submitit_local
+    if group.startswith("hydra/") and extra in _extras():
+        meant = f"pip install 'lora_exp[{extra}]' brings it"
     return f"{group}={choice}{place} is not a choice: {meant}"
+
+
+def _extras() -> list[str]:
+    """What can be installed beside this package."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.metadata("lora_exp").get_all("Provides-Extra") or []
+    return []
 
 
 def _not_there(cause: OmegaConfBaseException) -> str:

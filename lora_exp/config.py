@@ -251,6 +251,19 @@ class OptimizerConfig:
 
 
 @dataclass
+class PruneConfig:
+    """Whether a sweep's jobs end early: ``pruner``, a class of ``optuna.pruners`` with its ``options``, or null.
+
+    ``keep``: keys such as ``rank``; of the jobs that have the same value of one, the last is never cut.
+    """
+
+    name: str = "none"
+    pruner: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    keep: list[str] = field(default_factory=list)
+
+
+@dataclass
 class TrackingConfig:
     """Where MLflow runs go. ``uri`` null: MLFLOW_TRACKING_URI, else ``outputs/mlflow.db``.
 
@@ -289,6 +302,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    prune: PruneConfig = field(default_factory=PruneConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     export: ExportConfig = field(default_factory=ExportConfig)

@@ -6,7 +6,9 @@ which machine, the job ran.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from lora_exp.credentials import redacted
 from lora_exp.task import tasks
 
 RESULT_FILE = "result.json"
+BEGUN_FILE = "begun.json"
 METRICS_FILE = "metrics.jsonl"
 TRACEBACK_FILE = "traceback.txt"
 SWEPT_FILE = "swept.json"  # of a sweep's folder: the keys that differ between its jobs
@@ -42,6 +45,7 @@ class Result:
     ``eval_loss`` and ``metrics``, what was found beside it, by name, are the saved adapter's, after optimizer step
     ``step``. ``best_loss`` and ``best_step``: of the best evaluation by ``train.best_metric``, whether it was saved or
     not. ``test``: what the saved adapter's test rows gave, if there are any. ``data_fingerprint``: ``Data``'s.
+    ``pruned_at``: the optimizer step after which the sweep's pruner ended it.
     """
 
     eval_loss: float
@@ -60,6 +64,7 @@ class Result:
     best_step: int | None = None
     test: dict[str, float] = field(default_factory=dict)
     data_fingerprint: str = ""
+    pruned_at: int | None = None
 
     @property
     def objective(self) -> float:
@@ -138,6 +143,17 @@ class Outcome:
     error: str | None = None
 
 
+@dataclass(frozen=True)
+class Begun:
+    """What is known of a job from its beginning on: ``at`` is the time, ``steps`` how many optimizer steps it will
+    make, as soon as that is known."""
+
+    number: int
+    overrides: list[str]
+    at: float
+    steps: int | None = None
+
+
 def shown(metric: float) -> str:
     """A metric as a person reads it: a share to four places, what is larger to two."""
     return f"{metric:.{2 if metric > 1 else 4}f}"
@@ -147,6 +163,22 @@ def write_outcome(folder: Path, outcome: Outcome) -> None:
     """Write ``result.json``, in which no login may stand."""
     text = json.dumps(asdict(outcome), indent=2)
     write_text(folder / RESULT_FILE, redacted(text) + "\n")
+
+
+def write_begun(job: Job, steps: int | None = None) -> None:
+    """Say that the job has begun, and later how long it will be. Nobody needs it to be said: a full disk is no end."""
+    earlier = read_begun(job.folder) if steps else None
+    begun = Begun(job.number, job.overrides, earlier.at if earlier else time.time(), steps)
+    with contextlib.suppress(OSError):
+        write_text(job.folder / BEGUN_FILE, redacted(json.dumps(asdict(begun))) + "\n")
+
+
+def read_begun(folder: Path) -> Begun | None:
+    """What the job in ``folder`` has said at its beginning; None if there is none."""
+    try:
+        return Begun(**json.loads((folder / BEGUN_FILE).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def filed(folder: Path, trace: str) -> str:

@@ -43,6 +43,8 @@ def flat_values(config: Config) -> dict[str, object]:
 def _flat_section(group: str, section: dict[str, object]) -> dict[str, object]:
     if group in _UNLISTED:
         return {}
+    if group == "prune" and section["pruner"] is None:
+        return {}
     if group == "machine":
         return {f"machine.{name}": value for name, value in section.items() if value != "auto"}
     if group == "plan":

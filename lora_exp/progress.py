@@ -19,6 +19,7 @@ from lora_exp.job import shown
 
 log = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LINES = 5.0
+_bars, _is_taken = True, False
 _Self = TypeVar("_Self", bound="_Shown")
 
 
@@ -33,14 +34,22 @@ def without_bars() -> Iterator[None]:
         _bars = before
 
 
-_bars = True
+@contextlib.contextmanager
+def taken() -> Iterator[None]:
+    """For a display of a whole sweep: a terminal has room for one, so that its jobs show no bars meanwhile."""
+    global _is_taken
+    before, _is_taken = _is_taken, True
+    try:
+        yield
+    finally:
+        _is_taken = before
 
 
 class _Shown:
     """A bar of such ``columns`` on a terminal; None elsewhere. A context manager holds it open."""
 
     def __init__(self, *columns: ProgressColumn) -> None:
-        has_bar = _bars and sys.stdout.isatty()
+        has_bar = _bars and not _is_taken and sys.stdout.isatty()
         self._bar = Progress(*columns, console=Console(), transient=True) if has_bar else None
 
     def __enter__(self: _Self) -> _Self:
@@ -73,7 +82,7 @@ class TrainingProgress(_Shown):
         if "eval/loss" in record:
             text = f"step {step:>4}/{self._steps}  validation loss {record['eval/loss']:.4f}"
             self._line("  ".join([text, *_other_figures(record)]))
-        elif self._bar is None and self._first and time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
+        elif self._bar is None and self._first and not _is_taken and self._is_long_since():
             self._line(f"step {step:>4}/{self._steps}  {self._figures()}{self._eta(step)}")
         if self._bar and self._task is not None:
             self._bar.update(self._task, completed=step, shown=self._figures())
@@ -93,6 +102,9 @@ class TrainingProgress(_Shown):
             return ""
         left = (time.monotonic() - began) / (step - first) * (self._steps - step)
         return f"  ETA {int(left) // 60}:{int(left) % 60:02d}"
+
+    def _is_long_since(self) -> bool:
+        return time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES
 
     def _line(self, text: str) -> None:
         self._last_line = time.monotonic()

@@ -9,10 +9,12 @@ import os
 from collections.abc import Iterable
 from types import TracebackType
 
-from lora_exp.job import METRICS_FILE, Job, read_metrics
+from lora_exp.config import PruneConfig
+from lora_exp.job import METRICS_FILE, Job, read_metrics, write_begun
 from lora_exp.keeping import Keeping
 from lora_exp.machine import signals
 from lora_exp.progress import TrainingProgress
+from lora_exp.pruning import Pruning
 from lora_exp.tracking import mlflow as tracking
 from lora_exp.training.loop import Record
 from lora_exp.training.trainer import Work
@@ -25,13 +27,17 @@ class Recorder:
     Where ``work`` goes on from a checkpoint, they come behind those that the job's file holds.
     """
 
-    def __init__(self, tracked: tracking.Run, work: Work, job: Job, share: Utilisation) -> None:
+    def __init__(
+        self, tracked: tracking.Run, work: Work, job: Job, share: Utilisation, prune: PruneConfig | None = None
+    ) -> None:
         self.records: list[Record] = []
         self._writes = work.world.leads  # of several processes one does
         self._tracked, self._job, self._share = tracked, job, share
         self._goes_on, self._digest, self._length = work.start is not None, hashlib.sha256(), 0
         self._keeping = Keeping(work, job.folder)
-        self._progress = TrainingProgress(work.timetable.steps)
+        self._steps = work.timetable.steps
+        self._pruning = Pruning(prune or PruneConfig(), job, work.best, self._steps)
+        self._progress = TrainingProgress(self._steps)
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Recorder:
@@ -39,6 +45,7 @@ class Recorder:
             return self
         self._stream = self._open.enter_context((self._job.folder / METRICS_FILE).open("a" if self._goes_on else "w"))
         self._open.enter_context(self._progress)
+        write_begun(self._job, self._steps)
         if self._goes_on:
             self._take_up()
         return self
@@ -79,6 +86,7 @@ class Recorder:
         self._progress.show(record)
         self.records.append(record)
         self._keeping.consider(record)
+        self._pruning.consider(record)
         signals.obey()
 
     def _track(self, record: Record) -> None:

@@ -39,13 +39,14 @@ def summed_up(tracked: tracking.Run, work: Work, records: list[Record], job: Job
         best_step=int(best["step"]),
         test={name: value for record in records for name, value in _below("test/", record).items()},
         data_fingerprint=work.data.fingerprint,
+        pruned_at=work.best.cut_at,
     )
 
 
 def say_if_stopped_early(work: Work, records: list[Record]) -> None:
     """Say why there are fewer steps than asked for."""
     best, last = work.best, int(records[-1]["step"])
-    if best.should_stop and last < work.timetable.steps:
+    if best.is_impatient and last < work.timetable.steps:
         log.info(
             f"stopped after {last} of {work.timetable.steps} steps, as train.early_stopping={best.patience} has it: no "
             f"gain in {best.metric} of more than {best.min_delta:g} since step {best.step}"
@@ -67,7 +68,8 @@ def log_result(tracked: tracking.Run, result: Result, records: list[Record], dig
     sizes |= {**figures, "best/step": float(result.best_step or 0)}
     sizes |= {name: value for name, value in forgotten(records).items() if name == "forgotten"}
     tracked.log_metrics(sizes, step=int(records[-1]["step"]))
-    tracked.log_tags(digests)
+    pruned = {} if result.pruned_at is None else {"pruned_at": str(result.pruned_at)}
+    tracked.log_tags({**digests, **pruned})
 
 
 def report(result: Result, digests: Mapping[str, str]) -> None:

@@ -29,10 +29,10 @@ from lora_exp.use_config import SECTIONS
 
 log = logging.getLogger(__name__)
 AUTO = "auto"
-# What a run may be gone on with otherwise: where it runs and is tracked, and how often it is saved.
+# What a run may be gone on with otherwise: where it runs and is tracked, how often it is saved, and whether it is cut.
 MAY_DIFFER = (
-    "resume", "task", "run", "device", "machine", "plan", "tracking", "train.save_every", "train.keep_checkpoints",
-    "data.cache_dir", "model.cache_dir", *SECTIONS,
+    "resume", "task", "run", "device", "machine", "plan", "prune", "tracking", "train.save_every",
+    "train.keep_checkpoints", "data.cache_dir", "model.cache_dir", *SECTIONS,
 )  # fmt: skip
 
 

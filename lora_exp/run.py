@@ -35,6 +35,7 @@ from lora_exp.packing.lanes import evaluation_rows, passes_of
 from lora_exp.packing.resident import at_start, base_of, data_of, source_of
 from lora_exp.parallel import loading_place, spread, world_tags
 from lora_exp.plan.precheck import check_fits, memory_errors_explained
+from lora_exp.pruning import refuse_several
 from lora_exp.recording import Recorder, log_files
 from lora_exp.results import hashes, log_result, report, saved_evaluation, say_if_stopped_early, summed_up
 from lora_exp.resuming import Identity, Resumed, resumed_together
@@ -80,6 +81,7 @@ def follow(config: Config, job: Job) -> None:
 
 def _run(config: Config, job: Job, world: World) -> Result | None:
     started = time.monotonic()
+    refuse_several(config.prune, world.size)
     with resumed_together(config, job, world) as resumed:
         precision, place = _placed(config, resumed, world)
         set_seed(config.seed)
@@ -111,7 +113,7 @@ def _run(config: Config, job: Job, world: World) -> Result | None:
                 work = replace(work, evaluation_rows=evaluation_rows(config))
                 rate = precision.rate(place.autocast or place.dtype) * world.size
                 share = Utilisation.of(adapted.model, rate, trains_base=not config.adapter.is_added)
-                with Recorder(tracked, work, job, share) as recorder, world.in_step():
+                with Recorder(tracked, work, job, share, config.prune) as recorder, world.in_step():
                     _train(work, job, config, recorder, other)
             if not world.leads:
                 return None

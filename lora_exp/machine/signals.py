@@ -7,6 +7,7 @@ done a first signal raises at once (``at_once``), elsewhere a second one, and wh
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
 import signal
@@ -38,12 +39,13 @@ _Handler = signal.Handlers | int | Callable[[int, FrameType | None], object] | N
 @dataclass
 class _State:
     """``first``: the signal that counts, ``requests``: how often the process was asked, ``borne``: how many requests
-    are only noted here, ``held``: whether ``obey`` waits."""
+    are only noted here, ``tell``: who else hears of each, ``held``: whether ``obey`` waits."""
 
     first: int | None = None
     requests: int = 0
     last: float = 0.0
     borne: int = 1
+    tell: Callable[[int, int], object] | None = None
     held: bool = False
     is_over: bool = False
     hook: Callable[[sys.UnraisableHookArgs], object] = sys.__unraisablehook__
@@ -143,6 +145,25 @@ def held() -> Iterator[None]:
         _state.held = before
 
 
+@contextlib.contextmanager
+def passed_on(tell: Callable[[int, int], object]) -> Iterator[None]:
+    """For a wait for other processes: ``tell`` gets each request, as the first signal and how many requests there have
+    been. The first two are for those others; a third one ends the wait."""
+    obey()
+    before, _state.tell = _state.tell, tell
+    try:
+        with _borne(2):
+            yield
+    finally:
+        _state.tell = before
+
+
+def ask(number: int, requests: int) -> None:
+    """From another thread: see to it that this process has been asked as often as ``requests`` says."""
+    if _state.requests < requests and number in _state.previous:
+        _thread.interrupt_main(signal.Signals(number))
+
+
 def while_closing() -> contextlib.AbstractContextManager[None]:
     """For what must be written even after a second signal; a third one ends it."""
     return _borne(2)
@@ -184,6 +205,8 @@ def _note(number: int, frame: FrameType | None) -> None:
         return
     _state.first = _state.first or number
     _state.requests, _state.last = _state.requests + 1, now
+    if _state.tell is not None:
+        _state.tell(_state.first, _state.requests)
     if _state.requests > _state.borne:
         raise Stopped(_state.first)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, read_write
 
 from lora_exp.adapters.files.whole import write_text
 from lora_exp.composing import check_composed, check_mode, refuse_uncomposed, swept_keys
@@ -22,6 +22,8 @@ from lora_exp.sweep.stopped import Limit, limit_of
 
 # The sweep this process has begun and not yet reported: Hydra has no hook for one that ends in an error.
 begun: list[Path] = []
+_HYDRAS = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+_OURS = "hydra_plugins.lora_exp_launchers.basic.BasicLauncher"
 limits: dict[Path, Limit] = {}  # of those whose sweeper stops at failed jobs
 
 
@@ -34,10 +36,22 @@ class SweepCallback(Callback):
     def on_multirun_start(self, config: DictConfig, **_: object) -> None:
         folder = Path(config.hydra.sweep.dir)
         _prepare(config, folder, "hydra.sweep.dir")
+        _show_as_a_sweep(config)
         begun.append(folder.resolve())
         if limit := limit_of(config):
             limits[folder.resolve()] = limit
         write_swept(folder, config)
+
+
+def _show_as_a_sweep(config: DictConfig) -> None:
+    """Hydra's own launcher runs its jobs inside ours, which shows them as one sweep.
+
+    Not by a file of ours with its name, of which Hydra would warn whoever composes; nor by a default, which would take
+    precedence over a launcher that an experiment's file chooses.
+    """
+    if config.hydra.launcher.get("_target_") == _HYDRAS:
+        with read_write(config):
+            config.hydra.launcher._target_ = _OURS
 
 
 def write_swept(folder: Path, config: DictConfig) -> None:

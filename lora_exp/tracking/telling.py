@@ -134,7 +134,13 @@ class Teller:
 
     def _tell_dataset(self, entry: Entry) -> None:
         with _if_taken("data"):
-            lineage.log_dataset(self.client, self._run_id, entry["dataset"])
+            try:
+                lineage.log_dataset(self.client, self._run_id, entry["dataset"])
+            except Exception as error:
+                if "unique constraint" not in str(error).lower():
+                    raise
+                # Another job has just listed the same data, which MLflow looks for before it lists it.
+                lineage.log_dataset(self.client, self._run_id, entry["dataset"])
 
     def _tell_model(self, entry: Entry) -> None:
         with _if_taken("models"):

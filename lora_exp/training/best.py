@@ -14,7 +14,8 @@ class Best:
 
     ``metric``: the figure of a record that decides. ``patience``: how many evaluations in a row may be no better than
     the best by more than ``min_delta`` (as transformers' ``EarlyStoppingCallback`` counts); None: any number. What was
-    evaluated before the first step is no candidate, as nothing was trained.
+    evaluated before the first step is no candidate, as nothing was trained. ``cut_at``: the step at which somebody else
+    has ended the training; one that goes on does not know of it.
     """
 
     metric: str = "eval/loss"
@@ -25,6 +26,7 @@ class Best:
     value: float | None = None
     without_gain: int = 0
     seen: int = 0
+    cut_at: int | None = None
 
     def note(self, record: Mapping[str, Any]) -> bool:
         """Whether the evaluation in ``record`` is the best so far."""
@@ -49,6 +51,11 @@ class Best:
 
     @property
     def should_stop(self) -> bool:
+        """Whether the patience is used up, or the training cut."""
+        return self.cut_at is not None or self.is_impatient
+
+    @property
+    def is_impatient(self) -> bool:
         """Whether the patience is used up."""
         return self.patience is not None and self.without_gain >= self.patience
 

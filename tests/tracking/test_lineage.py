@@ -15,7 +15,7 @@ from mlflow.entities import Run as FoundRun
 from mlflow.tracking import MlflowClient
 
 from lora_exp.config import TrackingConfig
-from lora_exp.tracking import artifacts
+from lora_exp.tracking import artifacts, lineage
 from lora_exp.tracking.artifacts import local_folder, store
 from lora_exp.tracking.links import where_to_look
 from lora_exp.tracking.mlflow import open_run
@@ -253,3 +253,25 @@ def test_a_run_that_fails_says_where_to_look_too(
 
 def test_a_link_holds_no_login() -> None:
     assert "hunter2" not in where_to_look("http://me:hunter2@server:5000", "1", "a")
+
+
+def test_data_that_another_job_lists_at_the_same_moment_is_listed_too(
+    cli: Cli, tiny_overrides: list[str], workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What MLflow says to the later one of two jobs of a parallel sweep, once."""
+    from mlflow.exceptions import MlflowException
+
+    log_dataset, calls = lineage.log_dataset, []
+
+    def beaten(*given: Any) -> None:
+        calls.append(given)
+        if len(calls) == 1:
+            raise MlflowException("(sqlite3.IntegrityError) UNIQUE constraint failed: datasets.name", 3)
+        log_dataset(*given)
+
+    monkeypatch.setattr(lineage, "log_dataset", beaten)
+    done = cli(*tiny_overrides)
+    assert done.code == 0, done.err
+    _, (run,) = runs(workplace)
+    assert run.inputs.dataset_inputs
+    assert "does not list" not in done.out + done.err
