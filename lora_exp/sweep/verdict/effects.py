@@ -70,9 +70,7 @@ class Effect:
         return Effect(-self.difference, self.seeds, self.rows, self.seed_variance, self.row_variance)
 
 
-def reach(
-    share: float, of_seeds: float | np.ndarray, seeds: int, of_rows: float | np.ndarray, rows: int
-) -> float | np.ndarray:
+def reach(share: float, of_seeds: float | np.ndarray, seeds: int, of_rows: float | np.ndarray, rows: int) -> np.ndarray:
     """How far from the true one at most ``share`` of the means lie, one-sided, by the variances of a mean.
 
     √(t²·of_seeds + t'²·of_rows), each t by the degrees of freedom that its variance has. It never covers too little
@@ -81,7 +79,8 @@ def reach(
     from scipy.special import stdtrit
 
     by_seeds = stdtrit(seeds - 1, share) ** 2 * of_seeds
-    return np.sqrt(by_seeds + (stdtrit(rows - 1, share) ** 2 * of_rows if rows > 1 else 0.0))
+    found: np.ndarray = np.sqrt(by_seeds + (stdtrit(rows - 1, share) ** 2 * of_rows if rows > 1 else 0.0))
+    return found
 
 
 def effect_of_means(differences: np.ndarray) -> Effect:

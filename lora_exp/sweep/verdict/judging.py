@@ -133,4 +133,5 @@ def _common_rows(pairs: Sequence[tuple[Replicate, Replicate]]) -> list[np.ndarra
 def _less(one: Replicate, other: Replicate) -> np.ndarray:
     assert one.totals is not None
     assert other.totals is not None
-    return one.totals - other.totals
+    less: np.ndarray = one.totals - other.totals
+    return less
