@@ -18,7 +18,7 @@ from lora_exp.credentials import CredentialError, refuse_in_config
 from lora_exp.job import STUDY_FILE, SWEPT_FILE, filed
 from lora_exp.machine.claims import FolderInUseError, claim
 from lora_exp.plugins import PluginError
-from lora_exp.replicating import check_study, repeat
+from lora_exp.sweep.replicates import check_study, repeat
 from lora_exp.sweep.stopped import Limit, limit_of
 
 # The sweep this process has begun and not yet reported: Hydra has no hook for one that ends in an error.
