@@ -48,7 +48,7 @@ def test_every_yaml_composes_converts_and_passes_the_checks(group: str, choice: 
         "model=efficientnet_lite0": vision,
     }
     needed |= {f"quantization={name}": ["task=plan"] for name in ("nf4", "fp4", "int8")}
-    plus = "+" if group == "experiment" else ""
+    plus = "+" if group in ("experiment", "study") else ""
     check(config(f"{plus}{group}={choice}", *needed.get(f"{group}={choice}", [])))
 
 
