@@ -16,11 +16,15 @@ from lora_exp.sweep.verdict.judging import Replicate, Sample
 
 @dataclass(frozen=True)
 class Measured:
-    """A sample an arm, of the ``split``. ``rows``: how many rows are known one by one; 0: none."""
+    """A sample an arm, of the ``split``. ``rows``: how many rows are known one by one; 0: none.
+
+    ``is_one_data``: whether every job had the same data.
+    """
 
     samples: list[Sample]
     split: str
     rows: int
+    is_one_data: bool
 
 
 def measured(arms: Sequence[Arm], metric: str) -> Measured:
@@ -28,7 +32,8 @@ def measured(arms: Sequence[Arm], metric: str) -> Measured:
     jobs = [job for arm in arms for job in arm.jobs.values()]
     is_tested = all(math.isfinite(_tested(job, metric)) for job in jobs)
     value = _tested if is_tested else validation_of
-    columns = {id(job): _column(job, value(job, metric)) for job in jobs} if is_tested and _is_one_data(jobs) else {}
+    is_one_data = _is_one_data(jobs)
+    columns = {id(job): _column(job, value(job, metric)) for job in jobs} if is_tested and is_one_data else {}
     if not columns or not all(columns.values()):
         columns = {}
     samples = [
@@ -37,7 +42,7 @@ def measured(arms: Sequence[Arm], metric: str) -> Measured:
         for arm in arms
     ]  # fmt: skip
     rows = {len(found[1]) for found in columns.values() if found}
-    return Measured(samples, "test" if is_tested else "validation", rows.pop() if len(rows) == 1 else 0)
+    return Measured(samples, "test" if is_tested else "validation", rows.pop() if len(rows) == 1 else 0, is_one_data)
 
 
 def _is_one_data(jobs: Sequence[JobReport]) -> bool:

@@ -22,7 +22,7 @@ _MOST_ARMS = 12  # on a terminal
 def show(verdict: Verdict) -> None:
     """Print it."""
     console = Console()
-    arms = arm_lines(verdict)
+    arms = arm_lines(verdict) if verdict.judgements else []  # else the table says no less
     more = [f"… and {len(arms) - _MOST_ARMS} more arms: {TEXT_FILE}"] if len(arms) > _MOST_ARMS else []
     told = ["Verdict", *(f"  {line}" for line in (*lines(verdict), *arms[:_MOST_ARMS], *more)), ""]
     console.print("\n".join(told), markup=False, highlight=False, soft_wrap=True)

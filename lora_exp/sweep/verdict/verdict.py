@@ -60,10 +60,10 @@ class Verdict:
 
 def verdict_of(jobs: Sequence[JobReport], names: Sequence[str], study: StudyConfig) -> Verdict | None:
     """What the jobs say about what was swept (``names``); None where nothing was trained, or no arms differ."""
-    rises = higher_is_better(f"eval/{study.metric}")
     arms = arms_of(jobs, names, study)
     if len(arms) < 2:
         return None
+    rises = higher_is_better(f"eval/{study.metric}")
     found = measured(arms, study.metric)
     known = [(arm, sample) for arm, sample in zip(arms, found.samples, strict=True) if sample.replicates]
     if len(known) < 2:

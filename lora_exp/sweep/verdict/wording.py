@@ -54,8 +54,8 @@ def arm_cells(verdict: Verdict) -> list[dict[str, str]]:
             metric: f"{sample.mean:.4f}",
             "seeds": str(len(sample.replicates)),
             "parameters": f"{cost.trainable:,}",
-            "GiB": f"{cost.peak_memory_gib:.2f}",
-            "s": f"{cost.wall_s:.0f}",
+            "peak GiB": f"{cost.peak_memory_gib:.2f}",
+            "wall s": f"{cost.wall_s:.0f}",
             cost.unit: f"{cost.tokens:,.0f}",
         }
         for arm, sample, cost in zip(verdict.arms, verdict.samples, verdict.costs, strict=True)
@@ -123,6 +123,8 @@ def _cautions(verdict: Verdict) -> list[str]:
     if verdict.judgements and verdict.measured.split == "validation":
         chosen = ", which chose the tuned values too" if any(arm.tuned for arm in verdict.arms) else ""
         found.append(f"Of the validation rows{chosen}: data.test_fraction=0.05 holds out others for the verdict")
+    if not verdict.measured.is_one_data:
+        found.append("The arms were looked at with different rows, which no seed makes alike: compare with care")
     if len({len(sample.replicates) for sample in verdict.samples}) > 1:
         found.append("Some arms lack seeds: only those that both of a pair have are compared")
     return found

@@ -135,6 +135,7 @@ def test_rows_count_only_where_they_are_the_same_and_add_up(tmp_path: Path) -> N
     found = verdict(tmp_path, StudyConfig(), ["rank", "seed"])
     assert found is not None
     assert found.judgements[0].effect.rows == 0
+    assert any("different rows" in line for line in lines(found))
 
 
 @pytest.mark.parametrize(
