@@ -21,7 +21,8 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .2rem; }
 th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #ddd; vertical-align: top; }
 th { cursor: pointer; position: sticky; top: 0; background: #fff; white-space: nowrap; }
 th::after { content: " ↕"; color: #aaa; } td:last-child, th:last-child { text-align: left; min-width: 9rem; }
-.verdict { background: #f4f6f9; padding: .3rem 1.2rem 1rem; border-radius: 6px; margin-bottom: 1rem; } .verdict h2 { margin-top: .6rem; }
+.verdict { background: #f4f6f9; padding: .3rem 1.2rem 1rem; border-radius: 6px; margin-bottom: 1rem; }
+.verdict h2 { margin-top: .6rem; }
 .arms td:first-child { text-align: left; } .arms td:last-child { text-align: right; min-width: 0; }
 tr.best { background: #eaf5ec; } tr.unfinished { color: #a1232f; } .note { color: #666; font-size: 13px; margin: 0; }
 """

@@ -94,6 +94,17 @@ def test_a_study_tunes_and_confirms_with_fresh_seeds_and_opens_the_test_rows_at_
     assert "is at the edge of 0.0001…0.01" in ended.out
 
 
+def test_a_value_that_fails_is_not_chosen_and_the_study_goes_on(
+    cli: Callable[..., Any], short: list[str], workplace: Path
+) -> None:
+    ended = cli("-m", *short, "hydra/sweeper=study", "rank=1,4", "optimizer.lr=-1,1e-3", "study.tune=[optimizer.lr]",
+                "study.replicates=2", "study.tune_replicates=1", "study.widen=0")  # fmt: skip
+    assert ended.code == 1  # as of any sweep of which a job failed
+    found = verdict_in(sweep_folder(workplace))
+    assert [arm["tuned"] for arm in found["arms"]] == [{"optimizer.lr": 1e-3}] * 2
+    assert [len(arm["values"]) for arm in found["arms"]] == [2, 2]
+
+
 def test_what_a_study_cannot_do_is_said_before_it_begins(cli: Callable[..., Any], short: list[str]) -> None:
     for wrong, said in (
         (["rank=1,4", "seed=0,1", "hydra/sweeper=study"], "a study chooses its own seeds"),
