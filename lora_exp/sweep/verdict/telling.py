@@ -32,6 +32,8 @@ def markdown(verdict: Verdict) -> str:
     """As MLflow shows it."""
     told = [f"- {_escaped(line)}" for line in lines(verdict)]
     cells = arm_cells(verdict)
+    if not verdict.judgements:
+        return "\n".join(["**Verdict**", "", *told, "", ""])
     header = [name or "arm" for name in cells[0]]
     rows = [header, ["---"] * len(header), *([_escaped(value) for value in each.values()] for each in cells)]
     return "\n".join(["**Verdict**", "", *told, "", *(f"| {' | '.join(row)} |" for row in rows), "", ""])
@@ -43,6 +45,8 @@ def section(verdict: Verdict) -> str:
     cells = arm_cells(verdict)
     head = "".join(f"<td><b>{html.escape(name or 'arm')}</b></td>" for name in cells[0])
     rows = "".join(f"<tr>{''.join(f'<td>{html.escape(value)}</td>' for value in each.values())}</tr>" for each in cells)
+    if not verdict.judgements:
+        head = rows = ""
     table = f"<div class=scroll><table class=arms><tbody><tr>{head}</tr>{rows}</tbody></table></div>"
     return f"<section class=verdict><h2>Verdict</h2><ul>{told}</ul>{table}</section>"
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow.tracking import MlflowClient
 
 from lora_exp.job import read_outcome, read_test_rows
 
@@ -34,7 +35,8 @@ def verdict_in(folder: Path) -> dict[str, Any]:
 def test_a_plain_grid_with_replicates_ends_in_a_verdict(
     cli: Callable[..., Any], short: list[str], workplace: Path
 ) -> None:
-    ended = cli("-m", *short, "rank=1,4", "optimizer.lr=1e-3,1e-2", "study.tune=[optimizer.lr]", "study.replicates=3")
+    tracked = [each for each in short if each != "tracking=none"]
+    ended = cli("-m", *tracked, "rank=1,4", "optimizer.lr=1e-3,1e-2", "study.tune=[optimizer.lr]", "study.replicates=3")
     assert ended.code == 0, ended.err
     folder = sweep_folder(workplace)
     found = verdict_in(folder)
@@ -48,6 +50,10 @@ def test_a_plain_grid_with_replicates_ends_in_a_verdict(
     assert "seed=" not in found["command"]
     assert "class=verdict" in (folder / "report.html").read_text()
     _check_choice(folder, found)
+    client = MlflowClient(f"sqlite:///{workplace}/outputs/mlflow.db")
+    [parent] = client.search_runs(["1"], "tags.`lora_exp.kind` = 'sweep'")
+    assert parent.data.tags["mlflow.note.content"].startswith(f"**Verdict**\n\n- {found['lines'][0]}")
+    assert {"verdict.json", "verdict.md"} <= {file.path for file in client.list_artifacts(parent.info.run_id)}
 
 
 def _check_choice(folder: Path, found: dict[str, Any]) -> None:
