@@ -16,6 +16,7 @@ from lora_exp.inputs import model_path_problem, source_problems
 from lora_exp.models.kind import model_kind_of, model_kinds
 from lora_exp.task import tasks
 from lora_exp.training.checks import train_problems
+from lora_exp.training.metrics import metrics
 from lora_exp.training.trainer import trainers
 
 QUANTIZATIONS = ("none", "nf4", "fp4", "int8")
@@ -28,7 +29,7 @@ def check(config: Config) -> None:
     """Raise ``ConfigError`` with every problem that can be seen before anything is loaded."""
     problems = [*_adapter_problems(config), *_place_problems(config), *_number_problems(config)]
     problems += [*_resume_problems(config), *pruning.problems(config)]
-    problems += _task_problems(config)
+    problems += [*_task_problems(config), *_study_problems(config)]
     problems += [*_kind_problems(config), *_quantization_problems(config)]
     if problems:
         raise ConfigError(problems)
@@ -69,6 +70,20 @@ def _task_problems(config: Config) -> list[str]:
         return found
     about = ", ".join(name for name in tasks.names() if tasks[name].of_runs)
     return [*found, f"run={config.run} names finished runs, which task={config.task} is not about: use task={about}"]
+
+
+def _study_problems(config: Config) -> list[str]:
+    study, of_kind = config.study, kind_of(config.data).metrics
+    known = dict.fromkeys(("loss", *of_kind, *config.train.metrics))
+    problems = [f"{key}={value} is below {least}" for key, value, least in (
+        ("study.replicates", study.replicates, 1), ("study.tune_replicates", study.tune_replicates, 1),
+        ("study.widen", study.widen, 0)) if value is not None and value < least]  # fmt: skip
+    if not (study.margin >= 0 and math.isfinite(study.margin)):
+        problems.append(f"study.margin={study.margin} must be a finite number, 0 or above, such as 0.01")
+    if study.metric not in known:
+        more = f"; train.metrics=[{study.metric}] adds it" if not metrics.problem(study.metric) else ""
+        problems.append(f"study.metric={study.metric} is not measured: use one of {', '.join(known)}{more}")
+    return problems
 
 
 def _resume_problems(config: Config) -> list[str]:

@@ -179,7 +179,8 @@ class TrainConfig:
 
     ``keep``: the adapter of the ``last`` evaluation or of the ``best`` by ``best_metric``; null: the last, with early
     stopping the best. ``early_stopping``: after so many evaluations in a row that are not better by ``min_delta``.
-    ``metrics``: of each evaluation, beside those that the kind of data has.
+    ``metrics``: of each evaluation, beside those that the kind of data has. ``test``: look at the test rows, once, at
+    the end.
     """
 
     steps: int | None = field(default=None, metadata={"such_as": DEFAULT_STEPS})
@@ -203,6 +204,7 @@ class TrainConfig:
     min_delta: float = 0.0
     gradient_checkpointing: bool = False
     metrics: list[str] = field(default_factory=list)
+    test: bool = True
 
     @property
     def keeps_best(self) -> bool:
@@ -281,6 +283,26 @@ class TrackingConfig:
 
 
 @dataclass
+class StudyConfig:
+    """What a sweep's verdict is about.
+
+    ``tune``: the swept keys of which each arm gets its best value, by validation. ``replicates``: how many seeds each
+    arm is trained with, from ``seed`` on; null: one, or as many as ``seed`` is swept, and five with
+    hydra/sweeper=study. That one tunes with ``tune_replicates`` seeds of their own, and adds up to ``widen`` values
+    where a best one lies on its grid's edge.
+
+    ``metric``: what arms are compared by. ``margin``: the difference in it below which nobody would care.
+    """
+
+    tune: list[str] = field(default_factory=list)
+    replicates: int | None = field(default=None, metadata={"such_as": 5})
+    tune_replicates: int = 2
+    widen: int = 2
+    metric: str = "loss"
+    margin: float = 0.01
+
+
+@dataclass
 class Config:
     """One experiment. ``plugins``: modules of the user's own, imported before the config is checked.
 
@@ -305,6 +327,7 @@ class Config:
     prune: PruneConfig = field(default_factory=PruneConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    study: StudyConfig = field(default_factory=StudyConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     best: BestConfig = field(default_factory=BestConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)

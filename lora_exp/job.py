@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from lora_exp.adapters.files.whole import write_text
+from lora_exp.config import StudyConfig
 from lora_exp.credentials import redacted
 from lora_exp.task import tasks
 
@@ -20,7 +21,9 @@ RESULT_FILE = "result.json"
 BEGUN_FILE = "begun.json"
 METRICS_FILE = "metrics.jsonl"
 TRACEBACK_FILE = "traceback.txt"
+TEST_ROWS_FILE = "test_rows.json"  # what each test row came to
 SWEPT_FILE = "swept.json"  # of a sweep's folder: the keys that differ between its jobs
+STUDY_FILE = "study.json"  # of a sweep's folder: its section study
 SWEEP_FILE = "sweep.json"  # of a sweep's folder: its parent run
 
 
@@ -210,6 +213,25 @@ def read_swept(sweep_folder: Path) -> tuple[str, ...]:
     """The keys that the sweep in ``sweep_folder`` goes through."""
     file = sweep_folder / SWEPT_FILE
     return tuple(json.loads(file.read_text())) if file.is_file() else ()
+
+
+def write_test_rows(folder: Path, batches: list[dict[str, list[float]]]) -> None:
+    """Keep what each test row came to, in their order: its ``loss`` (a sum), its ``count`` of predictions, …"""
+    columns = {name: [value for batch in batches for value in batch[name]] for name in batches[0]}
+    write_text(folder / TEST_ROWS_FILE, json.dumps(columns) + "\n")
+
+
+def read_test_rows(folder: Path) -> dict[str, list[float]]:
+    """The same; nothing where no test row was looked at."""
+    file = folder / TEST_ROWS_FILE
+    found: dict[str, list[float]] = json.loads(file.read_text()) if file.is_file() else {}
+    return found
+
+
+def read_study(sweep_folder: Path) -> StudyConfig:
+    """What the verdict on the sweep in ``sweep_folder`` is about."""
+    file = sweep_folder / STUDY_FILE
+    return StudyConfig(**json.loads(file.read_text())) if file.is_file() else StudyConfig()
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:

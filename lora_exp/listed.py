@@ -9,7 +9,7 @@ from lora_exp.config import Config, DataConfig, QuantizationConfig, resolve_alph
 from lora_exp.use_config import SECTIONS
 
 KNOBS = ("rank", "alpha", "scale", "dropout", "bias", "start")  # of the factors: without them they have no meaning
-_UNLISTED = ("tracking", *SECTIONS)
+_UNLISTED = ("tracking", "study", *SECTIONS)
 _QUIET = ("test_fraction", "max_bad_fraction", "sample_seed")  # not listed where nobody has set them
 
 
@@ -63,6 +63,8 @@ def _flat_section(group: str, section: dict[str, object]) -> dict[str, object]:
         section = {
             name: value for name, value in section.items() if name not in _QUIET or value != getattr(DataConfig, name)
         }
+    if group == "train":
+        section = {name: value for name, value in section.items() if name != "test" or not value}
     if group == "quantization":  # what is at its default is left out, as none has no use for it
         section = {name: value for name, value in section.items() if value != getattr(QuantizationConfig, name, None)}
     skipped = {title, "kind", "packaged", "cache_dir", "targets", "architecture"}

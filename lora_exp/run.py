@@ -20,7 +20,7 @@ from lora_exp.data import Data, Tokenizer, kind_of
 from lora_exp.data.origin import record_data
 from lora_exp.forgetting import Other, forgotten_data
 from lora_exp.forgotten import look_at_forgotten
-from lora_exp.job import Job, Result
+from lora_exp.job import Job, Result, write_test_rows
 from lora_exp.keeping import take_back_kept
 from lora_exp.listed import flat_values
 from lora_exp.machine import signals
@@ -221,7 +221,7 @@ def _work(adapted: Adapted, data: Data, config: Config, place: Place, world: Wor
 
 def _test(work: Work, job: Job, recorder: Recorder) -> None:
     """Look at the test rows, once, with what is saved."""
-    if work.data.test is None:
+    if work.data.test is None or not work.train.test:
         return
     if work.world.leads:
         take_back_kept(work, job.folder)
@@ -229,7 +229,10 @@ def _test(work: Work, job: Job, recorder: Recorder) -> None:
     size, pin = work.train.micro_batch_size, work.place.device.type == "cuda"
     rows = len(work.data.test)  # type: ignore[arg-type]
     batches = evaluation_batches(work.data.test, size, rows, pin, work.kind.collate)
-    figures = evaluate(forward_of(work), batches, LANE)
+    by_row: list[dict[str, list[float]]] = []
+    figures = evaluate(forward_of(work), batches, LANE, by_row)
+    if work.world.leads:
+        write_test_rows(job.folder, by_row)
     step = int(saved_evaluation(work, recorder.records)["step"]) if work.world.leads else 0
     recorder.keep({"lane": LANE, "step": step} | {f"test/{name}": value for name, value in figures.items()})
 

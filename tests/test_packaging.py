@@ -31,6 +31,7 @@ def test_the_wheel_carries_every_yaml(unpacked_wheel: Path) -> None:
         for file in (unpacked_wheel / "lora_exp/conf").rglob("*.yaml")
     }
     assert here == there
+    assert (unpacked_wheel / "hydra_plugins/lora_exp_study/sweeper.py").is_file()
     assert not list(unpacked_wheel.rglob("tests"))
     assert "lora-exp = lora_exp.__main__:main" in next(unpacked_wheel.glob("*.dist-info/entry_points.txt")).read_text()
 

@@ -9,15 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, read_write
+from omegaconf import DictConfig, OmegaConf, read_write
 
 from lora_exp.adapters.files.whole import write_text
 from lora_exp.composing import check_composed, check_mode, refuse_uncomposed, swept_keys
 from lora_exp.config import ConfigError
 from lora_exp.credentials import CredentialError, refuse_in_config
-from lora_exp.job import SWEPT_FILE, filed
+from lora_exp.job import STUDY_FILE, SWEPT_FILE, filed
 from lora_exp.machine.claims import FolderInUseError, claim
 from lora_exp.plugins import PluginError
+from lora_exp.sweep.replicates import check_study, repeat
 from lora_exp.sweep.stopped import Limit, limit_of
 
 # The sweep this process has begun and not yet reported: Hydra has no hook for one that ends in an error.
@@ -35,8 +36,9 @@ class SweepCallback(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: object) -> None:
         folder = Path(config.hydra.sweep.dir)
-        _prepare(config, folder, "hydra.sweep.dir")
+        _prepare(config, folder, "hydra.sweep.dir", check_study)
         _show_as_a_sweep(config)
+        write_study(folder, config)
         begun.append(folder.resolve())
         if limit := limit_of(config):
             limits[folder.resolve()] = limit
@@ -57,6 +59,12 @@ def _show_as_a_sweep(config: DictConfig) -> None:
 def write_swept(folder: Path, config: DictConfig) -> None:
     """Note what differs between the jobs, for those in other processes too: it is what they are named by."""
     write_text(folder / SWEPT_FILE, json.dumps(swept_keys(config)) + "\n")
+
+
+def write_study(folder: Path, config: DictConfig) -> None:
+    """Note what the verdict is about, and have each job done with as many seeds as it asks for."""
+    repeat(config)
+    write_text(folder / STUDY_FILE, json.dumps(OmegaConf.to_container(config.study, resolve=True)) + "\n")
 
 
 def _prepare(config: DictConfig, folder: Path, setting: str, *checks: Callable[[DictConfig], None]) -> None:

@@ -21,6 +21,9 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .2rem; }
 th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #ddd; vertical-align: top; }
 th { cursor: pointer; position: sticky; top: 0; background: #fff; white-space: nowrap; }
 th::after { content: " ↕"; color: #aaa; } td:last-child, th:last-child { text-align: left; min-width: 9rem; }
+.verdict { background: #f4f6f9; padding: .3rem 1.2rem 1rem; border-radius: 6px; margin-bottom: 1rem; }
+.verdict h2 { margin-top: .6rem; }
+.arms td:first-child { text-align: left; } .arms td:last-child { text-align: right; min-width: 0; }
 tr.best { background: #eaf5ec; } tr.unfinished { color: #a1232f; } .note { color: #666; font-size: 13px; margin: 0; }
 """
 _CONFIG = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["sendChartToCloud"]}  # nothing leaves
@@ -39,9 +42,10 @@ document.querySelectorAll("th").forEach((th, column) => th.addEventListener("cli
 
 
 def write_page(
-    path: Path, heading: str, jobs: list[JobReport], table: Table, figures: list[Figure], parallels: list[Parallel]
-) -> None:
-    """Write it; ``jobs`` are those of the table's rows."""
+    path: Path, heading: str, jobs: list[JobReport], table: Table, figures: list[Figure], parallels: list[Parallel],
+    verdict: str = "",
+) -> None:  # fmt: skip
+    """Write it; ``jobs`` are those of the table's rows, ``verdict`` is HTML that stands above."""
     drawn = [(each.title, each.note, interactive(each)) for each in figures]
     drawn += [(each.title, "Drag along an axis to pick jobs.", interactive_parallel(each)) for each in parallels]
     sections = [
@@ -53,7 +57,7 @@ def write_page(
     write_text(
         path,
         f"<!doctype html>\n<html lang=en><head><meta charset=utf-8><title>{html.escape(heading)}</title>\n"
-        f"<style>{_STYLE}</style>{library}</head>\n<body><h1>{html.escape(heading)}</h1>\n"
+        f"<style>{_STYLE}</style>{library}</head>\n<body><h1>{html.escape(heading)}</h1>\n{verdict}\n"
         f"<p class=note>{_summary(jobs)}</p>\n{_table(table, jobs)}\n{''.join(sections)}\n"
         f"<script>{_SORT}</script></body></html>\n",
     )

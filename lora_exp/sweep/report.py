@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lora_exp.job import read_swept
+from lora_exp.job import read_study, read_swept
 from lora_exp.sweep.figures import Figure, against_cost, against_factors, curves
 from lora_exp.sweep.jobs import JobReport, collect, differing, factors, text
 from lora_exp.sweep.lost import note_lost
@@ -12,6 +12,8 @@ from lora_exp.sweep.parallel import Parallel, parallel_of
 from lora_exp.sweep.quantities import costs_of, results_of
 from lora_exp.sweep.table import Table, markdown, table_of, write_csv
 from lora_exp.sweep.terminal import show
+from lora_exp.sweep.verdict import telling
+from lora_exp.sweep.verdict.verdict import Verdict, verdict_of
 from lora_exp.tracking import mlflow as tracking
 from lora_exp.tracking.sweeps import SweepRun
 
@@ -48,20 +50,26 @@ def _sum_up(folder: Path, jobs: list[JobReport], tracked: SweepRun | None) -> No
     """What is drawn comes last: what hinders it costs nobody the table."""
     swept = read_swept(folder)
     varying = differing(jobs, swept)
-    table = table_of(jobs, varying)
+    table, names = table_of(jobs, varying), factors(jobs, varying, swept)
+    verdict = verdict_of(jobs, names, read_study(folder))
+    if verdict is not None:
+        telling.show(verdict)
     show(table)
-    write_csv(table, folder / "comparison.csv")
-    described = markdown(table)
-    (folder / "comparison.md").write_text(described)
+    files = [folder / "comparison.csv", folder / "comparison.md"]
+    write_csv(table, files[0])
+    files[1].write_text(markdown(table))
+    if verdict is not None:
+        files += telling.write(verdict, folder)
     if tracked is not None:
-        tracked.describe(described, [folder / "comparison.csv", folder / "comparison.md"])
+        told = telling.markdown(verdict) if verdict is not None else ""
+        tracked.describe(told + files[1].read_text(), files)
         tracked.sum_up(_best_run(jobs), _params(jobs))
-    drawn = _draw(folder, jobs, table, factors(jobs, varying, swept))
+    drawn = _draw(folder, jobs, table, names, verdict)
     if tracked is not None:
         tracked.add(drawn)
 
 
-def _draw(folder: Path, jobs: list[JobReport], table: Table, names: list[str]) -> list[Path]:
+def _draw(folder: Path, jobs: list[JobReport], table: Table, names: list[str], verdict: Verdict | None) -> list[Path]:
     """The pictures and the page. Returns the files."""
     from lora_exp.sweep import page, pictures  # import matplotlib and plotly
 
@@ -74,7 +82,8 @@ def _draw(folder: Path, jobs: list[JobReport], table: Table, names: list[str]) -
         pictures.draw_parallel(parallel, folder / f"{parallel.name}.png")
         files.append(folder / f"{parallel.name}.png")
     over = f" over {', '.join(names)}" if names else ""
-    page.write_page(folder / PAGE_FILE, f"Sweep{over}", jobs, table, figures, parallels)
+    above = telling.section(verdict) if verdict is not None else ""
+    page.write_page(folder / PAGE_FILE, f"Sweep{over}", jobs, table, figures, parallels, above)
     return [folder / PAGE_FILE, *files]
 
 

@@ -105,8 +105,13 @@ def train(forward: Forward, lanes: list[Lane]) -> Iterator[Record]:
 
 
 @torch.no_grad()
-def evaluate(forward: Forward, batches: list[Batch], name: str) -> Figures:
-    """The metrics over ``batches`` by the lane ``name``; ``loss`` is the mean in nats a prediction."""
+def evaluate(
+    forward: Forward, batches: list[Batch], name: str, by_row: list[dict[str, list[float]]] | None = None
+) -> Figures:
+    """The metrics over ``batches`` by the lane ``name``; ``loss`` is the mean in nats a prediction.
+
+    What every row came to is added to ``by_row``, if given, a batch each.
+    """
     forward.model.eval()
     found = []
     for batch, counts in forward.world.share(batches):
@@ -114,8 +119,11 @@ def evaluate(forward: Forward, batches: list[Batch], name: str) -> Figures:
         here = _to_device(batch, forward.device)
         with forward.compute(), forward.route({name: _rows(batch)}):
             losses = forward.losses(forward.model, here)
-        found += [asdict(Sums().plus(losses))] if counts else []
-    sums = merged(Sums(**each) for each in forward.world.gathered(found))
+        found += [(asdict(Sums().plus(losses)), {} if by_row is None else losses.by_row())] if counts else []
+    gathered = forward.world.gathered(found)
+    if by_row is not None:
+        by_row += [rows for _, rows in gathered]
+    sums = merged(Sums(**each) for each, _ in gathered)
     return {name: metric(sums) for name, metric in forward.metrics.items()}
 
 

@@ -32,6 +32,11 @@ class RowLosses:
     count: Tensor
     counted: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def by_row(self) -> dict[str, list[float]]:
+        """As plain numbers, without what is counted for each class."""
+        flat = {name: values for name, values in self.counted.items() if values.dim() == 1}
+        return {name: values.tolist() for name, values in {"loss": self.total, "count": self.count, **flat}.items()}
+
 
 @dataclass(frozen=True)
 class Sums:

@@ -1,0 +1,1 @@
+"""``hydra/sweeper=study``: see ``lora_exp.sweep.study``."""

@@ -1,0 +1,1 @@
+"""What a sweep's jobs say about its arms, and how surely."""
