@@ -16,6 +16,8 @@ from lora_exp.task import tasks
 
 RESULT_FILE = "result.json"
 METRICS_FILE = "metrics.jsonl"
+IDENTITY_FILE = "identity.json"
+IDENTITY_TAG = "job_identity"
 TRACEBACK_FILE = "traceback.txt"
 SWEPT_FILE = "swept.json"  # of a sweep's folder: the keys that differ between its jobs
 SWEEP_FILE = "sweep.json"  # of a sweep's folder: its parent run
@@ -24,7 +26,7 @@ SWEEP_FILE = "sweep.json"  # of a sweep's folder: its parent run
 @dataclass(frozen=True)
 class Job:
     """``folder`` is the job's own. ``sweep_folder`` is None for a single run, ``swept`` are the keys that
-    the sweep goes through. ``config_yaml`` is fully resolved."""
+    the sweep goes through. ``config_yaml`` is fully resolved. ``earlier``: how a job ended that was in the folder."""
 
     folder: Path
     number: int = 0
@@ -33,6 +35,7 @@ class Job:
     config_yaml: str = ""
     sweep_folder: Path | None = None
     swept: tuple[str, ...] = ()
+    earlier: Outcome | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class Result:
     ``eval_loss`` and ``metrics``, what was found beside it, by name, are the saved adapter's, after optimizer step
     ``step``. ``best_loss`` and ``best_step``: of the best evaluation by ``train.best_metric``, whether it was saved or
     not. ``test``: what the saved adapter's test rows gave, if there are any. ``data_fingerprint``: ``Data``'s.
+
+    ``identity``: ``JobIdentity``'s digest. ``reused_from``: the MLflow run, or the folder, of the job that was run.
     """
 
     eval_loss: float
@@ -60,6 +65,9 @@ class Result:
     best_step: int | None = None
     test: dict[str, float] = field(default_factory=dict)
     data_fingerprint: str = ""
+    adapter_sha256: str = ""
+    identity: str = ""
+    reused_from: str | None = None
 
     @property
     def objective(self) -> float:
@@ -161,9 +169,12 @@ def filed(folder: Path, trace: str) -> str:
 def read_outcome(folder: Path) -> Outcome | None:
     """The outcome of the job in ``folder``; None if it left none."""
     file = folder / RESULT_FILE
-    if not file.is_file():
-        return None
-    raw = json.loads(file.read_text())
+    return parse_outcome(file.read_text()) if file.is_file() else None
+
+
+def parse_outcome(text: str) -> Outcome:
+    """What ``result.json`` says."""
+    raw = json.loads(text)
     if "lr" in raw["values"]:  # as it was listed once
         raw["values"] = {"optimizer.lr" if key == "lr" else key: value for key, value in raw["values"].items()}
     result = raw.pop("result")

@@ -8,7 +8,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import nn
@@ -18,7 +18,8 @@ from lora_exp.backends import Adapted, Origin, adapt
 from lora_exp.config import Config
 from lora_exp.data import Data, Tokenizer, kind_of, load_data
 from lora_exp.data.origin import record_data
-from lora_exp.job import Job, Result
+from lora_exp.identity import JobIdentity, job_identity
+from lora_exp.job import IDENTITY_FILE, IDENTITY_TAG, Job, Result
 from lora_exp.keeping import take_back_kept
 from lora_exp.listed import flat_values
 from lora_exp.machine import signals
@@ -98,6 +99,7 @@ def _run(config: Config, job: Job, world: World) -> Result | None:
                     with signals.at_once():
                         check_fits(config, place)
                 adapted, data = _prepare(tracked, config, place, identity, world)
+                followed = _identified(tracked, config, job, place, precision, world)
                 if world.leads:
                     resumed.take_up(job.folder)
                 kept = _checkpoints(config, job, lambda: _facts(tracked, recorder, identity))
@@ -109,13 +111,31 @@ def _run(config: Config, job: Job, world: World) -> Result | None:
             if not world.leads:
                 return None
             records = recorder.records
-            result = summed_up(tracked, work, records, job, time.monotonic() - started)
-            log_files(tracked, job, records)
             digests = hashes(job, work)
+            result = summed_up(tracked, work, records, job, time.monotonic() - started, digests["adapter_sha256"])
+            log_files(tracked, job, records)
+            if followed is not None:
+                result = replace(result, identity=followed.digest)
+                followed.write(job.folder, asdict(result))
+                tracked.log_artifact(job.folder / IDENTITY_FILE)
             log_result(tracked, result, records, digests)
             tracked.log_model(f"{config.model.label}-{config.adapter.name}", flat_values(config), result.step)
     report(result, digests)
     return result
+
+
+def _identified(
+    tracked: tracking.Run, config: Config, job: Job, place: Place, precision: Precision, world: World
+) -> JobIdentity | None:
+    """Say what the result follows from, now that base and data are surely here."""
+    if not world.leads:
+        return None
+    with signals.at_once():
+        found = job_identity(config, place, precision.answers, world.size)
+    if found is not None:
+        tracked.log_tags({IDENTITY_TAG: found.digest})
+        found.write(job.folder)
+    return found
 
 
 def _placed(config: Config, resumed: Resumed, world: World) -> tuple[Precision, Place]:
