@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_exp.adapters.files.whole import write_text
 from lora_exp.config import Config, DataConfig, ModelConfig, conf_folder, resolve_alpha
+from lora_exp.credentials import redacted
 from lora_exp.data import kind_of
 from lora_exp.data.sources import ELSEWHERE
 from lora_exp.determining import settings
@@ -57,7 +58,7 @@ class JobIdentity:
     def write(self, folder: Path, result: Mapping[str, Any] | None = None) -> None:
         """Into a job's folder, with what came of it once that is known."""
         found = {"identity": self.digest, "parts": self.parts} | ({"result": result} if result else {})
-        write_text(folder / IDENTITY_FILE, json.dumps(found, indent=2, sort_keys=True) + "\n")
+        write_text(folder / IDENTITY_FILE, redacted(json.dumps(found, indent=2, sort_keys=True)) + "\n")
 
 
 def job_identity(config: Config, place: Place, answers: Answers, processes: int = 1) -> JobIdentity | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -65,12 +66,13 @@ def _known(config: Config, run_id: str | None) -> str | None:
 
 
 def _take_files(config: Config, job: Job, folder: Path) -> None:
-    """A large adapter is on the disk once: nothing writes into its files, which are only replaced."""
+    """What is large is on the disk once: nothing writes into these files, which are only replaced."""
     if can_go_on(job.folder, config) is None:
         clear(Checkpoints(job.folder / FOLDER), job)
-    replace_folder(
-        job.folder / "adapter", lambda partial: shutil.copytree(folder / "adapter", partial, copy_function=_linked)
-    )
+    for name in ("adapter", FOLDER):
+        if (folder / name).is_dir():
+            take = functools.partial(shutil.copytree, folder / name, copy_function=_linked)
+            replace_folder(job.folder / name, take)
     for name in (METRICS_FILE, "loss_curve.png"):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, job.folder / name)
@@ -85,10 +87,11 @@ def _linked(source: str, target: str) -> str:
 
 
 def _tell_evaluations(tracked: tracking.Run, records: Sequence[Record]) -> None:
-    """The curves of what was found, without their ends, which come with the run that found them."""
-    for record in [each for each in records if "eval/loss" in each][:-1]:
+    """The curves of what was found; each of the other metrics comes, by its last value, from the run that found it."""
+    for record in records:
         found = {name: value for name, value in metrics_of(record).items() if name.startswith(("eval/", "written/"))}
-        tracked.log_metrics({key: found[key] for key in found if key != "eval/loss_before"}, step=int(record["step"]))
+        if found:
+            tracked.log_metrics(found, step=int(record["step"]))
 
 
 def _tell_all(tracked: tracking.Run, job: Job, result: Result, records: list[Record]) -> None:
