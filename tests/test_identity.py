@@ -20,6 +20,7 @@ from lora_exp.config import (
     MachineConfig,
     ModelConfig,
     PlanConfig,
+    QuantizationConfig,
     SweepConfig,
     TrackingConfig,
     TrainConfig,
@@ -38,7 +39,9 @@ def config(tmp_path: Path, tiny_llama: Path) -> Config:
     (tmp_path / "verses.txt").write_text("And the ox said unto the lamb, go thou and sing.\n" * 40)
     shutil.copytree(tiny_llama, tmp_path / "base")
     return Config(
-        model=ModelConfig(path=str(tmp_path / "base")), data=Text(label="t", path=str(tmp_path / "verses.txt"))
+        model=ModelConfig(path=str(tmp_path / "base")),
+        data=Text(label="t", path=str(tmp_path / "verses.txt")),
+        quantization=QuantizationConfig("none"),
     )
 
 
@@ -148,6 +151,8 @@ def test_how_bfloat16_is_multiplied_counts_where_there_is_any(config: Config) ->
     assert digest(config, short, native) != digest(config, short)
     assert digest(config, short) != digest(config)
     assert digest(config, answers=Answers(bf16="float32", float32="onednn")) != digest(config)
+    stored = replace(config, quantization=QuantizationConfig("nf4"))  # whose products are in bfloat16
+    assert digest(stored, CPU, native) != digest(stored)
     cuda = Place(torch.device("cuda"), torch.float32)
     assert digest(config, cuda) != digest(config)
     assert digest(config, cuda, Answers(bf16="native", float32="onednn")) == digest(config, cuda)

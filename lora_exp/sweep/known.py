@@ -24,8 +24,6 @@ _POLL_S = 0.5
 
 def folders(identity: str) -> list[Path]:
     """Those in which a job of this identity has begun, the newest first, as far as they are there."""
-    if not _PLACE.is_dir():
-        _look_around()
     try:
         lines = (_PLACE / identity / _FOLDERS).read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -49,9 +47,11 @@ def note(identity: str, folder: Path) -> None:
 def claimed(identity: str, waits: bool) -> Iterator[None]:
     """The identity is this process's for a block: of jobs that are the same the second ``waits``, or does not care.
 
-    The claim of a process that is gone is none.
+    The claim of a process that is gone is none. What lies below ``outputs/`` is looked through where it is not known.
     """
     place = _PLACE / identity
+    if not _PLACE.is_dir():
+        _look_around()
     with contextlib.ExitStack() as stack:
         while not _taken(stack, place):
             if not waits:

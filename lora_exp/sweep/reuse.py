@@ -5,6 +5,7 @@ The job itself asks, wherever a launcher has put it. What makes two jobs the sam
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -60,8 +61,8 @@ def done_once(config: Config, job: Job, run: Callable[[Config], Result]) -> Resu
             known.note(identity.digest, job.folder)
         else:
             result = _noted(interrupted_before(config, job, identity), job, identity, run)
-        # Whoever waits for the job reads it here.
-        write_outcome(job.folder, Outcome(job.number, "FINISHED", job.overrides, flat_values(config), result))
+        with contextlib.suppress(OSError):  # whoever waits for the job reads it; a full disk is said when it has ended
+            write_outcome(job.folder, Outcome(job.number, "FINISHED", job.overrides, flat_values(config), result))
     return result
 
 
