@@ -13,9 +13,9 @@ from lora_exp.use_config import SECTIONS
 
 OF_ONE_COMMAND = ("resume", "sweep")  # how a command asks for a run; part of no run
 OF_A_TASK = ("task", "run", *SECTIONS)  # what another task than training reads
-# Where a run takes place and is tracked, and how often it is saved.
+# Where a run takes place and is tracked, how often it is saved, and whether it may be cut short.
 WHERE_IT_RUNS = (
-    "device", "machine", "plan", "tracking", "train.save_every", "train.keep_checkpoints", "data.cache_dir",
+    "device", "machine", "plan", "prune", "tracking", "train.save_every", "train.keep_checkpoints", "data.cache_dir",
     "model.cache_dir",
 )  # fmt: skip
 _LEFT_OUT = (*OF_ONE_COMMAND, *OF_A_TASK, *WHERE_IT_RUNS)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -29,6 +28,7 @@ from lora_exp.machine import launch
 from lora_exp.machine.cache import known_sha256
 from lora_exp.machine.packaged import locate_packaged
 from lora_exp.models.source import Source, folder_of
+from lora_exp.plugins import source_files
 
 if TYPE_CHECKING:
     from lora_exp.adapters.numerics.precision import Answers
@@ -74,7 +74,7 @@ def job_identity(config: Config, place: Place, answers: Answers, processes: int 
         "base": base,
         "data": _data(kind_of(config.data)),
         "files": {key: known_sha256(file) for key, file in _named_files(config)},
-        "plugins": {name: _source_of(name) for name in config.plugins},
+        "plugins": {name: _hashes(source_files(name)) for name in config.plugins},
         "versions": _versions(config),
         "products": _products(place, answers, config.quantization.name != "none"),
         "processes": processes,
@@ -159,6 +159,10 @@ def _content(path: Path) -> object:
     return {file.relative_to(path).as_posix(): known_sha256(file) for file in files}
 
 
+def _hashes(files: Mapping[str, Path]) -> dict[str, str]:
+    return {name: known_sha256(file) for name, file in files.items()}
+
+
 def _named_files(config: Config) -> Iterator[tuple[str, Path]]:
     """The files that other values name: a template, a method's own config."""
     for key, value in settings(config).items():
@@ -166,19 +170,6 @@ def _named_files(config: Config) -> Iterator[tuple[str, Path]]:
             file = Path(value).expanduser() if "." in value or "/" in value else None
             if file is not None and file.is_file():
                 yield key, file
-
-
-def _source_of(plugin: str) -> object:
-    """The source of a plugin, which is imported by now; of one in a package, all that package's."""
-    home = sys.modules.get(plugin.partition(".")[0])
-    file = getattr(home, "__file__", None)
-    if file is None:
-        return [[Path(place).name, _content_of_sources(Path(place))] for place in getattr(home, "__path__", ())]
-    return _content_of_sources(Path(file).parent) if Path(file).name == "__init__.py" else known_sha256(Path(file))
-
-
-def _content_of_sources(folder: Path) -> dict[str, str]:
-    return {file.relative_to(folder).as_posix(): known_sha256(file) for file in sorted(folder.rglob("*.py"))}
 
 
 def _versions(config: Config) -> dict[str, str | None]:

@@ -145,6 +145,11 @@ class Outcome:
     result: AnyResult | None = None
     error: str | None = None
 
+    @property
+    def reused_from(self) -> str | None:
+        """The MLflow run, or the folder, of the job that was run in its place, if one was."""
+        return self.result.reused_from if isinstance(self.result, Result) else None
+
 
 def shown(metric: float) -> str:
     """A metric as a person reads it: a share to four places, what is larger to two."""

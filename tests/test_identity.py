@@ -168,13 +168,19 @@ def test_a_plugin_is_told_by_its_source(config: Config, tmp_path: Path, monkeypa
     package.mkdir()
     (package / "__init__.py").write_text("")
     (package / "beside.py").write_text("FACTOR = 1\n")
-    (tmp_path / "alone_of_a_user.py").write_text("FACTOR = 1\n")
-    for name in ("of_a_user", "alone_of_a_user"):
+    (tmp_path / "alone_of_a_user.py").write_text("import helping_a_user\nimport json\n")
+    (tmp_path / "helping_a_user.py").write_text("FACTOR = 1\n")
+    (tmp_path / "of_nobody.py").write_text("FACTOR = 1\n")
+    changes = {"of_a_user": package / "beside.py", "alone_of_a_user": tmp_path / "helping_a_user.py"}
+    for name, changed in changes.items():
         config = replace(config, plugins=[name])
         __import__(name)
         before = digest(config)
-        (package / "beside.py" if name == "of_a_user" else tmp_path / f"{name}.py").write_text("FACTOR = 2\n")
+        (tmp_path / "of_nobody.py").write_text(f"FACTOR = {name!r}\n")
+        assert digest(config) == before
+        changed.write_text("FACTOR = 2\n")
         assert digest(config) != before
+    for name in (*changes, "helping_a_user"):
         del sys.modules[name]
 
 

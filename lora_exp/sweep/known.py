@@ -20,6 +20,7 @@ from lora_exp.use.best import OUTPUTS
 log = logging.getLogger(__name__)
 _PLACE, _FOLDERS = OUTPUTS / ".jobs", "folders"
 _POLL_S = 0.5
+_mine: list[str] = []  # the identities that this process has claimed
 
 
 def folders(identity: str) -> list[Path]:
@@ -47,16 +48,21 @@ def note(identity: str, folder: Path) -> None:
 def claimed(identity: str, waits: bool) -> Iterator[None]:
     """The identity is this process's for a block: of jobs that are the same the second ``waits``, or does not care.
 
-    The claim of a process that is gone is none. What lies below ``outputs/`` is looked through where it is not known.
+    The claim of a process that is gone is none. Who has a claim already waits for no other, as two could wait for each
+    other: a launcher with several jobs open at once runs one that is another's as well. What lies below ``outputs/`` is
+    looked through where it is not known.
     """
     place = _PLACE / identity
     if not _PLACE.is_dir():
         _look_around()
     with contextlib.ExitStack() as stack:
         while not _taken(stack, place):
-            if not waits:
+            if not waits or _mine:
                 break
             _wait(place)
+        else:
+            _mine.append(identity)
+            stack.callback(_mine.remove, identity)
         yield
 
 

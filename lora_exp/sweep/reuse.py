@@ -136,7 +136,7 @@ def _parsed(raw: dict[str, Any]) -> Result:
 
 
 def _is_whole(folder: Path, result: Result, identity: JobIdentity) -> bool:
-    if result.identity != identity.digest:
+    if result.identity != identity.digest or getattr(result, "pruned_at", None) is not None:
         return False
     try:
         is_saved = bool(result.adapter_sha256) and weights_sha256(folder / "adapter") == result.adapter_sha256

@@ -90,8 +90,7 @@ def _row(job: JobReport, varying: list[str], columns: list[str]) -> list[str]:
     outcome, result = job.outcome, job.outcome.result
     settings = [str(outcome.number), *(text(job.value(name)) for name in varying)]
     cells = _cells(result) if result else {}
-    ended = f"{outcome.status} (reused)" if isinstance(result, Result) and result.reused_from else outcome.status
-    status = f"{ended}: {job.reason[:_REASON]}" if job.reason else ended
+    status = f"{job.status}: {job.reason[:_REASON]}" if job.reason else job.status
     return [*settings, *(cells.get(name, "") for name in columns), status]
 
 
