@@ -16,12 +16,12 @@ import pytest
 from lora_exp.sweep import known
 
 CLAIM = """
-import sys, time
+import sys
 from pathlib import Path
 from lora_exp.machine.claims import claim
 claim(Path("outputs/.jobs/abc"), "")
 print("mine", flush=True)
-sys.stdin.read()
+sys.stdin.readline()
 """
 
 
@@ -29,19 +29,19 @@ sys.stdin.read()
 def other(workplace: Path) -> Iterator[subprocess.Popen[str]]:
     """A process that has the job ``abc``."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    process = subprocess.Popen(
-        [sys.executable, "-c", CLAIM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "mine\n"
-    yield process
-    process.kill()
-    process.communicate()
+    command = [sys.executable, "-c", CLAIM]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "mine\n"
+        yield process
+        process.kill()
 
 
 def end(process: subprocess.Popen[str]) -> None:
     assert process.stdin is not None
-    process.stdin.close()
+    process.stdin.write("\n")
+    process.stdin.flush()
 
 
 def kill(process: subprocess.Popen[str]) -> None:
@@ -87,3 +87,9 @@ def test_folders_are_known_newest_first_wherever_they_are(workplace: Path) -> No
     assert known.folders("other") == []
     lines = (workplace / "outputs/.jobs/abc/folders").read_text().splitlines()
     assert lines == ["sweeps/a/b/0", "../elsewhere", "../gone"]  # so that the whole may be moved
+
+
+def test_who_has_a_job_already_waits_for_no_other(other: subprocess.Popen[str]) -> None:
+    """Else two processes with several jobs open at once could wait for each other."""
+    with known.claimed("xyz", waits=True), known.claimed("abc", waits=True):
+        assert other.poll() is None
