@@ -22,7 +22,7 @@ from lora_exp.data.sources import ELSEWHERE
 from lora_exp.determining import settings
 from lora_exp.errors import UserError
 from lora_exp.inputs import weights_of
-from lora_exp.job import IDENTITY_FILE
+from lora_exp.job import IDENTITY_FILE, IDENTITY_TAG, Job
 from lora_exp.listed import KNOBS
 from lora_exp.machine import launch
 from lora_exp.machine.cache import known_sha256
@@ -33,6 +33,7 @@ from lora_exp.plugins import source_files
 if TYPE_CHECKING:
     from lora_exp.adapters.numerics.precision import Answers
     from lora_exp.machine.place import Place
+    from lora_exp.tracking.mlflow import Run
 
 _BY_CONTENT = ("model.label", "plugins", *(f"data.{name}" for name in ELSEWHERE))  # are told by what they name
 _OF_A_BASE = (
@@ -55,10 +56,11 @@ class JobIdentity:
         """The hash, 32 of 0-9 and a-f."""
         return hashlib.sha256(json.dumps(self.parts, sort_keys=True).encode()).hexdigest()[:32]
 
-    def write(self, folder: Path, result: Mapping[str, Any] | None = None) -> None:
-        """Into a job's folder, with what came of it once that is known."""
+    def write(self, folder: Path, result: Mapping[str, Any] | None = None) -> Path:
+        """Into a job's folder, with what came of it once that is known. Returns the file."""
         found = {"identity": self.digest, "parts": self.parts} | ({"result": result} if result else {})
         write_text(folder / IDENTITY_FILE, redacted(json.dumps(found, indent=2, sort_keys=True)) + "\n")
+        return folder / IDENTITY_FILE
 
 
 def job_identity(config: Config, place: Place, answers: Answers, processes: int = 1) -> JobIdentity | None:
@@ -93,6 +95,17 @@ def identity_here(config: Config) -> JobIdentity | None:
     )
     launched = launch.current()
     return job_identity(config, place, precision.answers, 1 if launched is None else launched.size)
+
+
+def told_identity(
+    tracked: Run, job: Job, config: Config, place: Place, answers: Answers, processes: int
+) -> JobIdentity | None:
+    """``job_identity``, which tracking and the job's folder are told."""
+    found = job_identity(config, place, answers, processes)
+    if found is not None:
+        tracked.log_tags({IDENTITY_TAG: found.digest})
+        found.write(job.folder)
+    return found
 
 
 def _settings(config: Config) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from lora_exp.backends import Adapted, Origin, adapt
 from lora_exp.config import Config
 from lora_exp.data import Data, Tokenizer, kind_of, load_data
 from lora_exp.data.origin import record_data
-from lora_exp.identity import JobIdentity, job_identity
-from lora_exp.job import IDENTITY_FILE, IDENTITY_TAG, Job, Result
+from lora_exp.identity import told_identity
+from lora_exp.job import Job, Result
 from lora_exp.keeping import take_back_kept
 from lora_exp.listed import flat_values
 from lora_exp.machine import signals
@@ -99,8 +99,10 @@ def _run(config: Config, job: Job, world: World) -> Result | None:
                     with signals.at_once():
                         check_fits(config, place)
                 adapted, data = _prepare(tracked, config, place, identity, world)
-                followed = _identified(tracked, config, job, place, precision, world)
+                followed = None
                 if world.leads:
+                    with signals.at_once():  # now that the base is surely here
+                        followed = told_identity(tracked, job, config, place, precision.answers, world.size)
                     resumed.take_up(job.folder)
                 kept = _checkpoints(config, job, lambda: _facts(tracked, recorder, identity))
                 work = replace(_work(adapted, data, config, place, world), checkpoints=kept, start=resumed.checkpoint)
@@ -116,26 +118,11 @@ def _run(config: Config, job: Job, world: World) -> Result | None:
             log_files(tracked, job, records)
             if followed is not None:
                 result = replace(result, identity=followed.digest)
-                followed.write(job.folder, asdict(result))
-                tracked.log_artifact(job.folder / IDENTITY_FILE)
+                tracked.log_artifact(followed.write(job.folder, asdict(result)))
             log_result(tracked, result, records, digests)
             tracked.log_model(f"{config.model.label}-{config.adapter.name}", flat_values(config), result.step)
     report(result, digests)
     return result
-
-
-def _identified(
-    tracked: tracking.Run, config: Config, job: Job, place: Place, precision: Precision, world: World
-) -> JobIdentity | None:
-    """Say what the result follows from, now that base and data are surely here."""
-    if not world.leads:
-        return None
-    with signals.at_once():
-        found = job_identity(config, place, precision.answers, world.size)
-    if found is not None:
-        tracked.log_tags({IDENTITY_TAG: found.digest})
-        found.write(job.folder)
-    return found
 
 
 def _placed(config: Config, resumed: Resumed, world: World) -> tuple[Precision, Place]:

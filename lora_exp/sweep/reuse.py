@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -87,12 +87,21 @@ def interrupted_before(config: Config, job: Job, identity: JobIdentity) -> Confi
     """The config, told to go on with a job of this identity that did not come to its end, if there is one."""
     found = []
     for folder in dict.fromkeys([job.folder.resolve(), *known.folders(identity.digest)]):
-        if (checkpoint := can_go_on(folder, config)) is not None:
+        if (checkpoint := can_go_on(folder, config)) is not None and _is_tracked_here(config, checkpoint.facts):
             found.append((checkpoint.step, folder))
     if not found:
         return config
     folder = max(found, key=lambda each: each[0])[1]
     return replace(config, resume=AUTO if folder == job.folder.resolve() else str(folder))
+
+
+def _is_tracked_here(config: Config, facts: Mapping[str, Any]) -> bool:
+    """Whether the run that a checkpoint is of can be gone on with: not where MLflow has forgotten it, or is another."""
+    run_id = facts.get("run_id")
+    if not run_id or not config.tracking.enabled or finished.has_run(config.tracking, str(run_id)):
+        return True
+    log.info(f"job    not gone on with, as MLflow has no run {run_id}: it is run anew")
+    return False
 
 
 def _identity(config: Config) -> JobIdentity | None:
