@@ -204,3 +204,15 @@ def test_another_run_that_was_interrupted_in_the_folder_is_left_alone(
     assert done.code == 1
     assert "holds a run that stopped after optimizer step 1" in done.out + done.err
     assert counted == [2, 3]
+
+
+def test_an_interrupted_run_that_mlflow_has_forgotten_is_run_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``resume`` itself would refuse it, and a sweep could not be completed."""
+    from lora_exp.config import Config, TrackingConfig
+    from lora_exp.sweep import reuse
+
+    monkeypatch.setattr(reuse.finished, "has_run", lambda section, run_id: run_id == "known")
+    for run_id, is_there in {"known": True, "deleted": False}.items():
+        assert reuse._is_tracked_here(Config(), {"run_id": run_id}) is is_there
+        assert reuse._is_tracked_here(Config(tracking=TrackingConfig(enabled=False)), {"run_id": run_id})
+    assert reuse._is_tracked_here(Config(), {"run_id": None})
