@@ -25,11 +25,13 @@ from lora_exp.config import (
     TrackingConfig,
     TrainConfig,
 )
-from lora_exp.data.kinds.chat import Chat
-from lora_exp.data.kinds.text import Text
+from lora_exp.data.kinds import chat as chats
+from lora_exp.data.kinds import text as texts
 from lora_exp.identity import job_identity
 from lora_exp.machine.place import Place
 
+Text: Any = texts.Text  # its fields are known when it is registered
+Chat: Any = chats.Chat
 CPU = Place(torch.device("cpu"), torch.float32)
 ANSWERS = Answers(bf16="float32", float32="blas")
 

@@ -56,7 +56,7 @@ def test_the_second_waits_for_the_first_and_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     waiting = threading.Event()
-    monkeypatch.setattr(known.signals, "obey", waiting.set)
+    monkeypatch.setattr("lora_exp.sweep.known.signals.obey", waiting.set)
 
     def release() -> None:
         assert waiting.wait(60)

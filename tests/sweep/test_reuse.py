@@ -211,7 +211,7 @@ def test_an_interrupted_run_that_mlflow_has_forgotten_is_run_anew(monkeypatch: p
     from lora_exp.config import Config, TrackingConfig
     from lora_exp.sweep import reuse
 
-    monkeypatch.setattr(reuse.finished, "has_run", lambda section, run_id: run_id == "known")
+    monkeypatch.setattr("lora_exp.sweep.reuse.finished.has_run", lambda section, run_id: run_id == "known")
     for run_id, is_there in {"known": True, "deleted": False}.items():
         assert reuse._is_tracked_here(Config(), {"run_id": run_id}) is is_there
         assert reuse._is_tracked_here(Config(tracking=TrackingConfig(enabled=False)), {"run_id": run_id})
