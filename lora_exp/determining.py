@@ -11,7 +11,7 @@ from lora_exp.config import Config
 from lora_exp.credentials import redacted
 from lora_exp.use_config import SECTIONS
 
-OF_ONE_COMMAND = ("resume", "sweep")  # how a command asks for a run; part of no run
+OF_ONE_COMMAND = ("resume", "sweep", "study")  # how a command asks for a run; part of no run
 OF_A_TASK = ("task", "run", *SECTIONS)  # what another task than training reads
 # Where a run takes place and is tracked, how often it is saved, and whether it may be cut short.
 WHERE_IT_RUNS = (

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lora_exp.config import Config
 from lora_exp.identity import JobIdentity
-from lora_exp.job import IDENTITY_TAG, METRICS_FILE, Job, Result, read_metrics
+from lora_exp.job import IDENTITY_FILE, IDENTITY_TAG, RESULT_FILE, TRACEBACK_FILE, Job, Result, read_metrics
 from lora_exp.machine.saving import replace_folder
 from lora_exp.recording import log_files, metrics_of
 from lora_exp.results import log_result
@@ -23,6 +23,8 @@ from lora_exp.tracking.setup import log_setup, run_name, sweep_name
 from lora_exp.training.checkpoints import FOLDER, Checkpoints
 from lora_exp.training.loop import Record
 
+# What each job writes for itself; the rest of its folder's files is what it found.
+_OWN = ("config.yaml", "overrides.txt", RESULT_FILE, IDENTITY_FILE, TRACEBACK_FILE, "begun.json", "run_id", ".log")
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 
 
@@ -73,9 +75,9 @@ def _take_files(config: Config, job: Job, folder: Path) -> None:
         if (folder / name).is_dir():
             take = functools.partial(shutil.copytree, folder / name, copy_function=_linked)
             replace_folder(job.folder / name, take)
-    for name in (METRICS_FILE, "loss_curve.png"):
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, job.folder / name)
+    for file in folder.iterdir():
+        if file.is_file() and not file.name.startswith(".") and not file.name.endswith(_OWN):
+            shutil.copyfile(file, job.folder / file.name)
 
 
 def _linked(source: str, target: str) -> str:
