@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import logging
 import os
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import hydra
@@ -22,7 +24,18 @@ from lora_exp.checks import check
 from lora_exp.config import Config, conf_folder
 from lora_exp.credentials import CredentialError, adopt_login, redacted, refuse_in_arguments
 from lora_exp.errors import RefusedError, UserError
-from lora_exp.job import RESULT_FILE, SWEEP_FILE, AnyResult, Job, Outcome, filed, read_swept, write_begun, write_outcome
+from lora_exp.job import (
+    RESULT_FILE,
+    SWEEP_FILE,
+    AnyResult,
+    Job,
+    Outcome,
+    filed,
+    parse_outcome,
+    read_swept,
+    write_begun,
+    write_outcome,
+)
 from lora_exp.listed import flat_values
 from lora_exp.machine import claims, launch, signals
 from lora_exp.machine.allocator import keep_freed_memory
@@ -117,7 +130,7 @@ def _finished(job: Job, composed: DictConfig) -> float:
         config = to_config(composed)
         values = flat_values(config)
         check(config)
-        result = _run(config, job)
+        result = _run(config, replace(job, earlier=_parsed(earlier)))
     except BaseException as error:
         with signals.while_closing():
             stop = signals.stop_behind(error)
@@ -142,6 +155,13 @@ def _taken(file: Path) -> str | None:
     text = file.read_text() if file.is_file() else None
     file.unlink(missing_ok=True)
     return text
+
+
+def _parsed(earlier: str | None) -> Outcome | None:
+    """How the earlier job ended; None for a file that is none of ours, or damaged."""
+    with contextlib.suppress(ValueError, LookupError, TypeError):
+        return parse_outcome(earlier) if earlier else None
+    return None
 
 
 def _run(config: Config, job: Job) -> AnyResult:

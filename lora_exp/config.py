@@ -303,6 +303,15 @@ class StudyConfig:
 
 
 @dataclass
+class SweepConfig:
+    """``reuse``: a job that has finished before with the same identity is not run again, and one that was interrupted
+    goes on; null: in sweeps (``-m``), and not in single runs.
+    """
+
+    reuse: bool | None = field(default=None, metadata={"such_as": True})
+
+
+@dataclass
 class Config:
     """One experiment. ``plugins``: modules of the user's own, imported before the config is checked.
 
@@ -335,6 +344,7 @@ class Config:
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     task: str = "train"
     run: Any = None
     rank: int = 8

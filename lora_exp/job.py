@@ -20,6 +20,8 @@ from lora_exp.task import tasks
 RESULT_FILE = "result.json"
 BEGUN_FILE = "begun.json"
 METRICS_FILE = "metrics.jsonl"
+IDENTITY_FILE = "identity.json"
+IDENTITY_TAG = "job_identity"
 TRACEBACK_FILE = "traceback.txt"
 TEST_ROWS_FILE = "test_rows.json"  # what each test row came to
 SWEPT_FILE = "swept.json"  # of a sweep's folder: the keys that differ between its jobs
@@ -30,7 +32,7 @@ SWEEP_FILE = "sweep.json"  # of a sweep's folder: its parent run
 @dataclass(frozen=True)
 class Job:
     """``folder`` is the job's own. ``sweep_folder`` is None for a single run, ``swept`` are the keys that
-    the sweep goes through. ``config_yaml`` is fully resolved."""
+    the sweep goes through. ``config_yaml`` is fully resolved. ``earlier``: how a job ended that was in the folder."""
 
     folder: Path
     number: int = 0
@@ -39,6 +41,7 @@ class Job:
     config_yaml: str = ""
     sweep_folder: Path | None = None
     swept: tuple[str, ...] = ()
+    earlier: Outcome | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class Result:
     ``step``. ``best_loss`` and ``best_step``: of the best evaluation by ``train.best_metric``, whether it was saved or
     not. ``test``: what the saved adapter's test rows gave, if there are any. ``data_fingerprint``: ``Data``'s.
     ``pruned_at``: the optimizer step after which the sweep's pruner ended it.
+
+    ``identity``: ``JobIdentity``'s digest. ``reused_from``: the MLflow run, or the folder, of the job that was run.
     """
 
     eval_loss: float
@@ -68,6 +73,9 @@ class Result:
     test: dict[str, float] = field(default_factory=dict)
     data_fingerprint: str = ""
     pruned_at: int | None = None
+    adapter_sha256: str = ""
+    identity: str = ""
+    reused_from: str | None = None
 
     @property
     def objective(self) -> float:
@@ -145,6 +153,11 @@ class Outcome:
     result: AnyResult | None = None
     error: str | None = None
 
+    @property
+    def reused_from(self) -> str | None:
+        """The MLflow run, or the folder, of the job that was run in its place, if one was."""
+        return self.result.reused_from if isinstance(self.result, Result) else None
+
 
 @dataclass(frozen=True)
 class Begun:
@@ -196,9 +209,12 @@ def filed(folder: Path, trace: str) -> str:
 def read_outcome(folder: Path) -> Outcome | None:
     """The outcome of the job in ``folder``; None if it left none."""
     file = folder / RESULT_FILE
-    if not file.is_file():
-        return None
-    raw = json.loads(file.read_text())
+    return parse_outcome(file.read_text()) if file.is_file() else None
+
+
+def parse_outcome(text: str) -> Outcome:
+    """What ``result.json`` says."""
+    raw = json.loads(text)
     if "lr" in raw["values"]:  # as it was listed once
         raw["values"] = {"optimizer.lr" if key == "lr" else key: value for key, value in raw["values"].items()}
     result = raw.pop("result")

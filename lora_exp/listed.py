@@ -9,7 +9,7 @@ from lora_exp.config import Config, DataConfig, QuantizationConfig, resolve_alph
 from lora_exp.use_config import SECTIONS
 
 KNOBS = ("rank", "alpha", "scale", "dropout", "bias", "start")  # of the factors: without them they have no meaning
-_UNLISTED = ("tracking", "study", *SECTIONS)
+_UNLISTED = ("tracking", "sweep", "study", *SECTIONS)
 _QUIET = ("test_fraction", "max_bad_fraction", "sample_seed")  # not listed where nobody has set them
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import sys
 import traceback
@@ -26,6 +27,41 @@ def import_plugins(names: Sequence[str], folder: Path) -> None:
         sys.path.append(str(folder))  # at the end: a file there must not take the place of a library
     for name in names:
         _import(name, folder)
+
+
+def source_files(name: str) -> dict[str, Path]:
+    """The source of a plugin, which is imported, and of what it imports from beside itself; of a package all of it.
+
+    By their paths below the folder that they are imported from.
+    """
+    first = sys.modules.get(name.partition(".")[0])
+    places = [Path(place).parent for place in getattr(first, "__path__", ())]
+    file = getattr(first, "__file__", None)
+    home = places[0] if places else Path(file).parent if file else None
+    if home is None:
+        return {}
+    found: dict[str, Path] = {}
+    _gather(name.partition(".")[0], home, found)
+    return dict(sorted(found.items()))
+
+
+def _gather(name: str, home: Path, found: dict[str, Path]) -> None:
+    """The files of a module or package of ``home``, and of those of ``home`` that they import."""
+    files = sorted((home / name).rglob("*.py")) if (home / name).is_dir() else [home / f"{name}.py"]
+    for file in files:
+        key = file.relative_to(home).as_posix()
+        if file.is_file() and key not in found:
+            found[key] = file
+            for other in _imported(file):
+                _gather(other, home, found)
+
+
+def _imported(file: Path) -> set[str]:
+    """The first names of what a source imports."""
+    tree = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+    names = {alias.name for node in tree if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in tree if isinstance(node, ast.ImportFrom) and node.module and not node.level}
+    return {name.partition(".")[0] for name in names}
 
 
 def _import(name: str, folder: Path) -> None:

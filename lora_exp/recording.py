@@ -90,10 +90,15 @@ class Recorder:
         signals.obey()
 
     def _track(self, record: Record) -> None:
-        metrics = {name: float(value) for name, value in record.items() if name not in ("lane", "step")}
-        if record["step"] == 0 and "eval/loss" in record:
-            metrics["eval/loss_before"] = metrics["eval/loss"]
-        self._tracked.log_metrics(metrics, step=int(record["step"]))
+        self._tracked.log_metrics(metrics_of(record), step=int(record["step"]))
+
+
+def metrics_of(record: Record) -> dict[str, float]:
+    """What tracking is told of a record."""
+    metrics = {name: float(value) for name, value in record.items() if name not in ("lane", "step")}
+    if record["step"] == 0 and "eval/loss" in record:
+        metrics["eval/loss_before"] = metrics["eval/loss"]
+    return metrics
 
 
 def log_files(tracked: tracking.Run, job: Job, records: list[Record]) -> None:

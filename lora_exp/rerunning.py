@@ -21,13 +21,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lora_exp.composing import SAVED_NAME
 from lora_exp.config import ConfigError, TrackingConfig, conf_folder
+from lora_exp.determining import OF_A_TASK, OF_ONE_COMMAND
 from lora_exp.task import Task, tasks
 from lora_exp.use.runs import PROVENANCE, FoundRun, base_named, find_export, find_run, names_of
-from lora_exp.use_config import SECTIONS, BestConfig
+from lora_exp.use_config import BestConfig
 
 _KEY = "rerun="
-_OF_ONE_RUN = ("resume",)  # where it went on from is no part of what it was
-_OF_ONE_TASK = ("task", "run", "plan", "trainer", "parallel", *SECTIONS, *_OF_ONE_RUN)
+_OF_ONE_TASK = ("plan", "trainer", "parallel", *OF_A_TASK, *OF_ONE_COMMAND)
 _CHOSEN_ALWAYS = ("export",)  # has no meaning without a choice, and an older run has none
 _USED = "outputs/used/${now:%Y-%m-%d}/${now:%H-%M-%S-%f}"  # where tasks on finished runs have their own folders
 _Section = TypeVar("_Section", BestConfig, TrackingConfig)
@@ -44,7 +44,7 @@ def saved_config_composed(arguments: Sequence[str]) -> Iterator[list[str]]:
     others = [argument for argument in arguments if not argument.startswith(_KEY)]
     if asked:
         folder = Path(asked[-1].removeprefix(_KEY)).expanduser()
-        primary = _primary(_saved(folder, "rerun"), _OF_ONE_RUN, others)
+        primary = _primary(_saved(folder, "rerun"), OF_ONE_COMMAND, others)
     elif not (_task_of(others).of_runs or _task_of(others).of_exports):
         yield others
         return

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 
 from lora_exp.forgetting import forgotten
 from lora_exp.job import Job, Result, shown
-from lora_exp.machine.cache import file_sha256
 from lora_exp.machine.memory import peak_gib
+from lora_exp.machine.saving import weight_files, weights_sha256
 from lora_exp.tracking import mlflow as tracking
 from lora_exp.training.loop import Record
 from lora_exp.training.trainer import Work
@@ -17,7 +16,9 @@ from lora_exp.training.trainer import Work
 log = logging.getLogger(__name__)
 
 
-def summed_up(tracked: tracking.Run, work: Work, records: list[Record], job: Job, wall_s: float) -> Result:
+def summed_up(
+    tracked: tracking.Run, work: Work, records: list[Record], job: Job, wall_s: float, adapter_sha256: str
+) -> Result:
     """The result, from the records and what is on the disk."""
     evaluated = [record for record in records if "eval/loss" in record]
     saved, best = saved_evaluation(work, records), _best(work, records) or evaluated[-1]
@@ -28,7 +29,7 @@ def summed_up(tracked: tracking.Run, work: Work, records: list[Record], job: Job
         metrics=_beside_loss(saved) | _written(records) | forgotten(records),
         trainable=adapted.trainable,
         total=adapted.total,
-        adapter_bytes=sum(file.stat().st_size for file in _weights(job)),
+        adapter_bytes=sum(file.stat().st_size for file in weight_files(job.folder / "adapter")),
         peak_memory_gib=peak_gib(work.place.device),
         wall_s=wall_s,
         adapter=str(job.folder / "adapter"),
@@ -40,6 +41,7 @@ def summed_up(tracked: tracking.Run, work: Work, records: list[Record], job: Job
         test={name: value for record in records for name, value in _below("test/", record).items()},
         data_fingerprint=work.data.fingerprint,
         pruned_at=work.best.cut_at,
+        adapter_sha256=adapter_sha256,
     )
 
 
@@ -55,7 +57,7 @@ def say_if_stopped_early(work: Work, records: list[Record]) -> None:
 
 def hashes(job: Job, work: Work) -> dict[str, str]:
     """Of what was trained, and of the base's values, by the names that they have everywhere."""
-    found = {"adapter_sha256": ",".join(file_sha256(file) for file in _weights(job))}
+    found = {"adapter_sha256": weights_sha256(job.folder / "adapter")}
     values = work.adapted.base_sha256()
     return found | ({"base_values_sha256": values} if values else {})
 
@@ -112,7 +114,3 @@ def _written(records: list[Record]) -> dict[str, float]:
 
 def _below(prefix: str, record: Record) -> dict[str, float]:
     return {name.removeprefix(prefix): float(record[name]) for name in record if name.startswith(prefix)}
-
-
-def _weights(job: Job) -> list[Path]:
-    return sorted((job.folder / "adapter").glob("*.safetensors"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
 import os
 import re
@@ -16,7 +15,7 @@ from typing import Any
 
 from lora_exp.adapters.numerics.precision import Answers
 from lora_exp.config import Config, MachineConfig
-from lora_exp.credentials import redacted
+from lora_exp.determining import settings
 from lora_exp.errors import RefusedError, UserError
 from lora_exp.job import METRICS_FILE, Job
 from lora_exp.keeping import VALUES_FILE
@@ -25,15 +24,9 @@ from lora_exp.machine.distributed import World
 from lora_exp.tracking import mlflow as tracking
 from lora_exp.tracking.provenance import library_versions
 from lora_exp.training.checkpoints import FOLDER, Checkpoint, Checkpoints, read
-from lora_exp.use_config import SECTIONS
 
 log = logging.getLogger(__name__)
 AUTO = "auto"
-# What a run may be gone on with otherwise: where it runs and is tracked, how often it is saved, and whether it is cut.
-MAY_DIFFER = (
-    "resume", "task", "run", "device", "machine", "plan", "prune", "tracking", "train.save_every",
-    "train.keep_checkpoints", "data.cache_dir", "model.cache_dir", *SECTIONS,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -99,12 +92,6 @@ class Identity:
             )
 
 
-def settings(config: Config) -> dict[str, Any]:
-    """Every value of the config that a run's result may depend on, by dotted key, without a login in it."""
-    plain = json.loads(redacted(json.dumps(asdict(config), default=str)))
-    return {key: value for key, value in _dotted(plain, "").items() if not _may_differ(key)}
-
-
 @contextlib.contextmanager
 def resumed_run(config: Config, job: Job) -> Iterator[Resumed]:
     """What ``resume`` names, which is this process's for a block.
@@ -113,7 +100,7 @@ def resumed_run(config: Config, job: Job) -> Iterator[Resumed]:
     """
     folder = job.folder if config.resume in (None, AUTO) else _named(config)
     if config.resume is None or folder.resolve() != job.folder.resolve():
-        _clear(Checkpoints(job.folder / FOLDER), job)
+        clear(Checkpoints(job.folder / FOLDER), job)
     if config.resume is None:
         yield Resumed(folder)
         return
@@ -125,6 +112,18 @@ def resumed_run(config: Config, job: Job) -> Iterator[Resumed]:
             _check_settings(found.facts["config"], settings(config), folder)
             log.info(f"resume {folder} from optimizer step {found.step}")
         yield Resumed(folder, found)
+
+
+def can_go_on(folder: Path, config: Config) -> Checkpoint | None:
+    """The checkpoint that a run with ``config`` could go on from in ``folder``, if nobody is at work there."""
+    if claims.is_in_use(folder):
+        return None
+    try:
+        found = Checkpoints(folder / FOLDER).newest(lambda checkpoint: _metrics_problem(checkpoint, folder))
+    except RefusedError as error:
+        log.warning(str(error))
+        return None
+    return found if found is not None and found.facts.get("config") == settings(config) else None
 
 
 @contextlib.contextmanager
@@ -160,7 +159,7 @@ def _named(config: Config) -> Path:
     return folder
 
 
-def _clear(checkpoints: Checkpoints, job: Job) -> None:
+def clear(checkpoints: Checkpoints, job: Job) -> None:
     """Remove a finished run's checkpoints from a folder that is used again; an unfinished one's are worth hours."""
     steps = checkpoints.steps()
     if steps and not checkpoints.is_over():
@@ -198,17 +197,3 @@ def _compare_versions(before: Mapping[str, str], now: Mapping[str, str]) -> None
     pairs = [(name, before.get(name), now.get(name)) for name in sorted({*before, *now})]
     if changed := [f"{name} {old} → {new}" for name, old, new in pairs if old != new]:
         log.warning(f"resume with other versions than the run began with ({', '.join(changed)}): its bits may differ")
-
-
-def _may_differ(key: str) -> bool:
-    return any(key == each or key.startswith(f"{each}.") for each in MAY_DIFFER)
-
-
-def _dotted(values: Mapping[str, Any], above: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            found |= _dotted(value, f"{above}{key}.")
-        else:
-            found[f"{above}{key}"] = value
-    return found

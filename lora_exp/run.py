@@ -8,7 +8,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import nn
@@ -20,6 +20,7 @@ from lora_exp.data import Data, Tokenizer, kind_of
 from lora_exp.data.origin import record_data
 from lora_exp.forgetting import Other, forgotten_data
 from lora_exp.forgotten import look_at_forgotten
+from lora_exp.identity import told_identity
 from lora_exp.job import Job, Result, write_test_rows
 from lora_exp.keeping import take_back_kept
 from lora_exp.listed import flat_values
@@ -105,7 +106,10 @@ def _run(config: Config, job: Job, world: World) -> Result | None:
                     with signals.at_once():
                         check_fits(config, place)
                 adapted, data, other = _prepare(tracked, config, place, identity, world)
+                followed = None
                 if world.leads:
+                    with signals.at_once():  # now that the base is surely here
+                        followed = told_identity(tracked, job, config, place, precision.answers, world.size)
                     resumed.take_up(job.folder)
                 kept = _checkpoints(config, job, lambda: _facts(tracked, recorder, identity))
                 work = replace(_work(adapted, data, config, place, world), checkpoints=kept, start=resumed.checkpoint)
@@ -118,9 +122,12 @@ def _run(config: Config, job: Job, world: World) -> Result | None:
             if not world.leads:
                 return None
             records = recorder.records
-            result = summed_up(tracked, work, records, job, time.monotonic() - started)
-            log_files(tracked, job, records)
             digests = hashes(job, work)
+            result = summed_up(tracked, work, records, job, time.monotonic() - started, digests["adapter_sha256"])
+            log_files(tracked, job, records)
+            if followed is not None:
+                result = replace(result, identity=followed.digest)
+                tracked.log_artifact(followed.write(job.folder, asdict(result)))
             log_result(tracked, result, records, digests)
             if config.suite_experiment is not None:
                 tracked.log_artifact(write_suite_result(config, job, work, records, result))

@@ -12,8 +12,8 @@ from omegaconf import DictConfig
 
 from lora_exp.checks import check
 from lora_exp.config import Config, ConfigError, conf_folder, resolve_alpha, scale_of
+from lora_exp.determining import settings
 from lora_exp.listed import flat_values
-from lora_exp.resuming import settings
 from lora_exp.schema import register, to_config
 
 register()

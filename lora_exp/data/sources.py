@@ -7,7 +7,6 @@ on.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +21,7 @@ from lora_exp.data.items import Items, Source
 from lora_exp.data.split import SPLITS
 from lora_exp.errors import UserError
 from lora_exp.inputs import RECORD_SUFFIXES, find_files, weights_of
-from lora_exp.machine.cache import file_sha256
+from lora_exp.machine.cache import known_sha256
 from lora_exp.machine.packaged import find_packaged, install_line
 
 __all__ = [
@@ -40,7 +39,8 @@ __all__ = [
 ]
 
 Find = Callable[[DataConfig, str], list[Source]]
-_ELSEWHERE = ("label", "path", "packaged", "name", "revision", "validation_path", "test_path", "cache_dir")
+# Where sources are found, which the content of each tells better.
+ELSEWHERE = ("label", "path", "packaged", "name", "revision", "validation_path", "test_path", "cache_dir")
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,7 @@ class FileSource:
         return read_file(self.path)
 
     def identity(self) -> list[object]:
-        state = self.path.stat()
-        return [_sha256(self.path, state.st_mtime_ns, state.st_size), self.path.suffix.lower(), self.weight]
+        return [known_sha256(self.path), self.path.suffix.lower(), self.weight]
 
 
 def records(
@@ -103,7 +102,7 @@ def fingerprint(section: DataConfig, *parts: object, find: Find | None = None) -
     ``find``: what finds the sources of a split where it is not ``sources_of``.
     """
     sources = {split: [source.identity() for source in (find or sources_of)(section, split)] for split in SPLITS}
-    values = {each.name: getattr(section, each.name) for each in fields(section) if each.name not in _ELSEWHERE}
+    values = {each.name: getattr(section, each.name) for each in fields(section) if each.name not in ELSEWHERE}
     return hashlib.sha256(json.dumps([sources, values, parts], default=str).encode()).hexdigest()[:20]
 
 
@@ -135,13 +134,6 @@ def _files(section: DataConfig, named: object, key: str) -> list[FileSource]:
         for path, weight in weights_of(named).items()
         for file in find_files(path, _suffixes(section), key)[0]
     ]
-
-
-@functools.lru_cache(maxsize=1024)
-def _sha256(path: Path, mtime_ns: int, size: int) -> str:
-    """Once a process, as fingerprint and origin both ask."""
-    del mtime_ns, size
-    return file_sha256(path)
 
 
 def _suffixes(section: DataConfig) -> tuple[str, ...]:

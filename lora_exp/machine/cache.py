@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -96,6 +97,18 @@ def file_sha256(path: Path) -> str:
         while read := stream.readinto(buffer):
             digest.update(buffer[:read])
     return digest.hexdigest()
+
+
+def known_sha256(path: Path) -> str:
+    """The same, read once a process as long as the file's time and size stay."""
+    state = path.stat()
+    return _known_sha256(path, state.st_ino, state.st_mtime_ns, state.st_size)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _known_sha256(path: Path, inode: int, mtime_ns: int, size: int) -> str:
+    del inode, mtime_ns, size
+    return file_sha256(path)
 
 
 def folder_sha256(folder: Path) -> str:

@@ -69,6 +69,17 @@ def claimed(folder: Path, setting: str) -> Iterator[None]:
             release(folder)
 
 
+def is_in_use(folder: Path) -> bool:
+    """Whether another process has claimed ``folder``, and lives."""
+    try:
+        with claimed(folder, ""):
+            return False
+    except FolderInUseError:
+        return True
+    except OSError:
+        return False
+
+
 def owner(folder: Path) -> Process | None:
     """Who has claimed ``folder``, or had and ended before it could give it back."""
     try:

@@ -14,6 +14,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from lora_exp.machine.cache import file_sha256
+
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -44,6 +46,16 @@ def recover(folder: Path) -> None:
         whole.rename(folder)
     for rest in (writing, new, old):
         shutil.rmtree(rest, ignore_errors=True)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Those of a folder that hold what was trained."""
+    return sorted(folder.glob("*.safetensors"))
+
+
+def weights_sha256(folder: Path) -> str:
+    """The SHA-256 of each of them, joined by commas; empty where there are none."""
+    return ",".join(file_sha256(file) for file in weight_files(folder))
 
 
 def open_as_umask_says(folder: Path) -> None:

@@ -24,6 +24,11 @@ class JobReport:
         return self.outcome.values.get(name)
 
     @property
+    def status(self) -> str:
+        """How it ended, and whether an earlier job did so in its place."""
+        return f"{self.outcome.status} (reused)" if self.outcome.reused_from else self.outcome.status
+
+    @property
     def reason(self) -> str:
         """Why it did not finish, in one line; nothing if it did."""
         return " ".join(line.strip() for line in (self.outcome.error or "").strip().splitlines())

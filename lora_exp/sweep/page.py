@@ -75,7 +75,7 @@ def _table(table: Table, jobs: list[JobReport]) -> str:
     for index, (row, job) in enumerate(zip(table.rows, jobs, strict=True)):
         is_finished = job.outcome.status == "FINISHED"
         kind = ("best" if index == 0 else "") if is_finished else "unfinished"
-        status = f"{job.outcome.status}: {job.reason}" if job.reason else job.outcome.status
+        status = f"{job.status}: {job.reason}" if job.reason else job.status
         cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in (*row[:-1], status))
         rows.append(f'<tr class="{kind}">{cells}</tr>')
     body = "\n".join(rows)

@@ -90,7 +90,7 @@ def _row(job: JobReport, varying: list[str], columns: list[str]) -> list[str]:
     outcome, result = job.outcome, job.outcome.result
     settings = [str(outcome.number), *(text(job.value(name)) for name in varying)]
     cells = _cells(result) if result else {}
-    status = f"{outcome.status}: {job.reason[:_REASON]}" if job.reason else outcome.status
+    status = f"{job.status}: {job.reason[:_REASON]}" if job.reason else job.status
     if isinstance(result, Result) and result.pruned_at is not None:
         status += f", pruned at {result.pruned_at}"
     return [*settings, *(cells.get(name, "") for name in columns), status]

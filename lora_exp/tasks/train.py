@@ -25,14 +25,21 @@ class Train(Task):
 
     def run(self, config: Config, job: Job) -> Result:
         with signals.at_once():
-            from lora_exp.run import run
+            from lora_exp.sweep.reuse import done_once
 
-        if (launched := launch.current()) is not None:
-            following.tell(launched, job)
-        result = run(config, job)
+        result = done_once(config, job, lambda settled: _trained(settled, job))
         if config.tracking.register is not None:
             _register(config, job, result)
         return result
+
+
+def _trained(config: Config, job: Job) -> Result:
+    with signals.at_once():
+        from lora_exp.run import run
+
+    if (launched := launch.current()) is not None:
+        following.tell(launched, job)
+    return run(config, job)
 
 
 def _register(config: Config, job: Job, result: Result) -> None:

@@ -14,7 +14,7 @@ from lora_exp.adapters.files.whole import write_text
 from lora_exp.config import TrackingConfig
 from lora_exp.credentials import redacted
 from lora_exp.errors import UserError
-from lora_exp.job import METRICS_FILE, read_outcome
+from lora_exp.job import IDENTITY_FILE, IDENTITY_TAG, METRICS_FILE, read_outcome
 from lora_exp.machine.cache import cache_root, made_once
 from lora_exp.tracking import database
 from lora_exp.tracking.client import TrackingError, checked_client, said_clearly, tracking_uri, without_retries
@@ -27,9 +27,32 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 _ENDED = "attributes.status = 'FINISHED'"
+REUSED_TAG = "reused_from"  # the run, or the folder, of the job that did a run's work
+PRUNED_TAG = "pruned_at"  # of a run that was ended before its last step, as it could not win
 RUN_ID_FILE = "run_id"  # of a folder that was fetched
 _CHUNK = 100  # points that MLflow takes in one call
-_FETCHED = ("config.yaml", "adapter", METRICS_FILE)
+_FETCHED = ("config.yaml", "adapter", METRICS_FILE, IDENTITY_FILE)
+
+
+def same_jobs(section: TrackingConfig, identity: str) -> list[tuple[str, Path | None]]:
+    """The finished runs of jobs with this identity that did the work themselves, the newest first: each run's id, and
+    its folder where that is here. Raises TrackingError for a server that cannot be reached."""
+    file = database.file_of(tracking_uri(section))
+    if file is not None and not file.exists():
+        return []
+    with said_clearly(section), without_retries():
+        client = checked_client(section)
+        numbers = [experiment.experiment_id for experiment in client.search_experiments()]
+        wanted = f"{_ENDED} and tags.{IDENTITY_TAG} = '{identity}'"
+        runs = client.search_runs(numbers, wanted, max_results=100, order_by=["attributes.start_time DESC"])
+    own = [run for run in runs if not {REUSED_TAG, PRUNED_TAG} & set(run.data.tags)]
+    return [(run.info.run_id, _folder_here(run)) for run in own]
+
+
+def has_run(section: TrackingConfig, run_id: str) -> bool:
+    """Whether the store has the run. Raises TrackingError for a server that cannot be reached."""
+    with said_clearly(section), without_retries():
+        return _is_there(checked_client(section), run_id)
 
 
 def local_folder(section: TrackingConfig, run_id: str) -> Path:
@@ -105,6 +128,9 @@ def _run(client: MlflowClient, run_id: str) -> StoredRun:
 def _downloaded(client: MlflowClient, run: StoredRun) -> Path:
     run_id = run.info.run_id
     stored = {file.path for file in client.list_artifacts(run_id)}
+    origin = run.data.tags.get(REUSED_TAG, "")
+    if "adapter" not in stored and _RUN_ID.fullmatch(origin) and origin != run_id:
+        return _downloaded(client, _run(client, origin))
     if not {"adapter", "config.yaml"} <= stored:
         raise UserError(
             f"run={run_id}: its folder is not here, and MLflow has no adapter of it: name a run whose training came to "

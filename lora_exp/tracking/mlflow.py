@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,7 +70,7 @@ def open_run(
         with said_clearly(section):
             client = checked_client(section)
             end_stale(client)
-            stored = _reopened(client, run_id) if run_id else _created(client, section, name, sweep)
+            stored = _reopened(client, section, run_id, sweep) if run_id else _created(client, section, name, sweep)
         stack.enter_context(without_retries())
         with _failed_if_not_begun(client, stored.info.run_id):
             make_room = stack.enter_context(database.room_to_close(database.file_of(tracking_uri(section))))
@@ -97,13 +97,16 @@ def open_run(
 
 
 def _created(client: MlflowClient, section: TrackingConfig, name: str, sweep: Sweep | None) -> StoredRun:
-    origin: Mapping[str, str] = lineage.origin_tags()
-    tags = parent_tags(client, section, sweep.folder, sweep.name, origin) if sweep else {}
-    tags |= {**origin, PROCESS_TAG: str(Process.mine())}
+    tags = {**_belonging(client, section, sweep), **lineage.origin_tags(), PROCESS_TAG: str(Process.mine())}
     return client.create_run(experiment_id(client, section), tags=tags, run_name=redacted(name))
 
 
-def _reopened(client: MlflowClient, run_id: str) -> StoredRun:
+def _belonging(client: MlflowClient, section: TrackingConfig, sweep: Sweep | None) -> dict[str, str]:
+    return parent_tags(client, section, sweep.folder, sweep.name, lineage.origin_tags()) if sweep else {}
+
+
+def _reopened(client: MlflowClient, section: TrackingConfig, run_id: str, sweep: Sweep | None) -> StoredRun:
+    """It belongs to the sweep that it is gone on with in."""
     try:
         client.update_run(run_id, "RUNNING")
     except Exception as error:
@@ -112,7 +115,8 @@ def _reopened(client: MlflowClient, run_id: str) -> StoredRun:
         raise TrackingError(
             f"MLflow has no run {run_id} to go on with: mend tracking.uri, or start anew in another folder"
         ) from error
-    client.set_tag(run_id, PROCESS_TAG, str(Process.mine()))
+    for name, value in {**_belonging(client, section, sweep), PROCESS_TAG: str(Process.mine())}.items():
+        client.set_tag(run_id, name, value)
     found = client.get_run(run_id)
     if "error" in found.data.tags:  # of its end that was none
         client.delete_tag(run_id, "error")

@@ -17,6 +17,7 @@ from lora_exp.tracking.outbox import Entry
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric
+    from mlflow.entities import Run as StoredRun
     from mlflow.tracking import MlflowClient
 
 log = logging.getLogger(__name__)
@@ -107,6 +108,7 @@ class Teller:
             "dataset": self._tell_dataset,
             "model": self._tell_model,
             "best": self._tell_best,
+            "stands_for": self._tell_stands_for,
             "status": self._tell_status,
         }
 
@@ -148,14 +150,26 @@ class Teller:
 
     def _tell_best(self, entry: Entry) -> None:
         """Of a sweep: the last values of its best run's metrics, each at its own step, its data and its adapter."""
-        best = self.client.get_run(entry["best"])
-        points = [point for point in best.data._metric_objs if not point.key.startswith("system/")]
-        lines = [{"metrics": {point.key: point.value}, "step": point.step, "at": entry["at"]} for point in points]
+        best = self._tell_of(entry["best"], entry["at"])
+        self._tell_tags({"tags": {"best_run_id": best.info.run_id, "best_run_name": redacted(best.info.run_name)}})
+
+    def _tell_stands_for(self, entry: Entry) -> None:
+        """Of a job that is not run again: what the run has that did its work, what was found out about it, too."""
+        earlier = self._tell_of(entry["stands_for"], entry["at"])
+        own = self.client.get_run(self._run_id).data.tags
+        found = {key: value for key, value in earlier.data.tags.items() if key not in own and _is_found(key)}
+        self._tell_tags({"tags": found})
+
+    def _tell_of(self, run_id: str, at: int) -> StoredRun:
+        """The last values of a run's metrics, each at its own step, its data and its adapter. Returns the run."""
+        other = self.client.get_run(run_id)
+        points = [point for point in other.data._metric_objs if not point.key.startswith("system/")]
+        lines = [{"metrics": {point.key: point.value}, "step": point.step, "at": at} for point in points]
         if lines:
             self._tell_points(lines)
         with _if_taken("data and models"):
-            lineage.take_over(self.client, self._run_id, best)
-        self._tell_tags({"tags": {"best_run_id": best.info.run_id, "best_run_name": redacted(best.info.run_name)}})
+            lineage.take_over(self.client, self._run_id, other)
+        return other
 
     def _tell_status(self, entry: Entry) -> None:
         if entry["status"] == "RUNNING":
@@ -199,6 +213,11 @@ class Teller:
         if not self.refused:
             log.warning("MLflow refuses a part of the run's record, which is left out: %s", reason(error))
         self.refused += 1
+
+
+def _is_found(tag: str) -> bool:
+    """Whether a tag says what a run found out, and neither who made it nor how it ended."""
+    return tag.startswith("machine.") or tag.endswith(("sha256", "fingerprint"))
 
 
 def is_missing(error: Exception) -> bool:
