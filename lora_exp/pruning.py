@@ -20,7 +20,7 @@ from filelock import FileLock
 from lora_exp.adapters.files.whole import write_text
 from lora_exp.config import Config, PruneConfig
 from lora_exp.errors import UserError
-from lora_exp.job import BEGUN_FILE, Job, read_begun, read_metrics, read_outcome
+from lora_exp.job import Job, job_folders, read_begun, read_metrics, read_outcome
 from lora_exp.keys import unknown_key
 from lora_exp.training.best import Best
 
@@ -100,7 +100,7 @@ def refuse_several(section: PruneConfig, processes: int) -> None:
 
 def rivals_of(sweep: Path, metric: str) -> list[Rival]:
     """Every job that has begun, by number."""
-    found = [_rival(file.parent, metric) for file in sweep.glob(f"**/{BEGUN_FILE}")]
+    found = [_rival(folder, metric) for folder in job_folders(sweep)]
     return sorted((rival for rival in found if rival), key=lambda rival: rival.number)
 
 

@@ -141,8 +141,8 @@ def _base_choice(adapter: Path) -> str:
             [f"run={adapter} holds a model and no adapter: use it as a base, model=hf model.path={adapter}"]
         )
     for file in sorted((conf_folder() / "model").glob("*.yaml")):
-        loaded = OmegaConf.load(file)
-        if named and isinstance(loaded, DictConfig) and OmegaConf.select(loaded, "name") == named:
+        raw = OmegaConf.to_container(OmegaConf.load(file))  # a name may be an interpolation of the whole config
+        if named and isinstance(raw, dict) and raw.get("name") == named:
             return file.stem
     return "hf"
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_exp.adapters.files.whole import write_text
-from lora_exp.job import BEGUN_FILE, METRICS_FILE, RESULT_FILE, SWEPT_FILE, Outcome, read_begun, read_outcome
+from lora_exp.job import METRICS_FILE, RESULT_FILE, SWEPT_FILE, Outcome, job_folders, read_begun, read_outcome
 from lora_exp.machine import stopping
 from lora_exp.machine.claims import owner
 
@@ -156,9 +156,7 @@ class Looking:
     def state(self) -> SweepState:
         """As it is now."""
         launched = read_launched(self._folder)
-        places = {file.parent for name in (BEGUN_FILE, RESULT_FILE) for file in self._folder.glob(f"**/{name}")}
-        places.discard(self._folder)
-        found = {job.number: job for place in sorted(places) if (job := self._job(place))}
+        found = {job.number: job for place in job_folders(self._folder) if (job := self._job(place))}
         waiting = launched.jobs if launched else {}
         jobs = {number: JobState(number, tuple(given)) for number, given in waiting.items()} | found
         process = owner(self._folder)

@@ -95,6 +95,9 @@ def ended_sweep(folder: Path, status: str) -> Iterator[SweepRun | None]:
         raise
     with without_retries():
         try:
+            if status != "FINISHED":  # at once: a slow machine may not get to it while somebody waits for an end
+                with contextlib.suppress(Exception):
+                    client_of(section).set_terminated(known["parent_run_id"], status)
             tracked.log_status(status)
             yield SweepRun(tracked, section, known.get("experiment_id"))
         finally:

@@ -211,10 +211,9 @@ def test_jobs_end_with_the_process_that_launched_them(
 def test_a_missing_extra_is_named(
     cli: Callable[..., Any], tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hydra_plugins.lora_exp_launchers import ray
-
-    monkeypatch.setattr(ray.RayLauncher, "launcher", "nobody_has_this.Launcher")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "hydra_plugins.lora_exp_launchers._ray", raising=False)
     found = cli("-m", *tiny_overrides, "rank=2,4", "hydra/launcher=ray")
     assert found.code == 1
-    assert "hydra/launcher=ray needs a package that is missing (nobody_has_this)" in found.err
+    assert "hydra/launcher=ray needs a package that is missing (ray)" in found.err
     assert "pip install 'lora_exp[ray]'" in found.err

@@ -24,9 +24,12 @@ class Identity:
 
 @dataclasses.dataclass
 class Known:
-    """The identity that was found last; models over the same weights may have one in common."""
+    """The identity that was found last; models over the same weights may have one in common.
 
-    identity: Identity | None = None
+    No part of a model's state: it is looked at anew whether the base still has those values.
+    """
+
+    identity: Identity | None = dataclasses.field(default=None, repr=False)
 
 
 def found(model: nn.Module, known: Identity | None) -> Identity:

@@ -36,11 +36,11 @@ def test_a_plain_grid_with_replicates_ends_in_a_verdict(
     cli: Callable[..., Any], short: list[str], workplace: Path
 ) -> None:
     tracked = [each for each in short if each != "tracking=none"]
-    ended = cli("-m", *tracked, "rank=1,4", "optimizer.lr=1e-3,1e-2", "study.tune=[optimizer.lr]", "study.replicates=3")
+    ended = cli("-m", *tracked, "rank=1,4", "optimizer.lr=1e-3,1e-2", "study.tune=[optimizer.lr]", "study.replicates=2")
     assert ended.code == 0, ended.err
     folder = sweep_folder(workplace)
     found = verdict_in(folder)
-    assert [set(arm["values"]) for arm in found["arms"]] == [{"0", "1", "2"}] * 2
+    assert [set(arm["values"]) for arm in found["arms"]] == [{"0", "1"}] * 2
     assert {arm["tuned"]["optimizer.lr"] for arm in found["arms"]} <= {1e-3, 1e-2}
     assert found["split"] == "test"
     assert len(found["pairs"]) == 1
@@ -78,7 +78,7 @@ def test_a_study_tunes_and_confirms_with_fresh_seeds_and_opens_the_test_rows_at_
     cli: Callable[..., Any], short: list[str], workplace: Path
 ) -> None:
     ended = cli("-m", *short, "hydra/sweeper=study", "rank=1,4", "optimizer.lr=1e-4,1e-3", "study.tune=[optimizer.lr]",
-                "study.replicates=2", "study.widen=1")  # fmt: skip
+                "study.tune_replicates=1", "study.replicates=2", "study.widen=1")  # fmt: skip
     assert ended.code == 0, ended.err
     folder = sweep_folder(workplace)
     jobs = sorted((int(file.parent.name), file.parent) for file in folder.glob("*/result.json"))
@@ -86,8 +86,8 @@ def test_a_study_tunes_and_confirms_with_fresh_seeds_and_opens_the_test_rows_at_
     tuning = [outcome for _, outcome in outcomes if outcome.values.get("train.test") is False]
     confirming = [(place, outcome) for place, outcome in outcomes if "train.test" not in outcome.values]
     assert [outcome.number for _, outcome in outcomes] == list(range(len(tuning) + 4))
-    assert {outcome.values["seed"] for outcome in tuning} == {0, 1}
-    assert {outcome.values["seed"] for _, outcome in confirming} == {2, 3}
+    assert {outcome.values["seed"] for outcome in tuning} == {0}
+    assert {outcome.values["seed"] for _, outcome in confirming} == {1, 2}
     assert max(each.number for each in tuning) < min(each.number for _, each in confirming)
     assert not any(outcome.result.test for outcome in tuning)  # type: ignore[union-attr]
     assert all(read_test_rows(place) for place, _ in confirming)
