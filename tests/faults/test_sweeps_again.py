@@ -127,8 +127,8 @@ def test_with_joblib(workplace: Path, tiny_overrides: list[str], empty_database:
     command = [sys.executable, "-m", "lora_exp", *arguments]
 
     def begin(said: str) -> subprocess.Popen[bytes]:
-        stream = (workplace / said).open("wb")
-        return subprocess.Popen(command, stdout=stream, stderr=stream, env=environment, start_new_session=True)
+        with (workplace / said).open("wb") as stream:
+            return subprocess.Popen(command, stdout=stream, stderr=stream, env=environment, start_new_session=True)
 
     first = begin("first")
     until = time.monotonic() + 500
