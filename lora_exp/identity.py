@@ -40,7 +40,10 @@ _OF_A_BASE = (
     "*.safetensors", "config.json", "tokenizer*", "vocab*", "merges.txt", "*.model", "*.jinja", "*.py",
     "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
-_COMPUTING = ("adapters", "backends", "data", "models", "training", "run.py", "keeping.py", "written.py")
+_COMPUTING = (
+    "adapters", "backends", "data", "models", "packing", "training", "run.py", "keeping.py", "written.py",
+    "forgetting.py", "forgotten.py",
+)  # fmt: skip
 _LIBRARIES = ("torch", "transformers")
 _OF_ANOTHER_LOOP = ("accelerate", "trl")
 
