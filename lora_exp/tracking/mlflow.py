@@ -18,6 +18,7 @@ from lora_exp.machine.process import Process
 from lora_exp.tracking import database, lineage, system_metrics
 from lora_exp.tracking.client import TrackingError as TrackingError
 from lora_exp.tracking.client import checked_client, experiment_id, said_clearly, tracking_uri, without_retries
+from lora_exp.tracking.finished import PRUNED_TAG
 from lora_exp.tracking.links import where_to_look
 from lora_exp.tracking.stale import PROCESS_TAG, end_stale
 from lora_exp.tracking.sweeps import ended_sweep as ended_sweep
@@ -118,8 +119,8 @@ def _reopened(client: MlflowClient, section: TrackingConfig, run_id: str, sweep:
     for name, value in {**_belonging(client, section, sweep), PROCESS_TAG: str(Process.mine())}.items():
         client.set_tag(run_id, name, value)
     found = client.get_run(run_id)
-    if "error" in found.data.tags:  # of its end that was none
-        client.delete_tag(run_id, "error")
+    for tag in {"error", PRUNED_TAG} & set(found.data.tags):  # of its end that was none
+        client.delete_tag(run_id, tag)
     return found
 
 
