@@ -74,7 +74,7 @@ OTHER: dict[str, Callable[[Config], dict[str, Any]]] = {
     "the kind's own field": lambda config: {"data": Text(label="t", path=config.data.path, block_size=16)},
     "weights of files": lambda config: {"data": Text(label="t", path={config.data.path: 2.0})},
     "backend": lambda config: {"backend": "peft"},
-    "options": lambda config: {"adapter": AdapterConfig("lora", "lora", {"x": 1})},
+    "options": lambda config: {"adapter": AdapterConfig("lora", "lora", options={"x": 1})},
 }
 
 
@@ -89,7 +89,7 @@ def test_what_its_result_follows_from_is(what: str, config: Config) -> None:
 
 
 def test_a_rank_has_no_meaning_where_nothing_is_added(config: Config) -> None:
-    full = replace(config, adapter=AdapterConfig("full", None, {}, "weights"))
+    full = replace(config, adapter=AdapterConfig("full", trains="weights"))
     assert digest(replace(full, rank=4, alpha=7, dropout=0.5)) == digest(full)
 
 
