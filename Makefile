@@ -19,15 +19,15 @@ ui: $(STAMP)
 
 # Two halves side by side, of one thread each, as most tests wait for processes that they start; ARGS: one pytest with them.
 FIRST_HALF := tests/adapters tests/backends tests/data tests/export
-SECOND_HALF := $(filter-out $(FIRST_HALF),$(patsubst %/,%,$(wildcard tests/*/))) $(wildcard tests/test_*.py)
+SECOND_HALF := $(filter-out $(FIRST_HALF) tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/))) $(wildcard tests/test_*.py)
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -p no:cacheprovider
 ifeq ($(strip $(ARGS)),)
 test: lint
 	$(MAKE) --no-print-directory --keep-going --output-sync=target -j2 test-first test-second
-test-first:
+test-first: $(STAMP)
 	$(PYTEST) $(FIRST_HALF)
-test-second:
-	$(PYTEST) $(filter-out %__pycache__,$(SECOND_HALF))
+test-second: $(STAMP)
+	$(PYTEST) $(SECOND_HALF)
 else
 test: lint
 	$(BIN)/python -m pytest $(ARGS)
@@ -55,8 +55,8 @@ bench: $(STAMP)
 bench-quick: $(STAMP)
 	$(BIN)/python -m benchmarks --quick $(ARGS)
 
-# This GPU against float64 on the CPU, against PEFT, and how fast: nine minutes at most, in an environment of its own.
-# WHEELS=FOLDER: all from there, without a package index (pip download -d FOLDER -r benchmarks/gpu_check/requirements.txt).
+# This GPU against float64 on the CPU, against PEFT, and how fast, in an environment of its own.
+# WHEELS=FOLDER: all from there, without a package index (pip wheel -w FOLDER -r benchmarks/gpu_check/requirements.txt).
 GPU_VENV := .venv-gpu
 WHEELS ?=
 gpu-check:

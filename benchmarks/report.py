@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -68,16 +69,19 @@ _NOTES = {
 def circumstances(precision: Precision, quick: bool) -> Row:
     """Machine, what it was measured to be fast in, date, versions and command."""
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
-    now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     command = f"python -m benchmarks{' --quick' if quick else ''}"
     about = {
-        "date": now,
+        "date": now(),
         **{key.removeprefix("machine."): value for key, value in precision.tags().items()},
         "waiting": ", ".join(f"{key}={os.environ[key]}" for key in WAITS if key in os.environ) or "OpenMP's default",
         "python": platform.python_version(),
         "command": command,
     }
     return about | versions | {"capability": torch.backends.cpu.get_cpu_capability(), "GPU": "not measured"}
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def load() -> list[float]:
@@ -99,7 +103,7 @@ def write(results: dict[str, Row], folder: Path) -> None:
     parts += [notes.read_text().strip()] if notes.exists() else []
     for name, heading in _HEADINGS.items():
         if name in results:
-            parts += [f"## {heading}", _about(results[name]["about"]), _NOTES[name], *_tables(results[name])]
+            parts += [f"## {heading}", in_a_line(results[name]["about"]), _NOTES[name], *_tables(results[name])]
     if "layers" in results:
         _plot(results["layers"]["means"], folder / "layers.png")
         parts.append("![PEFT's time over ours](layers.png)")
@@ -126,7 +130,7 @@ def _tables(found: Row) -> list[str]:
     ]
 
 
-def _about(about: Row) -> str:
+def in_a_line(about: Mapping[str, object]) -> str:
     return "; ".join(f"{key.replace('_', ' ')} {value}" for key, value in about.items())
 
 

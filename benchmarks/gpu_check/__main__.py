@@ -1,9 +1,8 @@
-"""Check this GPU: `python -m benchmarks.gpu_check` ends with 0 where all is as it should be, within nine minutes."""
+"""Check this GPU: `python -m benchmarks.gpu_check` ends with 0 where all is as it should be."""
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.util
 import json
 import time
@@ -14,7 +13,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.report import table
+from benchmarks.report import in_a_line, now, table
+from benchmarks.rows import Row
+from lora_exp.machine.processor import device_name
 
 from . import layers, models, runs, times
 from .checks import Found, run
@@ -35,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     warnings.simplefilter("ignore")
     about = circumstances(device)
-    print("; ".join(f"{key} {value}" for key, value in about.items()), flush=True)
+    print(in_a_line(about), flush=True)
     found = list(_checked(asked.rooms, device))
     measured = times.measure(device) if "times" in asked.rooms else {}
     about["seconds"] = str(round(time.perf_counter() - started))
@@ -50,13 +51,11 @@ def main(arguments: list[str] | None = None) -> int:
 def circumstances(device: torch.device) -> dict[str, str]:
     """What it was measured on."""
     names = ("torch", "transformers", "peft", "bitsandbytes")
-    now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     versions = {name: metadata.version(name) for name in names if importlib.util.find_spec(name)}
-    about = {"date": now, "device": str(device), **versions}
+    about = {"date": now(), "device": device_name(device), **versions}
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        about |= {"GPU": torch.cuda.get_device_name(device), "capability": f"{major}.{minor}"}
-        about |= {"CUDA": str(torch.version.cuda)}
+        about |= {"capability": f"{major}.{minor}", "CUDA": str(torch.version.cuda)}
     return about
 
 
@@ -68,13 +67,13 @@ def _checked(rooms: list[str], device: torch.device) -> Iterator[Found]:
             yield one
 
 
-def _write(folder: Path, about: dict[str, str], found: list[Found], measured: dict[str, object]) -> None:
+def _write(folder: Path, about: dict[str, str], found: list[Found], measured: Row) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rows = [one.row() for one in found]
     (folder / "gpu.json").write_text(json.dumps({"about": about, "checks": rows, "times": measured}, indent=1) + "\n")
-    parts = ["# GPU check", "; ".join(f"{key} {value}" for key, value in about.items()), table(rows)]
+    parts = ["# GPU check", in_a_line(about), table(rows)]
     if measured:
-        parts += ["PEFT's time over ours, forward and backward of one layer:", table(measured["rows"])]  # type: ignore[arg-type]
+        parts += ["PEFT's time over ours, forward and backward of one layer:", table(measured["rows"])]
     (folder / "GPU.md").write_text("\n\n".join(parts) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""Single layers: every variant on every kind of layer, quantised bases, experts, DoRA's norm, merging."""
+"""Single layers: every variant on linear layers, embeddings and convolutions, quantised bases, merging."""
 
 from __future__ import annotations
 

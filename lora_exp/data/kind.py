@@ -147,6 +147,10 @@ class DataKind(DataConfig):
         """The layout of conversations as a chat template; None where rows are none, or no template says it."""
         return None
 
+    def ending(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
+        """What ends every text, as tokens, and how many special tokens come after it."""
+        return [], 0
+
     def openings(self, rows: Dataset[Row], count: int) -> list[tuple[list[int], list[int]]]:
         """Of up to ``count`` rows the tokens that a model may be asked to go on from, and those that follow; [] where a
         row is nothing to be written."""

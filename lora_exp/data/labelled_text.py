@@ -74,9 +74,8 @@ def load_texts(section: TextClassification, tokenizer: PreTrainedTokenizerBase) 
         tokens, cut = _tokenise([texts for texts, _ in found], section, tokenizer)
         rows[split] = Texts(tokens, [indices[label] for _, label in found], padding)
         if cut:
-            said.append(
-                f"{cut:,} of {len(found):,} {split} texts are cut to their first {room(section, tokenizer)} tokens"
-            )
+            longest = section.max_length - len(section.ending(tokenizer)[0])
+            said.append(f"{cut:,} of {len(found):,} {split} texts are cut to their first {longest} tokens")
     return Data(
         train=rows["train"],
         validation=rows["validation"],
@@ -183,23 +182,26 @@ def _shown(rows: Texts, classes: Sequence[str], tokenizer: PreTrainedTokenizerBa
     return f"\x1b[2m{text[:_SHOWN]}{'…' * (len(text) > _SHOWN)}\x1b[0m → {classes[rows.labels[0]]}"
 
 
+def ending(suffix: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
+    """The suffix's tokens, and how many special tokens the tokenizer puts after a text."""
+    bare = tokenizer(suffix, add_special_tokens=False)["input_ids"] if suffix else []
+    if not bare:
+        return [], 0
+    whole = tokenizer(suffix)["input_ids"]
+    before = next(place for place in range(len(whole)) if whole[place : place + len(bare)] == bare)
+    return bare, len(whole) - before - len(bare)
+
+
 def _check_length(section: TextClassification, tokenizer: PreTrainedTokenizerBase) -> None:
-    special = tokenizer.num_special_tokens_to_add(pair=section.pair_field is not None)
-    if room(section, tokenizer) <= special:
-        ending = f" and {len(suffix_tokens(section, tokenizer))} of data.suffix" if section.suffix else ""
+    special, suffix = (
+        tokenizer.num_special_tokens_to_add(pair=section.pair_field is not None),
+        section.ending(tokenizer)[0],
+    )
+    if section.max_length <= special + len(suffix):
+        more = f" and {len(suffix)} of data.suffix" if suffix else ""
         raise UserError(
-            f"data.max_length={section.max_length} leaves no room beside {special} special tokens{ending}: raise it"
+            f"data.max_length={section.max_length} leaves no room beside {special} special tokens{more}: raise it"
         )
-
-
-def room(section: TextClassification, tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many tokens a text may have, special ones among them and the suffix's not."""
-    return section.max_length - len(suffix_tokens(section, tokenizer))
-
-
-def suffix_tokens(section: TextClassification, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    found: list[int] = tokenizer(section.suffix, add_special_tokens=False)["input_ids"] if section.suffix else []
-    return found
 
 
 def _tokenise(
@@ -208,7 +210,8 @@ def _tokenise(
     """Each text's tokens, and how many texts were cut."""
     if not texts:
         return [], 0
-    ending, longest = suffix_tokens(section, tokenizer), room(section, tokenizer)
+    suffix, after = section.ending(tokenizer)
+    longest = section.max_length - len(suffix)
     columns = [list(column) for column in zip(*texts, strict=True)]
     whole = tokenizer(*columns, return_attention_mask=False)
     over = [index for index, ids in enumerate(whole["input_ids"]) if len(ids) > longest]
@@ -218,15 +221,12 @@ def _tokenise(
         cut = tokenizer(*long, truncation=True, max_length=longest, return_attention_mask=False)
         for place, index in enumerate(over):
             rows[index] = {name: cut[name][place] for name in cut}
-    ended = [_ended(row, ending, tokenizer) for row in rows] if ending else rows
+    ended = [_ended(row, suffix, after) for row in rows]
     return [{name: torch.tensor(ids, dtype=torch.int32) for name, ids in row.items()} for row in ended], len(over)
 
 
-def _ended(row: dict[str, list[int]], ending: list[int], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
+def _ended(row: dict[str, list[int]], suffix: list[int], after: int) -> dict[str, list[int]]:
     """With the suffix before the special tokens at the end; what else a token has is the token's before it."""
-    is_special = tokenizer.get_special_tokens_mask(row["input_ids"], already_has_special_tokens=True)
-    end = max((index for index, special in enumerate(is_special) if not special), default=-1) + 1
-    filling = {
-        name: ending if name == "input_ids" else [ids[max(end - 1, 0)]] * len(ending) for name, ids in row.items()
-    }
-    return {name: [*ids[:end], *filling[name], *ids[end:]] for name, ids in row.items()}
+    end = len(row["input_ids"]) - after
+    more = {name: suffix if name == "input_ids" else ids[end - 1 : end] * len(suffix) for name, ids in row.items()}
+    return {name: [*ids[:end], *more[name], *ids[end:]] for name, ids in row.items()}

@@ -40,7 +40,7 @@ def shares(count: int, validation: float, test: float) -> bytearray:
         raise UserError(f"{count} cannot be split into training, validation and test")
     if validation:
         found = bytearray(VALIDATION if is_held_out else 0 for is_held_out in held_out(count, validation))
-    if test and count - sum(found) < 2:
+    if validation and test and found.count(0) < 2:
         found[found.rindex(VALIDATION)] = 0
     rest = [place for place, share in enumerate(found) if not share]
     if test:

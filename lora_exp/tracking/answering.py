@@ -81,14 +81,13 @@ class Answering(PythonModel):
         return {"label": self.model.config.id2label[best], "score": float(scores[best])}
 
     def _ended(self, text: str) -> Any:
-        """(1, T): cut as in training, and ended by the suffix, which special tokens at the end come after."""
-        suffix = self.tokenizer(self.facts.get("suffix", ""), add_special_tokens=False)["input_ids"]
+        """(1, T): cut and ended as in training; what else a token of the suffix has is the token's before it."""
+        suffix, after = self.facts["ending"]
         given = self.tokenizer(text, truncation=True, max_length=self.facts["max_length"] - len(suffix))
-        is_special = self.tokenizer.get_special_tokens_mask(given["input_ids"], already_has_special_tokens=True)
-        end = max((index for index, special in enumerate(is_special) if not special), default=-1) + 1
+        end = len(given["input_ids"]) - after
         for name, ids in given.items():
-            filling = suffix if name == "input_ids" else [ids[max(end - 1, 0)]] * len(suffix)
-            given[name] = [[*ids[:end], *filling, *ids[end:]]]
+            more = suffix if name == "input_ids" else ids[end - 1 : end] * len(suffix)
+            given[name] = [[*ids[:end], *more, *ids[end:]]]
         return given.convert_to_tensors("pt")
 
 

@@ -171,9 +171,12 @@ def test_each_split_has_its_fraction_and_at_least_one(count: int, validation: fl
         assert abs(counts[split] - fraction * count) <= 1
 
 
-def test_two_records_are_no_three_splits() -> None:
+def test_too_few_records_are_refused() -> None:
     with pytest.raises(UserError, match="2 cannot be split into training, validation and test"):
         shares(2, 0.5, 0.2)
+    for validation, test in ((0.5, 0.0), (0.0, 0.5)):
+        with pytest.raises(UserError, match="1 cannot be split into training and validation"):
+            shares(1, validation, test)
 
 
 @pytest.fixture

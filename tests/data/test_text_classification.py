@@ -180,6 +180,9 @@ def test_a_suffix_comes_before_the_special_tokens_of_the_end(tmp_path: Path) -> 
     expected = tokenizer("sea 0", "ox lamb sea 7")
     assert row["input_ids"].tolist() == expected["input_ids"]
     assert row["token_type_ids"].tolist() == expected["token_type_ids"]
+    rows[0]["two"] = "ox unheard-of"  # the token of an unknown word is special as well
+    row = loaded(tokenizer, jsonl(tmp_path / "a.jsonl", rows), **options).train[0]
+    assert row["input_ids"].tolist() == tokenizer("sea 0", "ox unheard-of sea 7")["input_ids"]
     with pytest.raises(UserError, match=r"max_length=5 leaves no room beside 3 special tokens and 2 of data\.suffix"):
         loaded(tokenizer, jsonl(tmp_path / "a.jsonl", rows), **options, max_length=5)
 

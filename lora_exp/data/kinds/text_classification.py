@@ -10,6 +10,7 @@ from lora_exp.inputs import RECORD_SUFFIXES, source_problems, without_class_fold
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
     from lora_exp.training.metrics import RowLosses
 
@@ -68,6 +69,11 @@ class TextClassification(DataKind):
 
         zero = torch.zeros((), dtype=torch.long)
         return {"input_ids": torch.zeros(self.max_length, dtype=torch.long), "labels": zero, "padding": zero}
+
+    def ending(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
+        from lora_exp.data.labelled_text import ending
+
+        return ending(self.suffix, tokenizer)
 
     def load(self, tokenizer: Tokenizer) -> Data:
         from lora_exp.data.labelled_text import load_texts

@@ -57,10 +57,8 @@ def prompt_of(wish: Wish) -> tuple[dict[str, Any], dict[str, Any]]:
 
     kind = kind_of(wish.trained.config.data)
     if kind.new_head:
-        suffix = getattr(kind, "suffix", "")
-        return {"prompt": "classes", "max_length": kind.positions, "suffix": suffix}, {
-            "text": "The match ended in a draw."
-        }
+        asked = {"prompt": "classes", "max_length": kind.positions, "ending": kind.ending(wish.trained.tokenizer)}
+        return asked, {"text": "The match ended in a draw."}
     chats = kind.chat_template(wish.trained.tokenizer) is not None
     asked = {"prompt": "chat" if chats else "text"}
     return asked, {"prompt": "What is a ship for?" if chats else "In the beginning"}
