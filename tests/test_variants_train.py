@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-VARIANTS = ("lora_fa", "vera")
+VARIANTS = ("lora_fa", "lora_fb", "vera")
 
 
 @pytest.mark.parametrize("adapter", VARIANTS)

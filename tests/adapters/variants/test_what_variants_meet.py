@@ -9,7 +9,7 @@ from torch import nn
 
 from lora_exp.adapters import LoraConfig, LoraModel, use_reference
 
-VARIANTS = ("lora_fa", "vera")
+VARIANTS = ("lora_fa", "lora_fb", "vera")
 
 
 @pytest.fixture(params=VARIANTS)
