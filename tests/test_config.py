@@ -51,7 +51,7 @@ def test_every_yaml_composes_converts_and_passes_the_checks(group: str, choice: 
     }
     needed |= {f"quantization={name}": ["task=plan"] for name in ("nf4", "fp4", "int8")}
     needed["prune=wilcoxon"] = ["task=plan"]  # hydra/sweeper=optuna holds Optuna at a version before it
-    plus = "+" if group in ("experiment", "study") else ""
+    plus = "+" if group in ("experiment", "scale", "study", "where") else ""
     check(config(f"{plus}{group}={choice}", *needed.get(f"{group}={choice}", [])))
 
 
