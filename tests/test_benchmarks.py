@@ -54,3 +54,17 @@ def test_the_native_path_does_not_import_peft():
     code = "import sys, lora_exp.run; print([m for m in ('peft', 'bitsandbytes') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_norms_of_gradients_are_told_by_arm(cli, tiny_overrides, workplace):
+    from benchmarks.gradient_norms import KEY, told
+
+    done = cli(*tiny_overrides, "-m", "rank=2,4", "seed=0,1", "tracking=none", "hydra.sweep.dir=sweep")
+    assert done.code == 0, done.err
+    rows = told(workplace / "sweep").splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == ["| rank=2", "| rank=4"]
+    firsts = []
+    for job in (0, 1):
+        lines = (workplace / f"sweep/{job}/metrics.jsonl").read_text().splitlines()
+        firsts.append(next(record[KEY] for record in map(json.loads, lines) if KEY in record))
+    assert rows[0].split(" | ")[1:3] == ["2", f"{sum(firsts) / 2:.3g}"]
