@@ -54,7 +54,7 @@ def method_config(config: Config) -> PeftConfig:
         raise UserError(f"adapter.method={section.method} has no tokens: add adapter.options.num_virtual_tokens=20")
     if getattr(made, "init_lora_weights", None) == "eva":  # PEFT itself would pass over it and begin as LoRA does
         raise UserError(
-            "adapter.options.init_lora_weights=eva looks at data before training, which PEFT's scripts do and we do not: "
+            "adapter.options.init_lora_weights=eva looks at data before training, as PEFT's scripts do and we do not: "
             "leave it out, or choose one that follows from the base, such as pissa or olora"
         )
     return made
