@@ -37,6 +37,7 @@ endif
 torture: $(STAMP)
 	TRIALS=$(TRIALS) SEED=$(SEED) $(BIN)/python -m pytest tests/faults/test_torture.py -q -s $(ARGS)
 	PYTHONPATH=. $(BIN)/python tests/faults/outages.py
+	PYTHONPATH=. $(BIN)/python tests/faults/crowd.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

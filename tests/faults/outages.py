@@ -8,8 +8,7 @@ Starts MLflow's own server on 127.0.0.1, trains a tiny model, kills the server i
 - silent: lets a socket that accepts and never answers take its place until the training has ended; then starts the
   server again and calls ``task=sync``.
 
-Prints a line a trial and exits with 1 if one fails. PostgreSQL (initdb, pg_ctl, and psycopg2 on the path) runs as the
-user ``postgres`` where this is started by root, whom it refuses.
+Prints a line a trial and exits with 1 if one fails. What PostgreSQL needs is said in stores.py.
 """
 
 from __future__ import annotations
@@ -18,8 +17,6 @@ import argparse
 import contextlib
 import json
 import os
-import random
-import shutil
 import signal
 import socket
 import subprocess
@@ -28,6 +25,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from stores import free_port, tiny_training, tracking_store
 
 ROOT = Path(__file__).parents[2]
 CHILD = """
@@ -57,7 +56,10 @@ def main() -> None:
     given = parser.parse_args()
     problems = []
     for trial in given.trial or ["stopped", "silent"]:
-        with tempfile.TemporaryDirectory(prefix="outages-") as folder, _store(given.store, Path(folder)) as store:
+        with (
+            tempfile.TemporaryDirectory(prefix="outages-") as folder,
+            tracking_store(given.store, Path(folder)) as store,
+        ):
             found = _trial(trial, Path(folder), store, given.away_s, given.steps)
             problems += found
             print(f"{given.store}, {trial}: {'; '.join(found) or 'as it must be'}", flush=True)
@@ -65,11 +67,11 @@ def main() -> None:
 
 
 def _trial(trial: str, folder: Path, store: str, away_s: float, steps: int) -> list[str]:
-    port = _free_port()
+    port = free_port()
     address = f"http://127.0.0.1:{port}"
     server = _server(store, folder, port)
     environment = {**os.environ, "MLFLOW_TRACKING_URI": address, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", CHILD, *_overrides(folder, steps), "hydra.run.dir=job"]
+    command = [sys.executable, "-c", CHILD, *tiny_training(folder, steps), "hydra.run.dir=job"]
     with (folder / "shown").open("w") as shown:
         training = subprocess.Popen(command, cwd=folder, env=environment, stdout=shown, stderr=shown)
     lines = folder / "job/metrics.jsonl"
@@ -124,30 +126,6 @@ def _problems(folder: Path, address: str, steps: int) -> list[str]:
     return [*found, *([f"without {sorted(missing)}"] if missing else [])]
 
 
-def _overrides(folder: Path, steps: int) -> list[str]:
-    model = folder / "model"
-    _tiny_model(model)
-    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog and runs away\n" * 200)
-    return [
-        "model=hf", f"model.path={model}", "model.label=tiny", "data=text", f"data.path={folder / 'text.txt'}",
-        "data.block_size=16", "device=cpu", f"train.steps={steps}", f"train.eval_every={steps // 2}",
-        "train.eval_blocks=2", "train.micro_batch_size=1",
-    ]  # fmt: skip
-
-
-def _tiny_model(folder: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    signs = {sign: place for place, sign in enumerate(["<unk>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyzĠ"])}
-    tokenizer = Tokenizer(models.BPE(signs, [], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    fast.save_pretrained(folder)
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(fast), max_position_embeddings=32, **sizes)).save_pretrained(folder)
-
-
 def _server(store: str, folder: Path, port: int) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--host", "127.0.0.1"]
     command += ["--port", str(port), "--workers", "1", "--artifacts-destination", str(folder / "artifacts")]
@@ -194,48 +172,6 @@ def _until(is_so: object, process: subprocess.Popen[bytes], at_most_s: float = 3
 
 def _count(file: Path) -> int:
     return file.read_bytes().count(b"\n") if file.is_file() else 0
-
-
-def _free_port() -> int:
-    """None that the system gives to clients: one of those may be connected to itself while its server is away."""
-    while True:
-        port = random.randrange(20_000, 30_000)
-        with contextlib.suppress(OSError), socket.socket() as ear:
-            ear.bind(("127.0.0.1", port))
-            return port
-
-
-@contextlib.contextmanager
-def _store(kind: str, folder: Path) -> Iterator[str]:
-    if kind == "sqlite":
-        yield f"sqlite:///{folder}/mlflow.db"
-        return
-    place, port = folder / "postgresql", _free_port()
-    place.mkdir()
-    folder.chmod(0o755)
-    as_user: list[str] = []
-    if os.geteuid() == 0:
-        shutil.chown(place, "postgres")
-        as_user = ["runuser", "-u", "postgres", "--"]
-    binaries = _postgresql()
-    subprocess.run([*as_user, f"{binaries}/initdb", "-D", place / "data", "-A", "trust", "-U", "mlflow"],
-                   check=True, stdout=subprocess.DEVNULL)  # fmt: skip
-    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={place}"
-    control = [*as_user, f"{binaries}/pg_ctl", "-D", place / "data", "-w", "-l", place / "log"]
-    subprocess.run([*control, "-o", options, "start"], check=True, stdout=subprocess.DEVNULL)
-    try:
-        yield f"postgresql+psycopg2://mlflow@127.0.0.1:{port}/postgres"
-    finally:
-        subprocess.run([*control, "-m", "immediate", "stop"], check=False, stdout=subprocess.DEVNULL)
-
-
-def _postgresql() -> Path:
-    """Debian keeps the server's programs off the path."""
-    installed = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-    found = shutil.which("pg_ctl")
-    if not installed and found is None:
-        sys.exit("PostgreSQL is not installed: apt-get install postgresql")
-    return installed[-1] if installed else Path(found or "").resolve().parent
 
 
 if __name__ == "__main__":
