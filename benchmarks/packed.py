@@ -107,7 +107,7 @@ def _ours(place: _Place, name: str, overrides: Sequence[str], multirun: bool = F
     given = [f"model.dtype={DTYPES[sweep.label]}", f"tracking.uri={place.store}", f"train.steps={sweep.steps}"]
     given += [f"model.cache_dir={place.cache}", f"data.cache_dir={place.cache}", f"data.block_size={sweep.tokens}"]
     given += [f"train.micro_batch_size={sweep.rows}", f"train.eval_every={max(1, sweep.steps // 2)}"]
-    given += [f"train.eval_blocks={sweep.evaluated}"]
+    given += [f"train.eval_blocks={sweep.evaluated}", "sweep.reuse=false"]  # a later turn does the work again
     where = [f"hydra.sweep.dir={folder}", "-m"] if multirun else [f"hydra.run.dir={folder}"]
     return ["-m", "lora_exp", *given, *overrides, *where]
 
