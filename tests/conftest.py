@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sys
@@ -142,7 +143,7 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def cli(
     workplace: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Callable[..., Finished]:
+) -> Iterator[Callable[..., Finished]]:
     """Call ``lora-exp`` with arguments, in this process and in a folder that holds no run yet."""
     from lora_exp.__main__ import main
     from lora_exp.machine import signals
@@ -164,4 +165,14 @@ def cli(
         out, err = capfd.readouterr()
         return Finished(code, out, err)
 
-    return call
+    yield call
+    _close_log_files(workplace)
+
+
+def _close_log_files(folder: Path) -> None:
+    """Take off the handlers that Hydra left to the root logger: a later test's first record would open their files."""
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        if isinstance(handler, logging.FileHandler) and Path(handler.baseFilename).is_relative_to(folder):
+            root.removeHandler(handler)
+            handler.close()

@@ -245,7 +245,12 @@ def _mismatched(*_: object, **__: object) -> None:
     list(zip([1, 2], [3], strict=True))  # a bug, and a ValueError, as every message is
 
 
-_WHERE = ("run.load_data", "backends.native.targeted", "training.trainers.native.lane_of", "checks._place_problems")
+_WHERE = (
+    "packing.resident.load_data",
+    "backends.native.targeted",
+    "training.trainers.native.lane_of",
+    "checks._place_problems",
+)
 BUGS = [f"lora_exp.{name}" for name in _WHERE]
 
 

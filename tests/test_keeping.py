@@ -43,16 +43,16 @@ def course(monkeypatch: pytest.MonkeyPatch) -> dict[int, dict[str, torch.Tensor]
 @pytest.fixture
 def with_test_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """The validation rows again, as a test split."""
-    from lora_exp import run
+    from lora_exp.packing import resident
 
-    real = run.load_data
+    real = resident.load_data
 
     def load(*given: Any) -> Data:
         data = real(*given)
         rows = Subset(data.validation, range(7))
         return Data(data.train, data.validation, data.rows, data.shape, test=rows)
 
-    monkeypatch.setattr(run, "load_data", load)
+    monkeypatch.setattr(resident, "load_data", load)
 
 
 def outcome(folder: Path) -> Outcome:
@@ -145,11 +145,11 @@ def test_test_rows_are_looked_at_once_with_what_is_saved(
     seen: list[dict[str, torch.Tensor]] = []
     real = run.evaluate
 
-    def evaluate(forward: Any, batches: list[Any], name: str) -> dict[str, float]:
+    def evaluate(forward: Any, batches: list[Any], *more: Any) -> dict[str, float]:
         trained = [each for each in forward.model.parameters() if each.requires_grad]
         seen.append({str(i): value.detach().clone() for i, value in enumerate(trained)})
         assert sum(len(batch["labels"]) for batch in batches) == 7
-        return real(forward, batches, name)
+        return real(forward, batches, *more)
 
     monkeypatch.setattr(run, "evaluate", evaluate)
     done = cli(*tiny_overrides, *LONG, f"train.keep={keep}")

@@ -153,12 +153,12 @@ def test_a_sweep_is_a_parent_run_with_its_jobs_as_children(
     assert len({run.data.tags["sweep_id"] for run in runs}) == 1
     table = parent.data.tags["mlflow.note.content"]
     assert "| job | rank | scaling |" in table
-    assert "seed" not in table
+    assert "| seed |" not in table
     artifacts = {file.path for file in client.list_artifacts(parent.info.run_id)}
     pictures = {f"loss_{rest}.png" for rest in (
         "curves", "against_rank", "against_scaling", "against_parameters", "against_time", "against_memory"
     )}  # fmt: skip
-    assert artifacts == {"comparison.csv", "comparison.md", "report.html", *pictures}
+    assert artifacts == {"comparison.csv", "comparison.md", "report.html", "verdict.json", "verdict.md", *pictures}
 
 
 def test_one_failed_job_does_not_stop_the_others(cli: Cli, tiny_overrides: list[str], workplace: Path) -> None:

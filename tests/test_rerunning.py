@@ -186,7 +186,7 @@ def test_tasks_that_are_not_about_runs_take_none(cli: Cli, runs: list[Path], tin
     for task in ("train", "plan"):
         done = cli(*tiny_overrides, f"task={task}", f"run={runs[0]}", "tracking=none")
         assert done.code == 1
-        assert f"which task={task} is not about: use task=evaluate, " in done.err
+        assert f"which task={task} is not about: use task=analyse, evaluate, " in done.err
     done = cli("task=evaluate", "run=nowhere", "tracking=none")
     assert done.code == 1
     assert "run=nowhere is neither a folder" in done.err

@@ -136,7 +136,7 @@ def test_what_cannot_be_gone_on_with_is_refused_and_stays(
         assert "Traceback" not in done.err
     after = {path.name: path.read_bytes() for path in job(killed).rglob("*") if path.is_file()}
     assert {name for name in before if before[name] != after.get(name)} <= {
-        "config.yaml", "overrides.yaml", "hydra.yaml", "lora_exp.log", ".in_use.json"
+        "config.yaml", "overrides.yaml", "hydra.yaml", "lora_exp.log", ".in_use.json", "begun.json"
     }  # fmt: skip
     done = forked(*tiny_overrides, JOB, *LENGTH, "resume=auto", "train.save_every=2", "train.keep_checkpoints=1",
                   folder=killed.folder)  # fmt: skip

@@ -18,7 +18,8 @@ from lora_exp.training import loop
 CLOCK = ("_per_s", "train/mfu")
 PACKED = "hydra/launcher=packed"
 JOINED = [PACKED, "hydra.launcher.lanes=8", "hydra.launcher.passes=joined"]
-SWEPT = ["rank=2,1000,4", "adapter=lora,dora", "dropout=0.3"]  # a rank of 1000 is a UserError once the model is there
+# A rank of 1000 is a UserError once the model is there. Each sweep is to do the work again.
+SWEPT = ["rank=2,1000,4", "adapter=lora,dora", "dropout=0.3", "sweep.reuse=false"]
 WITHIN = {"train/loss": 1e-5, "train/grad_norm": 1e-5, "train/lr": 0.0, "eval/loss": 1e-6}
 GOOD, BAD = (0, 1, 4, 5), (2, 3)
 
