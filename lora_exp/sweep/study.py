@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,15 +46,16 @@ class Study:
         tuned = self._tuned(launch)
         replicates = self.section.replicates or REPLICATES
         first = self.seed + (self.section.tune_replicates if self.section.tune else 0)
-        log.info(f"study  {replicates} seeds from {first} on for each of {len(self._arms)} arms")
+        log.info(f"study  {replicates} seeds from {first} on for each of {len(tuned)} arms")
         jobs = [
             (*self.fixed, *arm, *tuned[arm], f"seed={seed}", f"{LOOKS}=true")
-            for arm in self._arms for seed in range(first, first + replicates)
+            for arm in tuned for seed in range(first, first + replicates)
         ]  # fmt: skip
-        launch(jobs)
+        if jobs:
+            launch(jobs)
 
     def _tuned(self, launch: Launch) -> dict[Setting, Setting]:
-        """Each arm's best values, as overrides."""
+        """Each arm's best values, as overrides; an arm of which every value failed is left out, which is said."""
         if not self.section.tune:
             return dict.fromkeys(self._arms, ())
         settings = _product(self._grids)
@@ -70,7 +72,11 @@ class Study:
                 self._grids[key] += values
                 log.info(f"study  a best {key} is at the edge of what was tried: {', '.join(values)} too, for each arm")
             settings = [each for each in _product(self._grids) if each not in before]
-        return {arm: self._best(arm) for arm in self._arms}
+        found = {arm: self._best(arm) for arm in self._arms}
+        for arm in (arm for arm, best in found.items() if best is None):
+            tuned = ", ".join(self.section.tune)
+            log.warning(f"study  {' '.join(arm)} is left out: no value of {tuned} was trained with each seed")
+        return {arm: best for arm, best in found.items() if best is not None}
 
     def _tune(self, settings: Sequence[Setting], launch: Launch) -> None:
         seeds = range(self.seed, self.seed + self.section.tune_replicates)
@@ -81,17 +87,20 @@ class Study:
         self._launched += len(each)
         launch([(*self.fixed, *arm, *setting, f"seed={seed}", f"{LOOKS}=false") for arm, setting, seed in each])
 
-    def _best(self, arm: Setting) -> Setting:
-        """Its best setting by validation; of values that all failed the first."""
+    def _best(self, arm: Setting) -> Setting | None:
+        """Its best setting by validation; None if no value was trained with every seed."""
         numbered = {job.outcome.number: job for job in collect(self.folder)}
         settings = [setting for of_arm, setting in self._numbers if of_arm == arm]
         jobs = {each: [numbered[n] for n in self._numbers[arm, each] if n in numbered] for each in settings}
         seeds, metric = self.section.tune_replicates, self.section.metric
-        return min(settings, key=lambda each: demerit(jobs[each], seeds, metric))
+        demerits = {each: demerit(jobs[each], seeds, metric) for each in settings}
+        best = min(settings, key=demerits.__getitem__)
+        return best if math.isfinite(demerits[best]) else None
 
     def _wider(self) -> dict[str, list[str]]:
         """One more value beyond each edge of a grid at which some arm is best."""
-        best = [dict(each.split("=", 1) for each in self._best(arm)) for arm in self._arms]
+        chosen = [best for arm in self._arms if (best := self._best(arm)) is not None]
+        best = [dict(each.split("=", 1) for each in setting) for setting in chosen]
         found = {key: beyond(values, [each[key] for each in best]) for key, values in self._grids.items()}
         return {key: values for key, values in found.items() if values}
 

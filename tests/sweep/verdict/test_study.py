@@ -111,6 +111,26 @@ def test_a_value_that_fails_is_not_chosen_and_the_study_goes_on(
     assert [len(arm["values"]) for arm in found["arms"]] == [2, 2]
 
 
+def test_an_arm_of_which_nothing_could_be_tuned_is_left_out(
+    cli: Callable[..., Any], short: list[str], workplace: Path
+) -> None:
+    ended = cli(
+        "-m",
+        *short,
+        "hydra/sweeper=study",
+        "rank=2,4,1000",
+        "optimizer.lr=1e-3,1e-2",
+        "study.tune=[optimizer.lr]",
+        "study.replicates=2",
+        "study.tune_replicates=1",
+        "study.widen=0",
+    )
+    assert ended.code == 1
+    assert "rank=1000 is left out: no value of optimizer.lr was trained with each seed" in ended.out
+    assert len(list(sweep_folder(workplace).glob("*/result.json"))) == 6 + 4
+    assert {arm["label"] for arm in verdict_in(sweep_folder(workplace))["arms"]} == {"rank=2", "rank=4"}
+
+
 def test_what_a_study_cannot_do_is_said_before_it_begins(cli: Callable[..., Any], short: list[str]) -> None:
     for wrong, said in (
         (["rank=1,4", "seed=0,1", "hydra/sweeper=study"], "a study chooses its own seeds"),
