@@ -99,7 +99,7 @@ class Study:
 
     def _wider(self) -> dict[str, list[str]]:
         """One more value beyond each edge of a grid at which some arm is best."""
-        chosen = [best for arm in self._arms if (best := self._best(arm)) is not None]
+        chosen = [setting for arm in self._arms if (setting := self._best(arm)) is not None]
         best = [dict(each.split("=", 1) for each in setting) for setting in chosen]
         found = {key: beyond(values, [each[key] for each in best]) for key, values in self._grids.items()}
         return {key: values for key, values in found.items() if values}

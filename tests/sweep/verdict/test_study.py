@@ -128,7 +128,7 @@ def test_an_arm_of_which_nothing_could_be_tuned_is_left_out(
     assert ended.code == 1
     assert "rank=1000 is left out: no value of optimizer.lr was trained with each seed" in ended.out
     assert len(list(sweep_folder(workplace).glob("*/result.json"))) == 6 + 4
-    assert {arm["label"] for arm in verdict_in(sweep_folder(workplace))["arms"]} == {"rank=2", "rank=4"}
+    assert {arm["arm"] for arm in verdict_in(sweep_folder(workplace))["arms"]} == {"rank=2", "rank=4"}
 
 
 def test_what_a_study_cannot_do_is_said_before_it_begins(cli: Callable[..., Any], short: list[str]) -> None:
