@@ -44,6 +44,11 @@ def method_config(config: Config) -> PeftConfig:
         )
     kind = _config_class(section.method)
     options = _checked_options(section.method, kind, section.options)
+    if options.get("init_lora_weights") == "eva":  # PEFT itself would pass over it and begin as LoRA does
+        raise UserError(
+            "adapter.options.init_lora_weights=eva looks at data before training, as PEFT's scripts do and we do not: "
+            "leave it out, or choose one that follows from the base, such as pissa or olora"
+        )
     if options.get("task_type") is None and config.model.kind == "causal_lm":
         options["task_type"] = "CAUSAL_LM"
     try:
@@ -52,11 +57,6 @@ def method_config(config: Config) -> PeftConfig:
         raise UserError(f"adapter.method={section.method} refuses its options: {_reason(error)}") from error
     if made.is_prompt_learning and getattr(made, "num_virtual_tokens", 1) is None:
         raise UserError(f"adapter.method={section.method} has no tokens: add adapter.options.num_virtual_tokens=20")
-    if getattr(made, "init_lora_weights", None) == "eva":  # PEFT itself would pass over it and begin as LoRA does
-        raise UserError(
-            "adapter.options.init_lora_weights=eva looks at data before training, as PEFT's scripts do and we do not: "
-            "leave it out, or choose one that follows from the base, such as pissa or olora"
-        )
     return made
 
 
