@@ -20,6 +20,13 @@ Forked = Callable[..., Any]
 STEP = "lora_exp.training.loop:_accumulate"
 RANKS = ["rank=1,2,3,4,5,6", "-m"]
 KEPT = ["train.save_every=1"]
+LAUNCHERS = {
+    "basic": [],
+    "packed": ["hydra/launcher=packed", "hydra.launcher.lanes=1"],
+    "joblib": ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
+    "ray": ["hydra/launcher=ray", "hydra.launcher.init.num_cpus=2"],
+}
+EXTRAS = {"joblib": "hydra_plugins.hydra_joblib_launcher", "ray": "ray"}
 
 
 def sweeps(folder: Path) -> list[Path]:
@@ -53,8 +60,11 @@ def children(folder: Path) -> list[list[Any]]:
     ]
 
 
-def test_a_sweep_killed_in_its_fourth_job_is_completed(forked: Forked, tiny_overrides: list[str]) -> None:
-    arguments = [*tiny_overrides, *KEPT, *RANKS]
+@pytest.mark.parametrize("launcher", ["basic", pytest.param("packed", marks=pytest.mark.slow)])
+def test_a_sweep_killed_in_its_fourth_job_is_completed(
+    launcher: str, forked: Forked, tiny_overrides: list[str]
+) -> None:
+    arguments = [*tiny_overrides, *KEPT, *RANKS, *LAUNCHERS[launcher]]
     whole = forked(*arguments)
     half = forked(*arguments, target=STEP, at=15, do="kill")  # the third of the fourth job's four steps
     assert half.code == -signal.SIGKILL
@@ -119,10 +129,12 @@ def test_the_same_folder_is_completed(forked: Forked, tiny_overrides: list[str])
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(util.find_spec("hydra_plugins.hydra_joblib_launcher") is None, reason="an extra")
-def test_with_joblib(workplace: Path, tiny_overrides: list[str], empty_database: Path) -> None:
-    """Jobs of two processes: all that had finished when they were killed is reused, what was begun goes on."""
-    arguments = [*tiny_overrides, *KEPT, *RANKS, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "train.steps=40"]
+@pytest.mark.parametrize("launcher", EXTRAS)
+def test_with_jobs_in_two_processes(launcher: str, workplace: Path, tiny_overrides: list[str]) -> None:
+    """All that had finished when they were killed is reused, what was begun goes on."""
+    if util.find_spec(EXTRAS[launcher]) is None:
+        pytest.skip(f"the extra {launcher} is not installed")
+    arguments = [*tiny_overrides, *KEPT, *RANKS, *LAUNCHERS[launcher], "train.steps=40"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "lora_exp", *arguments]
 
