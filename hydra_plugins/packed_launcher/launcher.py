@@ -36,17 +36,20 @@ class PackedLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         from lora_exp.packing.launching import Wish, groups_of
         from lora_exp.packing.shelf import shared
+        from lora_exp.sweep.live import launched
 
         wish = Wish.of(self._lanes, self._passes)
         setup_globals()
         self._log_as_launcher()
-        Path(str(self._config.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
+        folder = Path(str(self._config.hydra.sweep.dir)).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
         jobs = [self._composed(list(given), initial_job_idx + i) for i, given in enumerate(job_overrides)]
         configs = [_typed(job) for job in jobs]
         groups = groups_of(configs)
         log.info(f"Launching {len(jobs)} jobs in this process")
         found: dict[int, JobReturn] = {}
-        with shared():
+        trials = OmegaConf.select(self._config, "hydra.sweeper.n_trials")
+        with launched(folder, job_overrides, initial_job_idx, trials, tells_jobs=False), shared():
             for places in groups:
                 found |= self._run_group(places, jobs, configs, wish)
         return [found[place] for place in range(len(jobs))]

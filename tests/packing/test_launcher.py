@@ -13,6 +13,7 @@ from mlflow.tracking import MlflowClient
 from lora_exp import models
 from lora_exp.job import read_metrics, read_outcome
 from lora_exp.packing import resident
+from lora_exp.sweep.state import read_launched
 from lora_exp.training import loop
 
 CLOCK = ("_per_s", "train/mfu")
@@ -63,6 +64,9 @@ def test_jobs_leave_what_they_leave_alone(
     ended = cli("-m", *tiny_overrides, *SWEPT, "hydra.sweep.dir=packed", PACKED, "hydra.launcher.lanes=1")
     assert ended.code == 1
     assert "rank=1000 is above the dimensions" in ended.out
+    launched = read_launched(workplace / "packed")  # what the display and task=status go by
+    assert launched is not None
+    assert (launched.total, sorted(launched.jobs)) == (6, list(range(6)))
     assert (alone["load_base"], alone["base_files_sha256"], alone["load_data"]) == (6, 6, 6)
     once = done - alone
     assert (once["load_base"], once["base_files_sha256"], once["load_data"]) == (1, 1, 1)
