@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +81,15 @@ def test_what_hinders_drawing_costs_nobody_the_table(tmp_path: Path, monkeypatch
     with pytest.raises(ZeroDivisionError):
         report_sweep(tmp_path, interrupted=False)
     assert "2.0000" in (tmp_path / "comparison.csv").read_text()
+
+
+def test_every_loss_is_told_as_exactly_as_the_validation_loss(tmp_path: Path) -> None:
+    add(tmp_path, 0, 3.35912345, rank=8)
+    file = tmp_path / "0/result.json"
+    outcome = json.loads(file.read_text())
+    outcome["result"] |= {"test": {"loss": 3.36181, "perplexity": 28.8412}, "metrics": {"forget_loss": 4.00051}}
+    file.write_text(json.dumps(outcome))
+    report_sweep(tmp_path, interrupted=False)
+    row = next(csv.DictReader((tmp_path / "comparison.csv").read_text().splitlines()))
+    found = [row[name] for name in ("eval/loss", "test/loss", "forget_loss", "test/perplexity")]
+    assert found == ["3.3591", "3.3618", "4.0005", "28.84"]
