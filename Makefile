@@ -18,7 +18,7 @@ ui: $(STAMP)
 	$(BIN)/python -m lora_exp.tracking.ui $(ARGS)
 
 # Two halves side by side, of one thread each, as most tests wait for processes that they start; ARGS: one pytest with them.
-FIRST_HALF := tests/adapters tests/backends tests/data tests/export tests/models tests/packing tests/use
+FIRST_HALF := tests/adapters tests/backends tests/data tests/export tests/launchers tests/models tests/packing tests/use
 SECOND_HALF := $(filter-out $(FIRST_HALF) tests/__pycache__,$(patsubst %/,%,$(wildcard tests/*/))) $(wildcard tests/test_*.py)
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -p no:cacheprovider
 ifeq ($(strip $(ARGS)),)
