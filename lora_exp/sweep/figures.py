@@ -144,8 +144,9 @@ def _mean_curve(jobs: list[JobReport], key: str) -> list[Point]:
 
 
 def _mean(x: float | str, values: list[float], note: str) -> Point:
-    span = (min(values), max(values)) if len(values) > 1 else (None, None)
-    return Point(x, sum(values) / len(values), note, *span)
+    low, high = min(values), max(values)
+    mean = min(max(sum(values) / len(values), low), high)  # rounding may put the mean of equal values beside them
+    return Point(x, mean, note, *((low, high) if len(values) > 1 else ()))
 
 
 def _jobs(count: int) -> str:

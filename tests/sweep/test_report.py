@@ -93,3 +93,13 @@ def test_every_loss_is_told_as_exactly_as_the_validation_loss(tmp_path: Path) ->
     row = next(csv.DictReader((tmp_path / "comparison.csv").read_text().splitlines()))
     found = [row[name] for name in ("eval/loss", "test/loss", "forget_loss", "test/perplexity")]
     assert found == ["3.3591", "3.3618", "4.0005", "28.84"]
+
+
+def test_replicates_that_are_equal_are_drawn(tmp_path: Path) -> None:
+    """Their mean, rounded, may lie beside them, and matplotlib refuses a bar of a negative length."""
+    loss = next(x / 1e4 for x in range(30000, 40000) if sum([x / 1e4] * 3) / 3 < x / 1e4)
+    for number in range(6):
+        add(tmp_path, number, loss, rank=(4, 8)[number // 3], seed=number % 3)
+    assert report_sweep(tmp_path, interrupted=False)
+    assert (tmp_path / "loss_against_rank.png").is_file()
+    assert (tmp_path / "report.html").is_file()
