@@ -1,26 +1,25 @@
 """Norms of gradients by what was swept, in Markdown: ``python -m benchmarks.gradient_norms FOLDER`` (a sweep's).
 
-Of each job: that of its first optimizer step, and the mean over all of them, before clipping. The first one is all
-that a rule of scaling changes, as B is zero there; later ones also follow from what has been learnt.
+Of each job: that of its first optimizer step, and the mean over all of them, before clipping. At the first step B is
+zero and nothing has been learnt, so that arms differ there by rank and scaling alone.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import statistics
 import sys
 from pathlib import Path
 
+from lora_exp.job import read_metrics
 from lora_exp.sweep.jobs import JobReport, collect, differing, grouped, is_replicate, title
+from lora_exp.sweep.verdict.arms import validation_of
 
 KEY = "train/grad_norm"
 
 
 def norms(job: JobReport) -> list[float]:
     """In the order of the steps."""
-    lines = (job.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [float(record[KEY]) for record in map(json.loads, lines) if KEY in record]
+    return [record[KEY] for record in read_metrics(job.folder) if KEY in record]
 
 
 def told(folder: Path) -> str:
@@ -33,14 +32,9 @@ def told(folder: Path) -> str:
     for group in grouped(sorted(jobs, key=lambda job: job.outcome.number), names):
         found = [norms(job) for job in group]
         first, mean = statistics.mean(each[0] for each in found), statistics.mean(map(statistics.mean, found))
-        loss = statistics.mean(_loss(job) for job in group)
+        loss = statistics.mean(validation_of(job, "loss") for job in group)
         rows.append(f"| {title(group[0], names)} | {len(group)} | {first:.3g} | {mean:.3g} | {loss:.4f} |")
     return "\n".join(rows)
-
-
-def _loss(job: JobReport) -> float:
-    result = job.outcome.result
-    return float(getattr(result, "eval_loss", math.nan))
 
 
 if __name__ == "__main__":

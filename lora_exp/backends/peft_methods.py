@@ -22,6 +22,7 @@ _REFUSALS = (
     *(ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, AssertionError),
     *(NotImplementedError, IndexError),
 )
+_LOOK_AT_DATA = ("eva", "corda", "lora_ga")
 _KNOBS = ("rank", "alpha", "dropout", "bias")  # of the config, which are our own variants'
 
 
@@ -44,9 +45,9 @@ def method_config(config: Config) -> PeftConfig:
         )
     kind = _config_class(section.method)
     options = _checked_options(section.method, kind, section.options)
-    if options.get("init_lora_weights") == "eva":  # PEFT itself would pass over it and begin as LoRA does
+    if (init := options.get("init_lora_weights")) in _LOOK_AT_DATA:  # some of which PEFT begins as any LoRA then
         raise UserError(
-            "adapter.options.init_lora_weights=eva looks at data before training, as PEFT's scripts do and we do not: "
+            f"adapter.options.init_lora_weights={init} looks at data before training, which is not done here: "
             "leave it out, or choose one that follows from the base, such as pissa or olora"
         )
     if options.get("task_type") is None and config.model.kind == "causal_lm":

@@ -193,10 +193,8 @@ def ending(suffix: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], 
 
 
 def _check_length(section: TextClassification, tokenizer: PreTrainedTokenizerBase) -> None:
-    special, suffix = (
-        tokenizer.num_special_tokens_to_add(pair=section.pair_field is not None),
-        section.ending(tokenizer)[0],
-    )
+    special = tokenizer.num_special_tokens_to_add(pair=section.pair_field is not None)
+    suffix, _ = section.ending(tokenizer)
     if section.max_length <= special + len(suffix):
         more = f" and {len(suffix)} of data.suffix" if suffix else ""
         raise UserError(

@@ -106,13 +106,18 @@ def _cells(result: AnyResult) -> dict[str, str]:
     found = {}
     if result.best_loss is not None and result.best_step != result.step:  # else its adapter is the one that is there
         found["best/loss"] = f"{result.best_loss:.4f} @{result.best_step}"
-    found |= {f"test/{name}": _figure(name, value) for name, value in result.test.items()}
-    metrics = found | {name: _figure(name, value) for name, value in result.metrics.items()}
+    found |= {f"test/{name}": _metric(name, value) for name, value in result.test.items()}
+    metrics = found | {name: _metric(name, value) for name, value in result.metrics.items()}
     return {name: show(result) for name, show in RESULT_COLUMNS.items()} | metrics
 
 
+def _metric(name: str, value: float) -> str:
+    """Each loss as exactly as the validation loss."""
+    return f"{value:.4f}" if "loss" in name else shown(value)
+
+
 def _figure(name: str, value: float) -> str:
-    """A loss as exactly as others are told, and a difference near nothing too."""
-    if "loss" in name:
+    """Of a task on finished runs, which may be a loss as well as a difference near nothing."""
+    if name == "loss":
         return f"{value:.4f}"
     return shown(value) if value == 0 or abs(value) >= 1e-3 else f"{value:.1e}"

@@ -111,6 +111,8 @@ def test_a_file_of_pefts_names_its_own_targets(tiny_llama: Path, tmp_path: Path)
         ("IA3", {"rr": 3}, [], "rr is no option of PEFT's IA3"),
         ("OFT", {"r": 8}, [], "refuses its options: You can only specify either r"),
         ("LORA", {"init_lora_weights": "eva"}, [], "init_lora_weights=eva looks at data before training"),
+        ("LORA", {"init_lora_weights": "corda"}, [], "init_lora_weights=corda looks at data before training"),
+        ("LORA", {"init_lora_weights": "lora_ga"}, [], "init_lora_weights=lora_ga looks at data before training"),
         ("PREFIX_TUNING", {}, [], "add adapter.options.num_virtual_tokens=20"),
         ("IA3", {}, ["rank=4"], "rank=4 is not an option of PEFT's IA3"),
         ("IA3", {}, ["optimizer.lora_plus_ratio=4"], "is for a factor B, which adapter=ia3 has not"),

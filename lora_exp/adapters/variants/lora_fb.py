@@ -1,4 +1,4 @@
-"""One adapter whose B stays as it was drawn and whose A alone trains: LoRA-FA's mirror image (arXiv 2402.16842 §4).
+"""One adapter whose B stays as it was drawn and whose A alone trains: LoRA-FA's mirror image (arXiv 2402.16842).
 
 That paper's claim is that B matters more: with A frozen little is lost, with B frozen much. This is the other arm.
 """

@@ -1,4 +1,4 @@
-"""LoRA with B frozen: A alone trains, from zero; steps are PEFT's with a frozen B."""
+"""LoRA with B frozen: A alone trains, from zero, under a B drawn as A is elsewhere."""
 
 import copy
 import json
@@ -60,31 +60,6 @@ def test_B_is_drawn_as_A_is_elsewhere():
     A = LoraModel(nn.Sequential(nn.Linear(400, 32)), LoraConfig(rank=64), verbose=False).wrapped[0].lora_A
     assert B.abs().max() <= 400**-0.5
     assert B.std().item() == pytest.approx(A.std().item(), rel=0.02)
-
-
-def test_steps_are_those_of_peft_with_a_frozen_B(make_tiny, tokens, oracle):
-    base = make_tiny()
-    twin = oracle.twin(base, r=4, target_modules=["q_proj", "v_proj"], lora_alpha=8.0, use_rslora=True)
-    ours = model_of(base, target_modules=["q_proj", "v_proj"], lora_alpha=8.0, use_rslora=True)
-    theirs = dict(twin.base_model.model.named_modules())
-    for name, value in ours.adapter_tensors().items():
-        layer, _, what = name.rpartition(".")
-        getattr(theirs[layer], what)["default"].weight.data.copy_(value.T)
-    for name, value in twin.named_parameters():
-        value.requires_grad_(value.requires_grad and "lora_B" not in name)
-    assert ours.parameter_counts() == twin.get_nb_trainable_parameters()
-    losses = []
-    for model in (ours, twin):
-        optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=1e-2)
-        losses.append([])
-        for _ in range(5):
-            optimizer.zero_grad()
-            loss = model(tokens).log_softmax(-1)[..., 0].mean()
-            loss.backward()
-            optimizer.step()
-            losses[-1].append(loss.item())
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert losses[0][-1] < losses[0][0]
 
 
 def test_peft_reads_plain_lora_and_we_read_it_again(make_tiny, tokens, randomised, tmp_path):
