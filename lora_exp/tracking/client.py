@@ -77,7 +77,8 @@ def client_of(section: TrackingConfig) -> MlflowClient:
         logging.getLogger(noisy).setLevel(logging.CRITICAL)  # errors are raised too, and said once
     if (file := database.file_of(uri)) is not None:
         database.ensure(file, lambda address: MlflowClient(address).search_experiments(max_results=1))
-    return MlflowClient(uri)
+    with database.one_at_a_time(uri):
+        return MlflowClient(uri)
 
 
 def experiment_id(client: MlflowClient, section: TrackingConfig) -> str:

@@ -1,7 +1,8 @@
-"""MLflow's SQLite file: its address, and its making, whole or not at all.
+"""MLflow's database: a SQLite file's address, and the making of its tables, whole or not at all and by one process.
 
 MLflow makes its schema by dozens of migrations that each commit. A process that ends among them leaves a file that no
-later run can open, so the schema is made in a temporary folder and renamed into place under a lock.
+later run can open, so the schema is made in a temporary folder and renamed into place under a lock. Two processes that
+make it on one PostgreSQL or MySQL both fail: there the lock is the server's.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ _ROOM_BYTES = 1 << 17  # an update of a run, with SQLite's journal
 _SIGNS = "?%"
 _FIRST_TABLES = {"experiments", "alembic_version"}
 _AT_WORK_S = 10.0  # a half-built file that was changed since may be another program's at this moment
+_LOCKS = {  # held by a connection, and gone with it
+    "postgresql": f"SELECT pg_advisory_lock({int.from_bytes(b'lora_exp') >> 1})",
+    "mysql": "SELECT GET_LOCK('lora_exp', 600)",
+}
 
 
 def address(file: Path) -> str:
@@ -63,6 +68,23 @@ def ensure(file: Path, build: Callable[[str], object]) -> None:
                 (temporary / "whole.db").replace(file)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def one_at_a_time(uri: str) -> Iterator[None]:
+    """Wait for other processes that look for or make the tables of the database server at ``uri``.
+
+    Nothing for other addresses, nor where the server cannot be reached or the driver is missing: MLflow says so better.
+    """
+    lock = _LOCKS.get(uri.partition(":")[0].partition("+")[0])
+    with contextlib.ExitStack() as stack:
+        if lock is not None:
+            import sqlalchemy
+
+            with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError, ImportError):
+                engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool, isolation_level="AUTOCOMMIT")
+                stack.enter_context(engine.connect()).execute(sqlalchemy.text(lock))
+        yield
 
 
 @contextlib.contextmanager

@@ -124,3 +124,18 @@ def test_an_address_and_its_file() -> None:
     assert database.file_of("sqlite:////a/b.db?timeout=5") == Path("/a/b.db")
     for other in ("http://host", "sqlite://", "sqlite:///:memory:", "postgresql://host/db"):
         assert database.file_of(other) is None
+
+
+@pytest.mark.parametrize(
+    "uri", ["sqlite:///x.db", "http://127.0.0.1:1", "file:///x", "databricks", "mssql+pyodbc://x/y"]
+)
+def test_only_servers_with_locks_are_asked_for_one(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlalchemy, "create_engine", lambda *_, **__: pytest.fail("asked"))
+    with database.one_at_a_time(uri):
+        pass
+
+
+@pytest.mark.parametrize("uri", ["postgresql://nobody@127.0.0.1:1/x", "mysql+pymysql://nobody@127.0.0.1:1/x"])
+def test_a_server_that_is_away_or_has_no_driver_is_left_to_mlflow(uri: str) -> None:
+    with database.one_at_a_time(uri):
+        pass
