@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu_check import checks, times
+from benchmarks.gpu_check import checks, lanes, times
 from benchmarks.gpu_check.__main__ import main
 from lora_exp.adapters import LoraModel
 
-CPU = ["--device", "cpu", "--rooms", "layers", "models"]
+CPU = ["--device", "cpu", "--rooms", "layers", "lanes", "models"]
 
 
 def test_the_cpu_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,3 +75,9 @@ def test_no_gpu_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main([]) == 2
     assert "sees no GPU; --device cpu runs the same checks" in capsys.readouterr().out
+
+
+def test_lanes_are_timed_each_against_batched() -> None:
+    found = lanes.measure(torch.device("cpu"), width=48, rounds=2)
+    assert [row["tokens of a lane"] for row in found] == [16, 256]
+    assert all(row["ratio"] > 0 for row in found)

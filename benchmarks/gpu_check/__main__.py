@@ -17,10 +17,10 @@ from benchmarks.report import in_a_line, now, table
 from benchmarks.rows import Row
 from lora_exp.machine.processor import device_name
 
-from . import layers, models, runs, times
+from . import lanes, layers, models, runs, times
 from .checks import Found, run
 
-_ROOMS = {"layers": layers.cases, "models": models.cases, "runs": runs.cases}
+_ROOMS = {"layers": layers.cases, "lanes": lanes.cases, "models": models.cases, "runs": runs.cases}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     about = circumstances(device)
     print(in_a_line(about), flush=True)
     found = list(_checked(asked.rooms, device))
-    measured = times.measure(device) if "times" in asked.rooms else {}
+    measured = {**times.measure(device), "lanes": lanes.measure(device)} if "times" in asked.rooms else {}
     about["seconds"] = str(round(time.perf_counter() - started))
     _write(asked.out, about, found, measured)
     bad = [one for one in found if not one.is_good]
@@ -74,6 +74,10 @@ def _write(folder: Path, about: dict[str, str], found: list[Found], measured: Ro
     parts = ["# GPU check", in_a_line(about), table(rows)]
     if measured:
         parts += ["PEFT's time over ours, forward and backward of one layer:", table(measured["rows"])]
+        parts += [
+            "Lanes, each product by itself over batched, forward and backward of one layer:",
+            table(measured["lanes"]),
+        ]
     (folder / "GPU.md").write_text("\n\n".join(parts) + "\n")
 
 

@@ -92,7 +92,7 @@ def _against_float64(kind: str, variant: str, dtype: torch.dtype, device: torch.
 
 def rounded(model: LoraModel, dtype: torch.dtype) -> LoraModel:
     """The base in ``dtype``, and the trained parameters in float32, as a run has them."""
-    trained = {id(parameter) for parameter in model.adapter_parameters().values()}
+    trained = {id(parameter) for name in model.configs for parameter in model.adapter_parameters(name).values()}
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         if id(tensor) not in trained and tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)

@@ -27,8 +27,8 @@ _FORMAT = "hydra.job_logging.formatters.terminal.format"
 class PackedLauncher(Launcher):
     """Runs a sweep's jobs in this process, over one frozen base: ``lanes`` at once, or one after the other."""
 
-    def __init__(self, lanes: int | str = "auto", passes: str = "auto") -> None:
-        self._lanes, self._passes = lanes, passes
+    def __init__(self, lanes: int | str = "auto", passes: str = "auto", products: str = "auto") -> None:
+        self._lanes, self._passes, self._products = lanes, passes, products
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self._context, self._task, self._config = hydra_context, task_function, config
@@ -38,7 +38,7 @@ class PackedLauncher(Launcher):
         from lora_exp.packing.shelf import shared
         from lora_exp.sweep.live import launched
 
-        wish = Wish.of(self._lanes, self._passes)
+        wish = Wish.of(self._lanes, self._passes, self._products)
         setup_globals()
         self._log_as_launcher()
         folder = Path(str(self._config.hydra.sweep.dir)).resolve()

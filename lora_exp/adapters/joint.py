@@ -25,14 +25,18 @@ class JointModel(LoraModel):
     `model` has the same weights as theirs, in modules of its own (`lora_exp.models.twin`). What is trained here is
     trained there: a lent adapter has the very parameters, and its dropout follows from the same seed and count. A part
     of the batch may go to a name that nobody has: it sees the base alone.
+
+    `is_batched`: in linear layers, slices of one size go through their plain LoRA by one batched product for all. Then
+    the last bits of a lane depend on the others' number and largest rank.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, is_batched: bool = False) -> None:
         nn.Module.__init__(self)
         self.configs = {}
         self.wrapped = model
         self.__class__ = class_like(type(self), model)
         self.route_state = Route()
+        self.route_state.batches_lanes = is_batched
         self.known_base = base_hash.Known()
         self._merged = None
         keep_trainable(model)

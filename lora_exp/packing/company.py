@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_exp.adapters import LoraModel
 from lora_exp.adapters.joint import JointModel, why_alone
@@ -25,6 +25,7 @@ from lora_exp.training.objectives import Batch
 
 log = logging.getLogger(__name__)
 Reply = Callable[[], Passed]
+MakeJoint = Callable[[torch.device], JointModel]
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,12 @@ class _Place:
 
 
 class Company:
-    """Answers the steps of lanes that train at once. ``make_base()`` gives a model over their frozen weights."""
+    """Answers the steps of lanes that train at once, by a model over their frozen weights."""
 
-    def __init__(self, make_base: Callable[[], nn.Module]) -> None:
+    def __init__(self, make_joint: MakeJoint) -> None:
         self.is_joined = True
         self.joined_passes = 0  # optimizer steps that were made for several at once
-        self._make_base = make_base
+        self._make_joint = make_joint
         self._joint: JointModel | None = None
         self._places: list[_Place] = []
         self._made = 0
@@ -130,7 +131,7 @@ class Company:
 
     def _model(self, asked: Asked) -> JointModel:
         if self._joint is None:
-            self._joint = JointModel(self._make_base())
+            self._joint = self._make_joint(asked.forward.device)
             if asked.config.train.gradient_checkpointing:
                 from lora_exp.models import checkpoint_layers
 

@@ -12,27 +12,38 @@ from lora_exp.machine import launch
 from lora_exp.packing.groups import group_of, lane_group_of, together
 
 if TYPE_CHECKING:
+    import torch
+
     from lora_exp.packing.company import Asked
     from lora_exp.packing.turns import Take, Turn
 
-AUTO, JOINED, TURNS = "auto", "joined", "turns"
+AUTO, JOINED, TURNS, EACH, BATCHED = "auto", "joined", "turns", "each", "batched"
 
 
 @dataclass(frozen=True)
 class Wish:
-    """``lanes``: how many jobs are open at once; None: as many as pay. ``passes``: joined, turns or auto."""
+    """``lanes``: how many jobs are open at once; None: as many as pay. ``passes``: joined, turns or auto. ``products``
+    of a joined pass's factors: each lane's own, batched for all or auto."""
 
     lanes: int | None
     passes: str
+    products: str = AUTO
 
     @classmethod
-    def of(cls, lanes: object, passes: object) -> Wish:
+    def of(cls, lanes: object, passes: object, products: object = AUTO) -> Wish:
         """Raises UserError for what is neither."""
         if lanes != AUTO and (isinstance(lanes, bool) or not isinstance(lanes, int) or lanes < 1):
             raise UserError(f"hydra.launcher.lanes={lanes} is no number of lanes: use auto, or 1 and more")
         if passes not in (AUTO, JOINED, TURNS):
             raise UserError(f"hydra.launcher.passes={passes} is not known: use {AUTO}, {JOINED} or {TURNS}")
-        return cls(lanes if isinstance(lanes, int) else None, str(passes))
+        if products not in (AUTO, EACH, BATCHED):
+            raise UserError(f"hydra.launcher.products={products} is not known: use {AUTO}, {EACH} or {BATCHED}")
+        return cls(lanes if isinstance(lanes, int) else None, str(passes), str(products))
+
+    def is_batched(self, kind: str) -> bool:
+        """Whether lanes on devices of this kind go through their factors by batched products. A CPU is slower
+        by it, and only with products of its own does a lane keep its bits whoever leaves."""
+        return kind != "cpu" if self.products == AUTO else self.products == BATCHED
 
 
 def groups_of(configs: Sequence[Config | None]) -> list[list[int]]:
@@ -75,6 +86,7 @@ def run_lanes(
     jobs: Sequence[tuple[str, Callable[[], Any]]], most: int, wish: Wish, also: Sequence[Take] = ()
 ) -> list[Turn[Any]]:
     """Run jobs, by name, as lanes. What each ended with is in its turn. Raises ``Stopped`` when a signal has come."""
+    from lora_exp.adapters.joint import JointModel
     from lora_exp.packing import resident
     from lora_exp.packing.company import Company
     from lora_exp.packing.lanes import run_in_lanes
@@ -82,13 +94,16 @@ def run_lanes(
     from lora_exp.packing.turns import Turn
     from lora_exp.progress import without_bars
 
-    company = Company(resident.another)
+    def make_joint(device: torch.device) -> JointModel:
+        return JointModel(resident.another(), wish.is_batched(device.type))
+
+    company = Company(make_joint)
     company.is_joined = wish.passes != TURNS
 
     def choose(asked: Asked) -> int:
         if wish.passes != AUTO:
             return most
-        paying = most_that_pay(asked, most, resident.another)
+        paying = most_that_pay(asked, most, make_joint)
         company.is_joined = paying > 1
         return max(paying, wish.lanes or 1)
 

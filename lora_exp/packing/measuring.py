@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import nn
 
 from lora_exp.adapters import LoraModel
-from lora_exp.adapters.joint import JointModel, why_alone
+from lora_exp.adapters.joint import why_alone
 from lora_exp.config import Config
 from lora_exp.data import kind_of
 from lora_exp.machine import signals
 from lora_exp.machine.place import Place
 from lora_exp.packing import shelf
-from lora_exp.packing.company import Asked, Before, joined
+from lora_exp.packing.company import Asked, Before, MakeJoint, joined
 from lora_exp.packing.lanes import TOKENS
 from lora_exp.plan.estimate import GIB, Planner
 from lora_exp.plan.precheck import memory_gib
@@ -56,7 +54,7 @@ def most_by_memory(config: Config, most: int, place: Place) -> int:
     return max(1, min(most, int((memory - base) // max(plan.total_bytes - base, 1))))
 
 
-def most_that_pay(asked: Asked, most: int, make_base: Callable[[], nn.Module]) -> int:
+def most_that_pay(asked: Asked, most: int, make_joint: MakeJoint) -> int:
     """``most`` lanes or fewer, by the time that a lane's share in a common pass takes; nothing is trained by it."""
     model = asked.forward.model
     if not isinstance(model, LoraModel) or why_alone(model) is not None:
@@ -66,8 +64,8 @@ def most_that_pay(asked: Asked, most: int, make_base: Callable[[], nn.Module]) -
 
     def measure() -> int:
         nonlocal count
-        alone_s = _timed(asked, 1, make_base)
-        while count > 1 and (common_s := _timed(asked, count, make_base)) / count > _GAIN * alone_s:
+        alone_s = _timed(asked, 1, make_joint)
+        while count > 1 and (common_s := _timed(asked, count, make_joint)) / count > _GAIN * alone_s:
             log.info(f"lanes  {count} in one pass take {common_s / count:.3f} s each, one alone {alone_s:.3f} s")
             count //= 2
         if count > 1:
@@ -77,9 +75,9 @@ def most_that_pay(asked: Asked, most: int, make_base: Callable[[], nn.Module]) -
     return measure() if here is None else here.take("lanes", key, measure)
 
 
-def _timed(asked: Asked, count: int, make_base: Callable[[], nn.Module]) -> float:
+def _timed(asked: Asked, count: int, make_joint: MakeJoint) -> float:
     """Seconds of a forward and a backward pass of so many lanes that are all like this one; the second of two."""
-    joint = JointModel(make_base())
+    joint = make_joint(asked.forward.device)
     model = asked.forward.model
     assert isinstance(model, LoraModel)
     lanes = [replace(asked.lane, name=f"probe_{number}") for number in range(count)]

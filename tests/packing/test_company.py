@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lora_exp import LoraConfig, LoraModel
+from lora_exp.adapters.joint import JointModel
 from lora_exp.config import Config, OptimizerConfig, TrainConfig
 from lora_exp.models.twin import twin
 from lora_exp.packing.company import Company
@@ -92,11 +93,13 @@ def trained(base: torch.nn.Module, kind: Kind, **changes: Any) -> list[Record]:
     return [*[{k: v for k, v in record.items() if not k.endswith("_per_s")} for record in records], values]
 
 
-def in_company(base: torch.nn.Module, kinds: Sequence[Kind], most: int | None = None) -> tuple[list[Turn], Company]:
+def in_company(
+    base: torch.nn.Module, kinds: Sequence[Kind], most: int | None = None, is_batched: bool = False
+) -> tuple[list[Turn], Company]:
     def job(kind: Kind) -> Callable[[], list[Record]]:
         return lambda: trained(base, kind, passes=passes_of(Config()))
 
-    company = Company(lambda: twin(base))
+    company = Company(lambda device: JointModel(twin(base), is_batched))
     turns = [Turn(str(number), job(kind)) for number, kind in enumerate(kinds)]
     run_in_lanes(turns, company, lambda asked: most or len(kinds))
     return turns, company
@@ -117,6 +120,18 @@ def test_eight_unlike_lanes_learn_what_each_learns_alone(base):
             assert {name: mine[name] for name in close} == close
         assert torch.allclose(ours[-1]["parameters"], alone[-1]["parameters"], atol=1e-4)
     assert all(torch.equal(kept, now) for kept, now in zip(before, base.parameters(), strict=True))
+
+
+def test_batched_products_teach_the_same(base):
+    """Of unlike ranks, dropout, variants and lengths; whoever ends leaves zeros behind."""
+    kinds = [kind for kind in UNLIKE if kind.adapter.variant != "dora"]
+    turns, company = in_company(base, kinds, is_batched=True)
+    assert company.joined_passes == 6  # then one lane is left
+    for kind, turn in zip(kinds, turns, strict=True):
+        alone, ours = trained(base, kind), turn.result
+        for mine, theirs in zip(ours[:-1], alone[:-1], strict=True):
+            assert mine == pytest.approx(theirs, abs=1e-5)
+        assert torch.allclose(ours[-1]["parameters"], alone[-1]["parameters"], atol=1e-4)
 
 
 @pytest.mark.parametrize("leaves", [{"fails_at": 3}, {"fails_at": 0}, {"diverges": True}])
@@ -156,7 +171,7 @@ def test_an_error_in_what_is_shared_leaves_each_lane_to_itself(base, where, monk
     def broken(*_: Any) -> Any:
         raise RuntimeError("no room")
 
-    company = Company(broken if where == "seating" else lambda: twin(base))
+    company = Company(broken if where == "seating" else lambda device: JointModel(twin(base)))
     if where == "passing":
         monkeypatch.setattr("lora_exp.packing.company.joined", broken)
     turns = [Turn(str(n), lambda kind=kind: trained(base, kind, passes=passes_of(Config()))) for n, kind in SOME]

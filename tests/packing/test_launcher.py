@@ -88,7 +88,7 @@ def test_jobs_leave_what_they_leave_alone(
         assert said.count("Initial Parameters") == said.count("hashes adapter_sha256") == 1
 
 
-@pytest.mark.parametrize("wish", ["lanes=0", "lanes=many", "passes=sometimes"])
+@pytest.mark.parametrize("wish", ["lanes=0", "lanes=many", "passes=sometimes", "products=some"])
 def test_a_wish_that_is_none_is_refused(cli: Callable[..., Any], tiny_overrides: list[str], wish: str) -> None:
     ended = cli("-m", *tiny_overrides, PACKED, f"hydra.launcher.{wish}")
     assert ended.code == 1

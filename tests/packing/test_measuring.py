@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lora_exp import LoraConfig, LoraModel
+from lora_exp.adapters.joint import JointModel
 from lora_exp.config import Config, OptimizerConfig, TrainConfig
 from lora_exp.data.kinds.images import Images
 from lora_exp.data.kinds.text import Text
@@ -91,14 +92,24 @@ def test_jobs_of_one_base_follow_each_other_and_unlike_rows_are_no_lanes() -> No
 def test_a_wish_that_is_none_is_refused(lanes: object, passes: str) -> None:
     with pytest.raises(UserError, match=r"hydra\.launcher\.(lanes|passes)="):
         launching.Wish.of(lanes, passes)
+    with pytest.raises(UserError, match=r"hydra\.launcher\.products=both is not known: use auto, each or batched"):
+        launching.Wish.of("auto", "auto", "both")
+
+
+@pytest.mark.parametrize(
+    ("products", "on_cpu", "on_gpu"), [("auto", False, True), ("each", False, False), ("batched", True, True)]
+)
+def test_products_are_batched_on_a_gpu_or_as_wished(products: str, on_cpu: bool, on_gpu: bool) -> None:
+    wish = Wish.of("auto", "auto", products)
+    assert (wish.is_batched("cpu"), wish.is_batched("cuda")) == (on_cpu, on_gpu)
 
 
 def test_fewer_are_taken_where_many_do_not_pay(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {1: 1.0, 8: 8.0, 4: 3.0}
     monkeypatch.setattr(measuring, "_timed", lambda asked, count, make_base: seconds[count])
-    assert measuring.most_that_pay(asked, 8, lambda: None) == 4
+    assert measuring.most_that_pay(asked, 8, lambda device: None) == 4
     seconds.update({4: 3.9, 2: 1.9})
-    assert measuring.most_that_pay(asked, 8, lambda: None) == 1
+    assert measuring.most_that_pay(asked, 8, lambda device: None) == 1
 
 
 def test_measuring_leaves_nothing_behind(asked: Asked, tiny_llama: Path) -> None:
@@ -106,7 +117,7 @@ def test_measuring_leaves_nothing_behind(asked: Asked, tiny_llama: Path) -> None
     assert isinstance(model, LoraModel)
     before = model.dropout_state(), torch.get_rng_state(), [value.clone() for value in asked.lane.parameters]
     base = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    assert measuring.most_that_pay(asked, 4, lambda: twin(base)) in (1, 2, 4)
+    assert measuring.most_that_pay(asked, 4, lambda device: JointModel(twin(base))) in (1, 2, 4)
     after = model.dropout_state(), torch.get_rng_state(), asked.lane.parameters
     assert after[0] == before[0]
     assert torch.equal(after[1], before[1])

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lora_exp.adapters.host import Host
+from lora_exp.adapters.kernels.linear_lanes import Lanes
 from lora_exp.adapters.kernels.linear_rows import add_share, share_gradients, weighted_gradient
 from lora_exp.adapters.kernels.terms import Share, Terms, as_dtype
 from lora_exp.adapters.numerics.autocast import autocast_dtype, autocast_input, without_autocast
@@ -36,11 +37,14 @@ _Flat = Sequence[Any]  # A, B and magnitude, a tensor or None, of part after par
 def fused_linear(host: Host, x: Tensor, served: Served) -> Tensor:
     """The adapted layer's output for x (..., K): (..., N)."""
     each = x[0].numel() // x.shape[-1] if len(served) > 1 and x.numel() else 0  # rows of one leading index
-    parts = [(Share(_flat_rows(rows, each), terms), terms) for terms, rows in served if terms is not None]
+    flat = [(terms, _flat_rows(rows, each)) for terms, rows in served]
+    spans = [(None if terms is None else Share(rows, terms), rows) for terms, rows in flat]
     x = autocast_input(x)
     wide = _is_wide(host, x)
-    call = _Call(host, [share for share, _ in parts], wide, wide or _is_by_onednn(host, x))
-    return _Adapted.apply(call, x, *(factor for _, terms in parts for factor in terms.factors))
+    parts = [share for share, _ in spans if share is not None]
+    lanes = Lanes.of(spans) if host.route.batches_lanes else None
+    call = _Call(host, parts, lanes, wide, wide or _is_by_onednn(host, x))
+    return _Adapted.apply(call, x, *(factor for terms, _ in served if terms is not None for factor in terms.factors))
 
 
 def _flat_rows(rows: slice | None, each: int) -> slice | None:
@@ -48,13 +52,13 @@ def _flat_rows(rows: slice | None, each: int) -> slice | None:
 
 
 class _Call:
-    """One call of a host: which adapters serve which rows, whether 16-bit values are float32 inside, and whether
-    the products with W are ours or the layer's own."""
+    """One call of a host: which adapters serve which rows, as lanes if in one batched product, whether 16-bit values
+    are float32 inside, and whether the products with W are ours or the layer's own."""
 
-    __slots__ = ("host", "ours", "parts", "wide")
+    __slots__ = ("host", "lanes", "ours", "parts", "wide")
 
-    def __init__(self, host: Host, parts: Sequence[Share], wide: bool, ours: bool) -> None:
-        self.host, self.parts, self.wide, self.ours = host, parts, wide, ours
+    def __init__(self, host: Host, parts: Sequence[Share], lanes: Lanes | None, wide: bool, ours: bool) -> None:
+        self.host, self.parts, self.lanes, self.wide, self.ours = host, parts, lanes, wide, ours
 
     def inside(self, x: Tensor) -> Tensor:
         """(M, K) x or (M, N) G in what is computed in."""
@@ -78,6 +82,10 @@ class _Call:
         weight = self.host.dense_weight() if known is None else known
         return weight if self.host.out_axis == 0 else weight.T
 
+    def matrix_for(self, grad: Tensor, known: Tensor | None) -> Tensor:
+        """W for G W; what is float32 inside converts it some rows at a time."""
+        return self.matrix(known) if self.wide else as_dtype(self.matrix(known), grad.dtype)
+
 
 class _Context(Context, Protocol):
     call: _Call
@@ -92,11 +100,7 @@ class _Adapted(TensorFunction):
         with without_autocast(x.device.type) if call.wide else _AS_IT_IS:
             out, kept = _output(call, call.inside(x), factors)
         needs, weight = ctx.needs_input_grad[2:], call.host.weight
-        for i in range(0, len(kept), 2):
-            if not needs[3 * i // 2 + 1] or (call.wide and needs[3 * i // 2]):
-                kept[i] = None  # z serves dB alone; in float32 it would take twice the bytes, and x is kept anyway
-            if (product := kept[i + 1]) is not None:
-                kept[i + 1] = as_dtype(product, x.dtype) if needs[3 * i // 2 + 2] else None
+        kept = _worth_keeping(call, kept, needs, x.dtype)
         # A quantised base is dequantised again in backward instead of being retained.
         ctx.call, ctx.like = call, (x.shape, x.dtype)
         kept_x = x if any(needs[::3]) else None
@@ -116,8 +120,11 @@ class _Adapted(TensorFunction):
 
 
 def _output(call: _Call, x: Tensor, factors: _Flat) -> tuple[Tensor, list[Tensor | None]]:
-    """The output (M, N) for x (M, K), and z and the product of each part."""
+    """The output (M, N) for x (M, K), and z and the product of each part; of lanes one z."""
     parts = call.parts
+    if call.lanes is not None:
+        out = call.base(x)
+        return out, [call.lanes.add(x, out, _without_magnitudes(factors))]
     kept: list[Tensor | None] = []
     bare = any(part.scales_base for part in parts)
     base = call.product(x) if bare else call.base(x)
@@ -126,6 +133,20 @@ def _output(call: _Call, x: Tensor, factors: _Flat) -> tuple[Tensor, list[Tensor
         views = _rows(part, x), _rows(part, base), _rows(part, out)
         kept += add_share(part, call.product, call.host.bias, *views, *factors[3 * i : 3 * i + 3])
     return out, kept
+
+
+def _worth_keeping(
+    call: _Call, kept: list[Tensor | None], needs: Sequence[bool], dtype: torch.dtype
+) -> list[Tensor | None]:
+    """What backward asks for. z serves dB alone; in float32 it would take twice the bytes, and x is kept anyway."""
+    if call.lanes is not None:
+        return kept if any(needs[1::3]) and not (call.wide and any(needs[::3])) else [None]
+    for i in range(0, len(kept), 2):
+        if not needs[3 * i // 2 + 1] or (call.wide and needs[3 * i // 2]):
+            kept[i] = None
+        if (product := kept[i + 1]) is not None:
+            kept[i + 1] = as_dtype(product, dtype) if needs[3 * i // 2 + 2] else None
+    return kept
 
 
 def _with_bias(host: Host, base: Tensor, parts: Sequence[Share]) -> Tensor:
@@ -141,13 +162,19 @@ def _gradients(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
     call, (shape, dtype) = ctx.call, ctx.like
     parts, G, needs = call.parts, call.inside(grad), ctx.needs_input_grad[1:]
     factors, kept = rest[: 3 * len(parts)], rest[3 * len(parts) :]
+    if call.lanes is not None:
+        dx = times(G, call.matrix_for(G, weight)) if needs[0] else None
+        pairs, wanted = _without_magnitudes(factors), _without_magnitudes(needs[1:])
+        own = call.lanes.gradients(G, None if x is None else _flat(x), pairs, kept[0], wanted, dx)
+        threes = [gradient for i in range(len(parts)) for gradient in (*own[2 * i : 2 * i + 2], None)]
+        return None, None if dx is None else as_dtype(dx, dtype).view(shape), *threes
     weighted = [
         weighted_gradient(part, _rows(part, G), factors[3 * i + 2], kept[2 * i + 1], needs[3 * i + 3], needs[0])
         for i, part in enumerate(parts)
     ]
     dx, found = None, []
     if needs[0]:
-        weight = call.matrix(weight) if call.wide else as_dtype(call.matrix(weight), G.dtype)
+        weight = call.matrix_for(G, weight)
         dx = times(_joined(G, parts, [rows for rows, _ in weighted]), weight)
     for i, (part, (rows, dm)) in enumerate(zip(parts, weighted, strict=True)):
         seen = None if x is None else _rows(part, _flat(x))
@@ -167,6 +194,11 @@ def _joined(grad: Tensor, parts: Sequence[Share], weighted: Sequence[Tensor | No
         assert seen is not None
         out[rows] = seen
     return out
+
+
+def _without_magnitudes(each: Sequence[Any]) -> list[Any]:
+    """A, B, A, B, … of A, B, magnitude, A, …"""
+    return [value for i, value in enumerate(each) if i % 3 < 2]
 
 
 def _rows(part: Share, of: Tensor) -> Tensor:

@@ -32,6 +32,8 @@ class Clock:
 
 
 class Route:
+    batches_lanes = False  # whether slices of one size go through their adapters by one batched product
+
     def __init__(self, plan: Plan | None = None) -> None:
         self.chosen = plan or Plan()  # for threads that chose nothing themselves
         self.clocks: dict[str, Clock] = {}
@@ -176,7 +178,7 @@ class Route:
 
     def __getstate__(self) -> dict[str, object]:
         base = self._local.thread.scopes[0].plan
-        kept = {key: getattr(self, key) for key in ("clocks", "trained", "merged", "evaluates")}
+        kept = {key: getattr(self, key) for key in ("clocks", "trained", "merged", "evaluates", "batches_lanes")}
         return {"chosen": base or self.chosen, **kept}
 
     def __setstate__(self, state: dict[str, object]) -> None:
