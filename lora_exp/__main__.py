@@ -36,7 +36,7 @@ from lora_exp.job import (
     write_begun,
     write_outcome,
 )
-from lora_exp.listed import flat_values
+from lora_exp.listed import job_values
 from lora_exp.machine import claims, launch, signals
 from lora_exp.machine.allocator import keep_freed_memory
 from lora_exp.machine.waiting import wait_briefly
@@ -128,7 +128,7 @@ def _finished(job: Job, composed: DictConfig) -> float:
     try:
         composing.check_composed(composed)
         config = to_config(composed)
-        values = flat_values(config)
+        values = job_values(config, job)
         check(config)
         result = _run(config, replace(job, earlier=_parsed(earlier)))
     except BaseException as error:

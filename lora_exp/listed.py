@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 from lora_exp.config import Config, DataConfig, QuantizationConfig, resolve_alpha, scale_of
+from lora_exp.job import Job
 from lora_exp.use_config import SECTIONS
 
 KNOBS = ("rank", "alpha", "scale", "dropout", "bias", "start")  # of the factors: without them they have no meaning
@@ -38,6 +39,14 @@ def flat_values(config: Config) -> dict[str, object]:
     with contextlib.suppress(ValueError, ZeroDivisionError):  # a config that check() refuses is listed as it is
         values |= {"alpha": resolve_alpha(config.alpha, config.rank), "scale": scale_of(config)}
     return values
+
+
+def job_values(config: Config, job: Job) -> dict[str, object]:
+    """``flat_values``, and of groups that the config has no section of (``+where=mlp``, ``+experiment=…``) the choice,
+    where the sweep goes through several."""
+    sections = {each.name for each in fields(config)}
+    chosen = {key: job.choices[key] for key in job.swept if key in job.choices and key not in sections}
+    return chosen | flat_values(config)
 
 
 def _flat_section(group: str, section: dict[str, object]) -> dict[str, object]:

@@ -156,6 +156,22 @@ def test_a_group_of_ones_own_goes_on_working(cli: Cli, workplace: Path) -> None:
     assert "nowhere" in done.err
 
 
+def test_a_sweep_over_a_group_of_ones_own_is_told_by_its_choices(
+    cli: Cli, workplace: Path, tiny_overrides: list[str]
+) -> None:
+    (workplace / "mine/bundle").mkdir(parents=True)
+    for name, target in (("early", "q_proj"), ("late", "down_proj")):
+        text = f"# @package _global_\nrank: {len(name)}\ntargets: [{target}]\n"
+        (workplace / f"mine/bundle/{name}.yaml").write_text(text)
+    done = cli("--config-dir", "mine", "+bundle=early,late", *tiny_overrides, "train.steps=1", "tracking=none", "-m")
+    assert done.code == 0, done.err
+    (table,) = workplace.glob("outputs/sweeps/*/*/comparison.csv")
+    assert {"bundle", "rank", "targets"} <= set(table.read_text().splitlines()[0].split(","))
+    told = table.with_name("verdict.md").read_text()
+    assert "bundle=early" in told
+    assert "rank=" not in told.partition("Recommended")[0]
+
+
 def test_the_traceback_comes_when_asked_for(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(Exception, match="adapter/lra"):

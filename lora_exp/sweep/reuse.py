@@ -17,7 +17,7 @@ from lora_exp.config import Config
 from lora_exp.errors import UserError
 from lora_exp.identity import JobIdentity, identity_here
 from lora_exp.job import IDENTITY_FILE, Job, Outcome, Result, read_metrics, read_outcome, write_outcome
-from lora_exp.listed import flat_values
+from lora_exp.listed import job_values
 from lora_exp.machine import signals
 from lora_exp.machine.saving import weights_sha256
 from lora_exp.resuming import AUTO, can_go_on
@@ -62,7 +62,7 @@ def done_once(config: Config, job: Job, run: Callable[[Config], Result]) -> Resu
         else:
             result = _noted(interrupted_before(config, job, identity), job, identity, run)
         with contextlib.suppress(OSError):  # whoever waits for the job reads it; a full disk is said when it has ended
-            write_outcome(job.folder, Outcome(job.number, "FINISHED", job.overrides, flat_values(config), result))
+            write_outcome(job.folder, Outcome(job.number, "FINISHED", job.overrides, job_values(config, job), result))
     return result
 
 

@@ -9,7 +9,7 @@ from lora_exp import following
 from lora_exp.config import Config
 from lora_exp.errors import UserError
 from lora_exp.job import Job, Outcome, Result, write_outcome
-from lora_exp.listed import flat_values
+from lora_exp.listed import job_values
 from lora_exp.machine import launch, signals
 from lora_exp.task import Task, task
 from lora_exp.tasks.export import export_problems
@@ -47,7 +47,7 @@ def _register(config: Config, job: Job, result: Result) -> None:
     from lora_exp.export.run import run_export
 
     # An export reads what came of a run from its folder.
-    write_outcome(job.folder, Outcome(job.number, "FINISHED", job.overrides, flat_values(config), result))
+    write_outcome(job.folder, Outcome(job.number, "FINISHED", job.overrides, job_values(config, job), result))
     try:
         run_export(_registering(config, job.folder), job)
     except UserError as error:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from lora_exp.config import Config
 from lora_exp.credentials import redacted
 from lora_exp.job import Job
-from lora_exp.listed import flat_values
+from lora_exp.listed import job_values
 from lora_exp.tracking.provenance import provenance_tags
 from lora_exp.tracking.tracked import Run
 
@@ -40,7 +40,7 @@ def _key(override: str) -> str:
 
 def log_setup(tracked: Run, config: Config, job: Job, place: Mapping[str, str]) -> None:
     """Log the flat values with ``place`` (dtype and device), the provenance, and the resolved YAML."""
-    tracked.log_params(flat_values(config) | dict(place))
+    tracked.log_params(job_values(config, job) | dict(place))
     groups = {f"choice.{group}": choice for group, choice in job.choices.items()}
     tracked.log_tags({**provenance_tags(), **groups, "overrides": " ".join(job.overrides), "folder": str(job.folder)})
     resolved = job.folder / "config.yaml"
