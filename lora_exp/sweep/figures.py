@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from lora_exp.sweep.jobs import JobReport, grouped, is_replicate, text, title
 from lora_exp.sweep.quantities import Quantity
 
 MOST_SERIES = 24  # that a legend names
+_FEW = 6  # points of which none is called far out
+_MARGIN = 0.05
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,32 @@ class Figure:
     series: list[Series]
     front: list[Point] = field(default_factory=list)
     note: str = ""
+
+    @property
+    def frame(self) -> tuple[float, float] | None:
+        """What is shown of y, where a few values far out would leave no room for the others; None: all.
+
+        Far out is beyond three times the quartiles' distance (Tukey 1977), and left out if that doubles the rest.
+        """
+        values = sorted(point.y for each in self.series for point in each.points)
+        if len(values) < _FEW:
+            return None
+        first, _, third = statistics.quantiles(values, method="inclusive")
+        fence = 3 * (third - first)
+        shown = [value for value in values if first - fence <= value <= third + fence]
+        room = shown[-1] - shown[0]
+        if not 0 < 2 * room < values[-1] - values[0]:
+            return None
+        return shown[0] - _MARGIN * room, shown[-1] + _MARGIN * room
+
+    @property
+    def told(self) -> str:
+        """The note, and what lies beyond the frame."""
+        if self.frame is None:
+            return self.note
+        low, high = self.frame
+        beyond = sorted({f"{point.y:.4g}" for each in self.series for point in each.points if not low < point.y < high})
+        return "; ".join(filter(None, [self.note, f"beyond the frame: {', '.join(beyond)}"]))
 
 
 def curves(jobs: list[JobReport], factors: list[str], result: Quantity) -> Figure | None:

@@ -91,7 +91,7 @@ def _layout(figure: Figure) -> dict[str, Any]:
         "template": "plotly_white", "height": max(420, 130 + _LEGEND_LINE * entries), "hovermode": "closest",
         "margin": {"l": 70, "r": 20, "t": 20, "b": 60}, "legend": {"x": 1.02, "y": 1, "tracegroupgap": 0},
         "xaxis": {"title": {"text": figure.x.label}, **_scale(figure.x)},
-        "yaxis": {"title": {"text": figure.y.label}},
+        "yaxis": {"title": {"text": figure.y.label}} | ({"range": list(figure.frame)} if figure.frame else {}),
     }  # fmt: skip
 
 

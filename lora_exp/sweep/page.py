@@ -46,7 +46,7 @@ def write_page(
     verdict: str = "",
 ) -> None:  # fmt: skip
     """Write it; ``jobs`` are those of the table's rows, ``verdict`` is HTML that stands above."""
-    drawn = [(each.title, each.note, interactive(each)) for each in figures]
+    drawn = [(each.title, each.told, interactive(each)) for each in figures]
     drawn += [(each.title, "Drag along an axis to pick jobs.", interactive_parallel(each)) for each in parallels]
     sections = [
         f"<h2>{html.escape(title)}</h2>\n<p class=note>{html.escape(note)}</p>\n"

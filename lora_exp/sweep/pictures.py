@@ -37,8 +37,10 @@ def draw(figure: Figure, path: Path) -> None:
         _draw_series(axes, figure.x, each, style)
     _draw_front(axes, figure.front)
     _set_axis(axes, figure.x)
-    if figure.note:
-        note = textwrap.fill(figure.note, _NOTE)
+    if figure.frame is not None:
+        axes.set_ylim(*figure.frame)
+    if figure.told:
+        note = textwrap.fill(figure.told, _NOTE)
         said = axes.annotate(note, (0, 1), (0, 3), "axes fraction", "offset points", fontsize=7, color="#606060")
         said.set_in_layout(False)  # it would take its width from the plot
         axes.set_title(figure.title, loc="left", pad=6 + 9 * len(note.splitlines()), parse_math=False)

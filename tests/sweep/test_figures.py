@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from lora_exp.job import SWEPT_FILE, read_swept
-from lora_exp.sweep.axes import axis_of
-from lora_exp.sweep.figures import MOST_SERIES, Figure
+from lora_exp.sweep.axes import Axis, axis_of
+from lora_exp.sweep.figures import MOST_SERIES, Figure, Point, Series
 from lora_exp.sweep.jobs import collect, differing, factors
 from lora_exp.sweep.parallel import Parallel
 from lora_exp.sweep.report import figures_of
@@ -167,3 +167,25 @@ def test_one_job_is_its_curve(tmp_path: Path, made_up: Any) -> None:
 )  # fmt: skip
 def test_logarithms_are_for_values_over_decades(values: list[float], is_log: bool) -> None:
     assert axis_of(values, "x").is_log is is_log
+
+
+def seen(*values: float) -> Figure:
+    points = [Point(float(place), value) for place, value in enumerate(values)]
+    return Figure("loss", "loss", axis_of([point.x for point in points], "x"), Axis("loss"), [Series("", points)])
+
+
+def test_a_loss_far_out_does_not_squeeze_the_others() -> None:
+    figure = seen(3.3, 3.4, 3.5, 3.35, 3.45, 3.6, 3.42, 3.47, 3.55, 3.38, 10.8, 4.9)
+    assert figure.frame is not None
+    low, high = figure.frame
+    assert low < 3.3
+    assert 3.6 < high < 4.9
+    assert figure.told == "beyond the frame: 10.8, 4.9"
+
+
+@pytest.mark.parametrize(
+    "values", [[3.3, 9.0], [3.0] * 7, [3.0] * 6 + [9.0], [3, 4, 5, 6, 7, 8, 9], [3, 3.2, 3.1, 4, 3.9, 4.1, 6]]
+)
+def test_what_is_not_far_out_is_shown(values: list[float]) -> None:
+    assert seen(*values).frame is None
+    assert seen(*values).told == ""
