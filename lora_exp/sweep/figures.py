@@ -58,16 +58,19 @@ class Figure:
 
         Far out is beyond three times the quartiles' distance (Tukey 1977), and left out if that doubles the rest.
         """
-        values = sorted(point.y for each in self.series for point in each.points)
+        points = [point for each in self.series for point in each.points]
+        values = [point.y for point in points]
         if len(values) < _FEW:
             return None
         first, _, third = statistics.quantiles(values, method="inclusive")
         fence = 3 * (third - first)
-        shown = [value for value in values if first - fence <= value <= third + fence]
-        room = shown[-1] - shown[0]
-        if not 0 < 2 * room < values[-1] - values[0]:
+        near = [point for point in points if first - fence <= point.y <= third + fence]
+        low = min(point.y if point.low is None else point.low for point in near)
+        high = max(point.y if point.high is None else point.high for point in near)
+        if not 0 < 2 * (high - low) < max(values) - min(values):
             return None
-        return shown[0] - _MARGIN * room, shown[-1] + _MARGIN * room
+        margin = _MARGIN * (high - low)
+        return low - margin, high + margin
 
     @property
     def told(self) -> str:
