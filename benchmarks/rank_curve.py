@@ -2,6 +2,7 @@
 
 For each seed the ranks are trained one by one, and ``task=analyse`` cuts the largest one's adapter to the others.
 Both look at the same validation rows. What is finished is not run again, so that an interrupted study goes on.
+``--sweep FOLDER`` takes the jobs of a sweep over ranks and seeds (``+study=rank_truncation``) instead of training.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ import platform
 import statistics
 import subprocess
 import sys
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from lora_exp.sweep.jobs import collect
 
 RANKS, MARGIN = (1, 2, 4, 8, 16), 0.01
 
@@ -41,10 +45,15 @@ class Study:
 
 def main() -> None:
     given = _parser().parse_args()
-    studies = [study(seed, given.ranks, Path(given.folder), given.overrides) for seed in given.seeds]
-    text = told(studies, given.margin, given.overrides)
+    if given.sweep is None:
+        studies = [study(seed, given.ranks, Path(given.folder), given.overrides) for seed in given.seeds]
+        what = " ".join(given.overrides) or "the default experiment"
+    else:
+        studies, what = of_sweep(given.sweep), f"the sweep {given.sweep}"
+    text = told(studies, given.margin, what)
     print(text)
     file = Path(given.folder) / "rank_curve.md"
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text, encoding="utf-8")
     (Path(given.folder) / "rank_curve.json").write_text(json.dumps([vars(each) for each in studies], indent=2) + "\n")
     print(f"written to {file}")
@@ -60,22 +69,40 @@ def study(seed: int, ranks: list[int], folder: Path, overrides: list[str]) -> St
         result = _result(place)
         assert result is not None, place
         swept[rank] = float(result["eval_loss"])
-    largest = folder / f"seed{seed}" / f"rank{max(ranks)}"
+    return Study(seed, swept, _cut(folder / f"seed{seed}" / f"rank{max(ranks)}", ranks))
+
+
+def of_sweep(folder: Path) -> list[Study]:
+    """The finished jobs of a sweep, by seed; the largest rank's is cut."""
+    jobs = defaultdict[int, dict[int, Path]](dict)
+    for job in collect(folder):
+        rank, seed = job.value("rank"), job.value("seed")
+        if isinstance(rank, int) and isinstance(seed, int) and _result(job.folder) is not None:
+            jobs[seed][rank] = job.folder
+    if not jobs:
+        raise SystemExit(f"{folder} has no finished jobs of a sweep over ranks")
+    return [Study(seed, _losses(ranks), _cut(ranks[max(ranks)], sorted(ranks))) for seed, ranks in sorted(jobs.items())]
+
+
+def _losses(ranks: dict[int, Path]) -> dict[int, float]:
+    found = {rank: _result(folder) for rank, folder in sorted(ranks.items())}
+    return {rank: float(result["eval_loss"]) for rank, result in found.items() if result is not None}
+
+
+def _cut(largest: Path, ranks: list[int]) -> dict[int, float]:
     curve = largest / "analyse" / "rank_curve.csv"
     if not curve.is_file():
         asked = f"analyse.ranks=[{','.join(map(str, ranks))}]"
         _run("task=analyse", f"run={largest}", asked, "analyse.intruders=false", "tracking=none")
     with curve.open(newline="") as stream:
-        cut = {int(row["rank"]): float(row["loss"]) for row in csv.DictReader(stream)}
-    return Study(seed, swept, cut)
+        return {int(row["rank"]): float(row["loss"]) for row in csv.DictReader(stream)}
 
 
-def told(studies: list[Study], margin: float, overrides: list[str]) -> str:
+def told(studies: list[Study], margin: float, what: str) -> str:
     """The figures in Markdown: each seed's losses by rank, the differences over seeds, and which rank is chosen."""
     ranks = sorted(studies[0].swept)
-    said = " ".join(overrides) or "the default experiment"
     day, machine = dt.date.today().isoformat(), platform.processor() or platform.machine()
-    lines = [f"# The rank curve of one run against a sweep over ranks\n\n{day}, {machine}; {said}.\n"]
+    lines = [f"# The rank curve of one run against a sweep over ranks\n\n{day}, {machine}; {what}.\n"]
     lines += ["| seed | rank | sweep | curve | curve - sweep |", "| ---: | ---: | ---: | ---: | ---: |"]
     for each in studies:
         lines += [
@@ -114,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ranks", type=int, nargs="+", default=list(RANKS))
     parser.add_argument("--margin", type=float, default=MARGIN, help="nats")
     parser.add_argument("--folder", default="outputs/rank_curve")
+    parser.add_argument("--sweep", type=Path, help="folder of a sweep over ranks and seeds that has been run")
     parser.add_argument("overrides", nargs="*", default=[], help="of each training, such as train.steps=48")
     return parser
 

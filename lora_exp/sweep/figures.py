@@ -78,8 +78,9 @@ class Figure:
         if self.frame is None:
             return self.note
         low, high = self.frame
-        beyond = sorted({f"{point.y:.4g}" for each in self.series for point in each.points if not low < point.y < high})
-        return "; ".join(filter(None, [self.note, f"beyond the frame: {', '.join(beyond)}"]))
+        beyond = sorted({point.y for each in self.series for point in each.points if not low < point.y < high})
+        said = ", ".join(dict.fromkeys(f"{value:.4g}" for value in beyond))
+        return "; ".join(filter(None, [self.note, f"beyond the frame: {said}"]))
 
 
 def curves(jobs: list[JobReport], factors: list[str], result: Quantity) -> Figure | None:

@@ -180,7 +180,7 @@ def test_a_loss_far_out_does_not_squeeze_the_others() -> None:
     low, high = figure.frame
     assert low < 3.3
     assert 3.6 < high < 4.9
-    assert figure.told == "beyond the frame: 10.8, 4.9"
+    assert figure.told == "beyond the frame: 4.9, 10.8"
 
 
 @pytest.mark.parametrize(
