@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lora_exp.adapters import LoraConfig, LoraModel, use_reference
 from lora_exp.adapters.kernels.linear_lanes import Lanes
@@ -166,3 +167,41 @@ def test_gradients_of_lanes_in_float64() -> None:
 
     x = torch.randn(3, 2, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(run, (x, *values))
+
+
+def test_autocast(added: list[Lanes]) -> None:
+    options = {name: UNLIKE[name] for name in "abc"}
+    model, sizes = made(options, torch.float32), dict.fromkeys(options, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        each, ours = passed(model, sizes), passed(model, sizes, batched=True)
+    assert len(added) == 2
+    truth = passed(model, sizes)
+    assert ours[0] is not None
+    assert ours[0].dtype is torch.bfloat16
+    for mine, theirs, true in zip(ours, each, truth, strict=True):
+        assert mine is not None
+        assert theirs is not None
+        assert true is not None
+        assert (mine.float() - true).norm() <= max(0.02 * true.norm(), 1.5 * (theirs.float() - true).norm())
+
+
+def test_checkpointed_layers_draw_the_same_masks(added: list[Lanes]) -> None:
+    options = {name: UNLIKE[name] for name in "bcd"}
+    model, sizes = made(options, torch.float64), dict.fromkeys(options, 2)
+    model.route_state.batches_lanes = True
+
+    def run(checkpointed: bool) -> list[Tensor | None]:
+        twin = copy.deepcopy(model)
+        twin.route_state.batches_lanes = True
+        torch.manual_seed(3)
+        x = torch.randn(6, 3, 6, dtype=torch.float64, requires_grad=True)
+        with twin.route(sizes):
+            out = checkpoint(twin.wrapped, x, use_reentrant=False) if checkpointed else twin.wrapped(x)
+            out.square().sum().backward()
+        return [out, x.grad, *(p.grad for name in options for p in twin.adapter_parameters(name).values())]
+
+    for mine, theirs in zip(run(checkpointed=True), run(checkpointed=False), strict=True):
+        assert mine is not None
+        assert theirs is not None
+        assert torch.equal(mine, theirs)
+    assert len(added) == 6
