@@ -38,6 +38,7 @@ def put(self, entry):
     began = time.monotonic()
     kept(self, entry)
     longest[0] = max(longest[0], time.monotonic() - began)
+    time.sleep(0.03)  # or a fast machine has ended its training before the server is back
 MlflowRun.put = put
 from lora_exp.__main__ import main
 try:
@@ -156,7 +157,11 @@ def _silence(port: int) -> Iterator[None]:
     """A socket that takes every connection and says nothing."""
     with socket.socket() as ear:
         ear.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        ear.bind(("127.0.0.1", port))
+        for _ in range(100):  # a worker of the server that was killed may hold the port for a moment
+            with contextlib.suppress(OSError):
+                ear.bind(("127.0.0.1", port))
+                break
+            time.sleep(0.1)
         ear.listen(512)
         yield
 
