@@ -139,7 +139,8 @@ class _Telling:
                 self._say(f"{state.title(job)}  has begun")
             elif job.status == RUNNING and job.loss is not None and before != job.evaluated:
                 self._said[job.number] = job.evaluated
-                self._say(f"job {job.number}  step {job.evaluated:>4}/{job.steps}  validation loss {job.loss:.4f}")
+                of = f"/{job.steps}" if job.steps else ""  # not known yet of a job that is reused
+                self._say(f"job {job.number}  step {job.evaluated:>4}{of}  validation loss {job.loss:.4f}")
 
 
 @contextlib.contextmanager

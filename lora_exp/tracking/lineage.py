@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from lora_exp.tracking.provenance import git_facts, redacted
 
 if TYPE_CHECKING:
+    from mlflow.entities import DatasetInput
     from mlflow.entities import Run as StoredRun
     from mlflow.tracking import MlflowClient
 
@@ -51,11 +52,20 @@ def log_model(client: MlflowClient, run_id: str, name: str, params: Mapping[str,
 
 
 def take_over(client: MlflowClient, run_id: str, best: StoredRun) -> None:
-    """List the data and the model of ``best`` for another run, too."""
-    if best.inputs and best.inputs.dataset_inputs:
-        client.log_inputs(run_id, best.inputs.dataset_inputs)
-    if best.outputs and best.outputs.model_outputs:
-        client.log_outputs(run_id, best.outputs.model_outputs)
+    """List the data and the model of ``best`` for another run, too, unless it has them."""
+    own = client.get_run(run_id)
+    listed = {_what(each) for each in own.inputs.dataset_inputs} if own.inputs else set()
+    named = {each.model_id for each in own.outputs.model_outputs} if own.outputs else set()
+    data = [each for each in best.inputs.dataset_inputs if _what(each) not in listed] if best.inputs else []
+    models = [each for each in best.outputs.model_outputs if each.model_id not in named] if best.outputs else []
+    if data:
+        client.log_inputs(run_id, data)
+    if models:
+        client.log_outputs(run_id, models)
+
+
+def _what(data: DatasetInput) -> tuple[object, ...]:
+    return data.dataset.name, data.dataset.digest
 
 
 def _user() -> str:

@@ -84,6 +84,9 @@ def ended_sweep(folder: Path, status: str) -> Iterator[SweepRun | None]:
     if not known.get("parent_run_id"):
         yield None
         return
+    # Now, and not in the run's own thread: plotly, which draws meanwhile, would find pandas half imported.
+    import mlflow  # noqa: F401
+
     section = TrackingConfig(uri=known["uri"], experiment=known["experiment"])
     for place, run_id in outboxes(folder):
         if place != folder:
@@ -123,7 +126,7 @@ class SweepRun:
 
     def sum_up(self, best_run_id: str | None, params: Mapping[str, object]) -> None:
         """It has ``params`` and what its best child has. Where to look at it is said."""
-        self._tracked.log_params(params)
+        self._tracked.log_swept(params)
         if best_run_id:
             self._tracked.put({"best": best_run_id, "at": int(time.time() * 1000)})
         if self._experiment:

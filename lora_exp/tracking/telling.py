@@ -103,6 +103,7 @@ class Teller:
     def _kinds(self) -> dict[str, Callable[[Entry], None]]:
         return {
             "params": self._tell_params,
+            "swept": self._tell_swept,
             "tags": self._tell_tags,
             "artifact": self._tell_artifact,
             "dataset": self._tell_dataset,
@@ -117,6 +118,14 @@ class Teller:
 
         listed = [Param(key, value) for key, value in entry["params"].items()]
         self._each_that_is_taken(listed, lambda part: self.client.log_batch(self._run_id, params=part), _CHUNK)
+
+    def _tell_swept(self, entry: Entry) -> None:
+        """As params; those that MLflow holds with another value, which it never changes, as tags ``swept.NAME``."""
+        held = self.client.get_run(self._run_id).data.params
+        changed = {key: value for key, value in entry["swept"].items() if held.get(key, value) != value}
+        self._tell_params({"params": {key: value for key, value in entry["swept"].items() if key not in changed}})
+        if changed:
+            self._tell_tags({"tags": {f"swept.{key}": value for key, value in changed.items()}})
 
     def _tell_tags(self, entry: Entry) -> None:
         from mlflow.entities import RunTag
@@ -163,10 +172,15 @@ class Teller:
     def _tell_of(self, run_id: str, at: int) -> StoredRun:
         """The last values of a run's metrics, each at its own step, its data and its adapter. Returns the run."""
         other = self.client.get_run(run_id)
-        points = [point for point in other.data._metric_objs if not point.key.startswith("system/")]
-        lines = [{"metrics": {point.key: point.value}, "step": point.step, "at": at} for point in points]
-        if lines:
-            self._tell_points(lines)
+        from mlflow.entities import Metric
+
+        held = self.client.get_run(self._run_id).data.metrics  # of an earlier best one, too
+        points = [
+            Metric(point.key, point.value, at, point.step)
+            for point in other.data._metric_objs
+            if not point.key.startswith("system/") and held.get(point.key) != point.value
+        ]
+        self._each_that_is_taken(points, lambda part: self.client.log_batch(self._run_id, metrics=part))
         with _if_taken("data and models"):
             lineage.take_over(self.client, self._run_id, other)
         return other

@@ -97,6 +97,10 @@ class MlflowRun:
     def log_params(self, params: Mapping[str, object]) -> None:
         self.put({"params": as_params(params)})
 
+    def log_swept(self, params: Mapping[str, object]) -> None:
+        """Of a sweep: what its jobs have. It may be more when the sweep is repeated."""
+        self.put({"swept": as_params(params)})
+
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         numbers = {key: float(value) for key, value in metrics.items()}
         self.put({"metrics": numbers, "step": step, "at": _now()})

@@ -275,3 +275,22 @@ def test_data_that_another_job_lists_at_the_same_moment_is_listed_too(
     _, (run,) = runs(workplace)
     assert run.inputs.dataset_inputs
     assert "does not list" not in done.out + done.err
+
+
+def test_a_sweep_that_is_repeated_with_more_tells_what_is_new(
+    cli: Cli, tiny_overrides: list[str], workplace: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In its own folder, and so its own run: no other values for params, no data twice, the new best one's figures."""
+    for ranks in ("2,4", "2,4", "2,4,6"):
+        done = cli(*tiny_overrides, f"rank={ranks}", "hydra.sweep.dir=outputs/again", "optimizer.lr=3e-2", "-m")
+        assert done.code == 0, done.err
+        assert not [word for word in ("UNIQUE", "refuses", "does not list") if word in done.out + done.err]
+    client, found = runs(workplace)
+    (parent,) = [run for run in found if run.data.tags.get("lora_exp.kind") == "sweep"]
+    best = client.get_run(parent.data.tags["best_run_id"])
+    assert parent.data.params["rank"] == "2, 4"
+    assert parent.data.tags["swept.rank"] == "2, 4, 6"
+    assert {key: value for key, value in best.data.metrics.items() if key.startswith("eval/")}.items() <= (
+        parent.data.metrics.items()
+    )
+    assert best.outputs.model_outputs[0].model_id in {each.model_id for each in parent.outputs.model_outputs}

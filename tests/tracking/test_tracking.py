@@ -121,3 +121,22 @@ def test_a_signal_ends_the_runs_as_killed(workplace: Path, tiny_overrides: list[
     assert [run.info.status for run in runs] == ["KILLED", "KILLED"]  # the parent and its first child
     child = next(run for run in runs if "mlflow.parentRunId" in run.data.tags)
     assert "adapter" in {file.path for file in found.list_artifacts(child.info.run_id)}
+
+
+def test_what_a_thread_would_import_is_there_when_a_sweep_is_summed_up(workplace: Path) -> None:
+    """In a process that ran no job itself (joblib's): plotly took what it found of pandas, which was half of it."""
+    (workplace / "sweep.json").write_text('{"parent_run_id": "p", "uri": "http://127.0.0.1:1", "experiment": "e"}')
+    code = """
+import sys
+from pathlib import Path
+from lora_exp.tracking import sweeps
+
+class Run:
+    def __init__(self, *_, **__):
+        sys.exit(0 if hasattr(sys.modules.get("pandas"), "Series") else 3)
+
+sweeps.MlflowRun = Run
+with sweeps.ended_sweep(Path(), "FINISHED"):
+    pass
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=workplace, check=False).returncode == 0
