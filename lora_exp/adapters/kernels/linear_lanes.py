@@ -63,7 +63,11 @@ class Lanes:
         if any(needs[::2]) or dx is not None:
             dz = torch.bmm(G, self._scaled(factors, grad.dtype).mT)
         if dx is not None and dz is not None:
-            self._split(dx).add_(self._dropped(torch.bmm(dz, self._stack(factors[::2], grad.dtype, 1).mT)))
+            A = self._stack(factors[::2], grad.dtype, 1).mT
+            if self._drops:
+                self._split(dx).add_(self._dropped(torch.bmm(dz, A)))
+            else:
+                self._split(dx).baddbmm_(dz, A)
         found: list[Tensor | None] = [None] * len(needs)
         if any(needs[::2]) and dz is not None:
             assert x is not None
@@ -82,6 +86,10 @@ class Lanes:
     def _low(self, x: Tensor, factors: Sequence[Tensor]) -> Tensor:
         """(L, m, R) z for x (M, K)"""
         return torch.bmm(self._dropped(self._split(x)), self._stack(factors[::2], x.dtype, 1))
+
+    @property
+    def _drops(self) -> bool:
+        return any(share.p for share in self._shares)
 
     # Stacks
 
@@ -108,12 +116,15 @@ class Lanes:
         for place, factor in zip(self._places, given, strict=True):
             missing = most - factor.shape[axis]
             found[place] = F.pad(factor, (0, missing) if axis else (0, 0, 0, missing)) if missing else factor
-        nothing = torch.zeros_like(found[self._places[0]]) if None in found else None  # type: ignore[arg-type]
-        return as_dtype(torch.stack([nothing if each is None else each for each in found]), dtype)  # type: ignore[misc]
+        stacked = [each for each in found if each is not None]
+        if len(stacked) < self._count:  # zeros where no share is
+            nothing = torch.zeros_like(stacked[0])
+            stacked = [nothing if each is None else each for each in found]
+        return as_dtype(torch.stack(stacked), dtype)
 
     def _dropped(self, lanes: Tensor) -> Tensor:
         """(L, m, K), each lane by its own mask of 0 and 1."""
-        if not any(share.p for share in self._shares):
+        if not self._drops:
             return lanes
         found = list(lanes)
         for place, share in zip(self._places, self._shares, strict=True):
