@@ -46,18 +46,15 @@ def _packed(device: torch.device) -> float:
     joined = ["hydra/launcher=packed", "hydra.launcher.lanes=3", "hydra.launcher.passes=joined"]
     with tempfile.TemporaryDirectory() as folder:
         _write_inputs(Path(folder))
-        together = _sweep(Path(folder), str(device), joined)
-        alone = _sweep(Path(folder), "cpu", [])
+        together = _sweep(Path(folder) / "together", str(device), joined)
+        alone = _sweep(Path(folder) / "alone", "cpu", [])
     return max(abs(ours - theirs) for ours, theirs in zip(together, alone, strict=True))
 
 
-def _sweep(folder: Path, device: str, launcher: list[str]) -> list[float]:
+def _sweep(place: Path, device: str, launcher: list[str]) -> list[float]:
     """The last losses of ranks 2, 4 and 8, at a rate that does not blow up differences of rounding."""
-    place = folder / f"sweep-{device.replace(':', '_')}-{len(launcher)}"
-    command = _command(folder, device, "float32")
-    _done(
-        [*command, "-m", "rank=2,4,8", *launcher, f"hydra.sweep.dir={place}", "sweep.reuse=false", "optimizer.lr=1e-3"]
-    )
+    own = [f"hydra.sweep.dir={place}", "sweep.reuse=false", "optimizer.lr=1e-3"]
+    _done([*_command(place.parent, device, "float32"), "-m", "rank=2,4,8", *launcher, *own])
     return [_losses(place / str(number))["last"] for number in range(3)]
 
 

@@ -62,8 +62,8 @@ def differing(jobs: list[JobReport], swept: Iterable[str] = ()) -> list[str]:
 def factors(jobs: list[JobReport], varying: list[str], swept: Iterable[str]) -> list[str]:
     """Of what varies, the values that were swept: not those that follow from another, as ``alpha=2r`` from the rank.
 
-    ``swept``: the keys as they were typed. One that chooses a file (``experiment``, ``train``) stands for what this
-    file changes.
+    ``swept``: the keys as they were typed. One that chooses a section's file (``train``) stands for what this file
+    changes.
     """
     varying = [name for name in varying if len({text(job.value(name)) for job in jobs}) > 1]
     found: list[str] = []

@@ -171,9 +171,9 @@ class Teller:
 
     def _tell_of(self, run_id: str, at: int) -> StoredRun:
         """The last values of a run's metrics, each at its own step, its data and its adapter. Returns the run."""
-        other = self.client.get_run(run_id)
         from mlflow.entities import Metric
 
+        other = self.client.get_run(run_id)
         held = self.client.get_run(self._run_id).data.metrics  # of an earlier best one, too
         points = [
             Metric(point.key, point.value, at, point.step)
@@ -181,6 +181,8 @@ class Teller:
             if not point.key.startswith("system/") and held.get(point.key) != point.value
         ]
         self._each_that_is_taken(points, lambda part: self.client.log_batch(self._run_id, metrics=part))
+        self._newest = None  # to be asked again: these were told past it
+        self._held.clear()
         with _if_taken("data and models"):
             lineage.take_over(self.client, self._run_id, other)
         return other

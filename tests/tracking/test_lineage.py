@@ -278,7 +278,7 @@ def test_data_that_another_job_lists_at_the_same_moment_is_listed_too(
 
 
 def test_a_sweep_that_is_repeated_with_more_tells_what_is_new(
-    cli: Cli, tiny_overrides: list[str], workplace: Path, caplog: pytest.LogCaptureFixture
+    cli: Cli, tiny_overrides: list[str], workplace: Path
 ) -> None:
     """In its own folder, and so its own run: no other values for params, no data twice, the new best one's figures."""
     for ranks in ("2,4", "2,4", "2,4,6"):
