@@ -57,15 +57,17 @@ class PackedLauncher(Launcher):
     def _run_group(
         self, places: list[int], jobs: list[DictConfig], configs: list[Config | None], wish: Wish
     ) -> dict[int, JobReturn]:
+        from lora_exp.packing.groups import may_share_layers
         from lora_exp.packing.launching import most_lanes, run_lanes
 
-        most = most_lanes([configs[place] for place in places], wish)
+        ours = [configs[place] for place in places]
+        most = most_lanes(ours, wish)
         if most == 1:
             return {place: self._run(jobs[place]) for place in places}
         for place in places:
             _number_lines(jobs[place])
         work = [(str(jobs[place].hydra.job.num), partial(self._run, jobs[place])) for place in places]
-        turns = run_lanes(work, most, wish, [_hydra_config])
+        turns = run_lanes(work, most, wish, [_hydra_config], may_share_layers(ours))
         self._log_as_launcher()
         for turn in turns:
             if turn.error is not None:

@@ -29,22 +29,23 @@ def shard(model: nn.Module, trained: Iterable[nn.Parameter], world: World, devic
 
     warnings.filterwarnings("ignore", message=_VIEW)
     mesh, whole = init_device_mesh(device.type, (world.size,)), set(trained)
-    for layer in _layers(model):
+    layers = layer_list(model)
+    if layers is None:
+        kind = type(model).__name__
+        raise UserError(
+            f"parallel=fsdp shares out a transformer's layers, and {kind} has no list of them: use parallel=ddp"
+        )
+    for layer in layers:
         layer.to(device)  # one at a time: the whole base may be more than a device holds
         fully_shard(layer, mesh=mesh, ignored_params=_inside(layer, whole))
     model.to(device)
     fully_shard(model, mesh=mesh, ignored_params=_inside(model, whole))
 
 
-def _layers(model: nn.Module) -> nn.ModuleList:
-    """The list of a transformer's layers: of all lists of modules that with the most parameters."""
+def layer_list(model: nn.Module) -> nn.ModuleList | None:
+    """The list of a transformer's layers: of all lists of modules that with the most parameters. None without one."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
-    if not lists:
-        kind = type(model).__name__
-        raise UserError(
-            f"parallel=fsdp shares out a transformer's layers, and {kind} has no list of them: use parallel=ddp"
-        )
-    return max(lists, key=lambda layers: sum(parameter.numel() for parameter in layers.parameters()))
+    return max(lists, key=lambda layers: sum(parameter.numel() for parameter in layers.parameters()), default=None)
 
 
 def _inside(module: nn.Module, parameters: set[nn.Parameter]) -> set[nn.Parameter]:

@@ -19,6 +19,7 @@ from lora_exp.adapters import LoraModel
 from lora_exp.adapters.joint import JointModel, why_alone
 from lora_exp.config import Config
 from lora_exp.machine.distributed import ALONE
+from lora_exp.packing.stem import Stem
 from lora_exp.training.lane import Lane
 from lora_exp.training.loop import Forward, Passed, passes
 from lora_exp.training.objectives import Batch
@@ -61,6 +62,7 @@ class Company:
         self.joined_passes = 0  # optimizer steps that were made for several at once
         self._make_joint = make_joint
         self._joint: JointModel | None = None
+        self.stem: Stem | None = None
         self._places: list[_Place] = []
         self._made = 0
 
@@ -98,6 +100,7 @@ class Company:
         for place in self._places:
             place.left -= 1
         self._places = [place for place in self._places if place.owner is not None or place.left >= 0]
+        self._share_rows()
 
     def _why_alone(self, owner: object, asked: Asked) -> str | None:
         if any(place.owner is owner for place in self._places):
@@ -129,9 +132,21 @@ class Company:
         self._joint.give_back(place.name)
         place.owner, place.lane = None, _shadow(place.lane)
 
+    def _share_rows(self) -> None:
+        """Where the same rows go through the lowest layers once, one that is gone needs none of its own."""
+        if self.stem is None or not self.stem.is_used:
+            return
+        live = [place for place in self._places if place.owner is not None]
+        for gone in self._places:
+            if gone.owner is None:
+                gone.drawn = next(
+                    (each.drawn for each in live if _sizes_of(each.drawn) == _sizes_of(gone.drawn)), gone.drawn
+                )
+
     def _model(self, asked: Asked) -> JointModel:
         if self._joint is None:
             self._joint = self._make_joint(asked.forward.device)
+            self.stem = Stem(self._joint)
             if asked.config.train.gradient_checkpointing:
                 from lora_exp.models import checkpoint_layers
 
@@ -143,7 +158,7 @@ class Company:
     def _pass(self, like: Forward) -> dict[object, Passed] | None:
         """One for all places; None where it had to be given up, and nothing of it is left."""
         assert self._joint is not None
-        forward = joined(like, self._joint)
+        forward = joined(like, self._joint, self.stem)
         lanes = [replace(place.lane, name=place.name) for place in self._places]
         before = Before(self._joint, lanes, forward.device)
         try:
@@ -161,9 +176,12 @@ class Company:
         return {place.owner: Passed([loss], [units]) for place, loss, units in each}
 
 
-def joined(like: Forward, joint: JointModel) -> Forward:
+def joined(like: Forward, joint: JointModel, stem: Stem | None = None) -> Forward:
     """How one of the lanes makes its passes, for all of them."""
-    return replace(like, model=joint, route=joint.passing, world=ALONE)
+    ours = replace(like, model=joint, route=joint.passing, world=ALONE)
+    if stem is None:
+        return ours
+    return replace(ours, route=lambda sizes: stem.passing(joint.passing(sizes)), join=stem.joining(like.join))
 
 
 class Before:
@@ -193,11 +211,11 @@ def _random(device: torch.device) -> Tensor:
 
 def _fits(place: _Place, asked: Asked) -> bool:
     """Whether a lane may go on where another is gone: the same rows, so that nobody else sees a difference."""
-    return place.owner is None and [_sizes(batch) for batch in place.drawn] == [_sizes(b) for b in asked.drawn[0]]
+    return place.owner is None and _sizes_of(place.drawn) == _sizes_of(asked.drawn[0])
 
 
-def _sizes(batch: Batch) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in batch.items()}
+def _sizes_of(drawn: Sequence[Batch]) -> list[dict[str, torch.Size]]:
+    return [{name: tensor.shape for name, tensor in batch.items()} for batch in drawn]
 
 
 def _form(batch: Batch) -> str:

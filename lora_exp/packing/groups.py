@@ -26,6 +26,14 @@ def lane_group_of(config: Config) -> str | None:
     return json.dumps([group_of(config), config.train.micro_batch_size, config.train.gradient_checkpointing])
 
 
+def may_share_layers(configs: Sequence[Config | None]) -> bool:
+    """Whether jobs of one group draw the same rows at each step, and name layers by number: then some may lie below
+    the adapters of all."""
+    known = [config for config in configs if config is not None]
+    is_numbered = all(any(letter.isdigit() for letter in str(config.targets)) for config in known)
+    return is_numbered and len({(config.seed, config.train.grad_accum_steps) for config in known}) == 1
+
+
 def together(groups: Sequence[str | None]) -> list[list[int]]:
     """The places of jobs, those of one group together, groups by their first job. One without a group is alone."""
     found: dict[object, list[int]] = {}

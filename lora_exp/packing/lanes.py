@@ -43,7 +43,8 @@ def evaluation_rows(config: Config) -> int | None:
     turn, positions = turns.current(), kind_of(config.data).positions
     if turn is None or not turn.is_joined or positions is None:
         return None
-    return max(config.train.micro_batch_size, TOKENS // positions)
+    rows, most = config.train.micro_batch_size, TOKENS // positions
+    return most if most >= 2 * rows else None  # where no two lanes make such a pass
 
 
 def run_in_lanes(jobs: Sequence[Turn[Any]], company: Company, choose: Choose) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lora_exp.config import Config
 from lora_exp.errors import UserError
 from lora_exp.machine import launch
-from lora_exp.packing.groups import group_of, lane_group_of, together
+from lora_exp.packing.groups import group_of, lane_group_of, may_share_layers, together
 
 if TYPE_CHECKING:
     import torch
@@ -77,20 +77,29 @@ def most_lanes(configs: Sequence[Config | None], wish: Wish) -> int:
         device = resolve_device(first.device)
     except UserError:  # the job says so
         return 1
-    bound = min(count, MOST if wish.passes == JOINED else most_by_tokens(first, device.type))
+    is_free = wish.passes == JOINED or may_share_layers(configs)
+    bound = min(count, MOST if is_free else most_by_tokens(first, device.type))
     largest = max((config for config in configs if config is not None), key=lambda config: config.rank)
     return bound if bound < 2 else most_by_memory(largest, bound, Place(device, torch.float32))
 
 
 def run_lanes(
-    jobs: Sequence[tuple[str, Callable[[], Any]]], most: int, wish: Wish, also: Sequence[Take] = ()
+    jobs: Sequence[tuple[str, Callable[[], Any]]],
+    most: int,
+    wish: Wish,
+    also: Sequence[Take] = (),
+    same_rows: bool = False,
 ) -> list[Turn[Any]]:
-    """Run jobs, by name, as lanes. What each ended with is in its turn. Raises ``Stopped`` when a signal has come."""
+    """Run jobs, by name, as lanes. What each ended with is in its turn. Raises ``Stopped`` when a signal has come.
+
+    ``same_rows``: whether they see the same ones at each step.
+    """
     from lora_exp.adapters.joint import JointModel
     from lora_exp.packing import resident
     from lora_exp.packing.company import Company
     from lora_exp.packing.lanes import run_in_lanes
-    from lora_exp.packing.measuring import most_that_pay
+    from lora_exp.packing.measuring import most_by_tokens, most_that_pay
+    from lora_exp.packing.stem import depth
     from lora_exp.packing.turns import Turn
     from lora_exp.progress import without_bars
 
@@ -103,7 +112,10 @@ def run_lanes(
     def choose(asked: Asked) -> int:
         if wish.passes != AUTO:
             return most
-        paying = most_that_pay(asked, most, make_joint)
+        below, count = depth(asked.forward.model) if same_rows else 0, most
+        if wish.lanes is None and not below:
+            count = min(most, most_by_tokens(asked.config, asked.forward.device.type))
+        paying = 1 if count == 1 else most_that_pay(asked, count, make_joint, below)
         company.is_joined = paying > 1
         return max(paying, wish.lanes or 1)
 

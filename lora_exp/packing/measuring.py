@@ -17,6 +17,7 @@ from lora_exp.machine.place import Place
 from lora_exp.packing import shelf
 from lora_exp.packing.company import Asked, Before, MakeJoint, joined
 from lora_exp.packing.lanes import TOKENS
+from lora_exp.packing.stem import Stem
 from lora_exp.plan.estimate import GIB, Planner
 from lora_exp.plan.precheck import memory_gib
 from lora_exp.training.loop import Forward, passes
@@ -54,18 +55,22 @@ def most_by_memory(config: Config, most: int, place: Place) -> int:
     return max(1, min(most, int((memory - base) // max(plan.total_bytes - base, 1))))
 
 
-def most_that_pay(asked: Asked, most: int, make_joint: MakeJoint) -> int:
-    """``most`` lanes or fewer, by the time that a lane's share in a common pass takes; nothing is trained by it."""
+def most_that_pay(asked: Asked, most: int, make_joint: MakeJoint, below: int = 0) -> int:
+    """``most`` lanes or fewer, by the time that a lane's share in a common pass takes; nothing is trained by it.
+
+    ``below``: how many layers they go through once.
+    """
     model = asked.forward.model
     if not isinstance(model, LoraModel) or why_alone(model) is not None:
         return 1
     here, count = shelf.current(), most
-    key = (asked.config.model, asked.config.quantization, asked.config.data, asked.config.train.micro_batch_size, most)
+    sections = asked.config.model, asked.config.quantization, asked.config.data
+    key = (*sections, asked.config.train.micro_batch_size, most, below)
 
     def measure() -> int:
         nonlocal count
         alone_s = _timed(asked, 1, make_joint)
-        while count > 1 and (common_s := _timed(asked, count, make_joint)) / count > _GAIN * alone_s:
+        while count > 1 and (common_s := _timed(asked, count, make_joint, below)) / count > _GAIN * alone_s:
             log.info(f"lanes  {count} in one pass take {common_s / count:.3f} s each, one alone {alone_s:.3f} s")
             count //= 2
         if count > 1:
@@ -75,8 +80,11 @@ def most_that_pay(asked: Asked, most: int, make_joint: MakeJoint) -> int:
     return measure() if here is None else here.take("lanes", key, measure)
 
 
-def _timed(asked: Asked, count: int, make_joint: MakeJoint) -> float:
-    """Seconds of a forward and a backward pass of so many lanes that are all like this one; the second of two."""
+def _timed(asked: Asked, count: int, make_joint: MakeJoint, below: int = 0) -> float:
+    """Seconds of a forward and a backward pass of so many lanes that are all like this one; the second of two.
+
+    ``below``: how many layers they go through once.
+    """
     joint = make_joint(asked.forward.device)
     model = asked.forward.model
     assert isinstance(model, LoraModel)
@@ -84,7 +92,8 @@ def _timed(asked: Asked, count: int, make_joint: MakeJoint) -> float:
     for lane in lanes:
         joint.borrow(lane.name, model)
     joint.train()
-    forward, before = joined(asked.forward, joint), Before(joint, lanes, asked.forward.device)
+    forward = joined(asked.forward, joint, Stem(joint) if below else None)
+    before = Before(joint, lanes, asked.forward.device)
     found = 0.0
     for _ in range(2):
         signals.obey()

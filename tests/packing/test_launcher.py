@@ -12,7 +12,7 @@ from mlflow.tracking import MlflowClient
 
 from lora_exp import models
 from lora_exp.job import read_metrics, read_outcome
-from lora_exp.packing import resident
+from lora_exp.packing import measuring, resident
 from lora_exp.sweep.state import read_launched
 from lora_exp.training import loop
 
@@ -86,6 +86,39 @@ def test_jobs_leave_what_they_leave_alone(
     for number in GOOD:
         said = (workplace / "joined" / str(number) / "lora_exp.log").read_text()
         assert said.count("Initial Parameters") == said.count("hashes adapter_sha256") == 1
+
+
+@pytest.mark.parametrize(
+    ("swept", "once"),
+    [
+        (["rank=2,4", r"targets='.*layers\.1\..*_proj'"], True),
+        (["rank=2,4"], False),
+        (["rank=2", "seed=0,1", r"targets='.*layers\.1\..*_proj'"], False),
+        (["rank=2,4", r"targets='.*layers\.[01]\..*_proj'"], False),
+    ],
+)
+def test_jobs_whose_adapters_lie_high_share_what_is_below_however_long_their_rows_are(
+    cli: Callable[..., Any],
+    tiny_overrides: list[str],
+    workplace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    swept: list[str],
+    once: bool,
+) -> None:
+    monkeypatch.setattr(measuring, "_TOKENS", {"cpu": 1})
+    monkeypatch.setattr(measuring, "_timed", lambda asked, count, *_: 1.0 if count == 1 else 0.5 * count)
+    given = [*tiny_overrides, *swept, "sweep.reuse=false", "hydra.sweep.dir=packed", PACKED]
+    ended = cli("-m", *given)
+    assert ended.code == 0
+    assert ("lanes  the same rows go once through the lowest 1 of 2 layers" in ended.out) == once
+    assert ("2 share a pass" in ended.out) == once
+    cli("-m", *given[:-2], "hydra.sweep.dir=alone")
+    for number in (0, 1):
+        records, alone = (earned(workplace / sweep / str(number))[1] for sweep in ("packed", "alone"))
+        assert [record.keys() for record in records] == [record.keys() for record in alone]
+        for mine, theirs in zip(records, alone, strict=True):
+            within = {name: pytest.approx(theirs[name], abs=WITHIN[name]) for name in theirs.keys() & WITHIN.keys()}
+            assert {name: mine[name] for name in within} == within
 
 
 @pytest.mark.parametrize("wish", ["lanes=0", "lanes=many", "passes=sometimes", "products=some"])

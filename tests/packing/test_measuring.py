@@ -106,7 +106,7 @@ def test_products_are_batched_on_a_gpu_or_as_wished(products: str, on_cpu: bool,
 
 def test_fewer_are_taken_where_many_do_not_pay(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {1: 1.0, 8: 8.0, 4: 3.0}
-    monkeypatch.setattr(measuring, "_timed", lambda asked, count, make_base: seconds[count])
+    monkeypatch.setattr(measuring, "_timed", lambda asked, count, *_: seconds[count])
     assert measuring.most_that_pay(asked, 8, lambda device: None) == 4
     seconds.update({4: 3.9, 2: 1.9})
     assert measuring.most_that_pay(asked, 8, lambda device: None) == 1
