@@ -10,12 +10,14 @@ import pytest
 import torch
 from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from lora_exp import LoraConfig
+from lora_exp import LoraConfig, LoraModel
+from lora_exp.adapters.joint import JointModel
 from lora_exp.models.checkpointing import checkpoint_layers
 from lora_exp.models.twin import twin
 from lora_exp.packing.company import Company
+from lora_exp.packing.stem import Stem
 
-from .in_lanes import ROWS, Kind, in_company, same, trained
+from .in_lanes import ROWS, Kind, batches_of, in_company, same, trained
 
 LAYERS = 4
 SIZES: dict[str, Any] = {
@@ -108,6 +110,41 @@ def test_one_that_leaves_does_not_touch_the_bits_of_the_others(base, leaves, see
     assert spared(company) > 0
     for number in (0, 1, 3):
         assert same(others[number].result, whole[number].result)
+
+
+def test_one_that_is_gone_needs_no_rows_of_its_own(base):
+    kinds = [replace(ONE_SEED[0], steps=6)] * 3
+    _, company = in_company(base, [replace(kinds[0], fails_at=3), *kinds[1:]])
+    assert spared(company) == 2 * ROWS * 2 * (6 + 1)
+
+
+def test_the_first_pass_settles_it(base):
+    """So that nobody's last bits change when rows come to be the same, or cease to be."""
+    one, other = (next(batches_of(seed)) for seed in (0, 1))
+    model = LoraModel(twin(base), upper(2), verbose=False)
+    for first, then, rows in (([one, other], [one, one], 0), ([one, one], [one, other], ROWS * 2 * 2)):
+        joint = JointModel(twin(base))
+        for name in "ab":
+            joint.borrow(name, model)
+        stem = Stem(joint)
+        for batches in (first, then):
+            batch = stem.joining(lambda each: {name: torch.cat([b[name] for b in each]) for name in each[0]})(batches)
+            with stem.passing(joint.passing({"a": ROWS, "b": ROWS})), torch.no_grad():
+                joint(input_ids=batch["input_ids"])
+        assert stem.spared == rows
+        assert bool(stem.is_used) == (rows > 0)
+
+
+def test_rows_are_the_same_where_all_of_a_batch_is(base):
+    """Equal tokens under unlike masks are not."""
+    tokens, whole = torch.ones(ROWS, 4, dtype=torch.long), torch.ones(ROWS, 4)
+    masked = whole.clone()
+    masked[0, 0] = 0
+    stem = Stem(JointModel(twin(base)))
+    batches = [{"input_ids": tokens, "attention_mask": mask} for mask in (whole, masked, whole.clone())]
+    stem.joining(lambda each: each[0])(batches)
+    assert stem._rows is not None
+    assert (stem._rows.of_lanes, stem._rows.sets) == ([0, 1, 0], [slice(0, ROWS), slice(ROWS, 2 * ROWS)])
 
 
 def test_one_that_comes_later_takes_a_place_with_rows_of_its_own(base):
