@@ -11,6 +11,7 @@ from lora_exp.use_config import SECTIONS
 
 KNOBS = ("rank", "alpha", "scale", "dropout", "bias", "start")  # of the factors: without them they have no meaning
 _UNLISTED = ("tracking", "sweep", "study", *SECTIONS)
+_TRAINS = {"head": "modules_to_save", "full": "weights"}  # what the name of an adapter says already
 _QUIET = ("test_fraction", "max_bad_fraction", "sample_seed")  # not listed where nobody has set them
 
 
@@ -61,7 +62,8 @@ def _flat_section(group: str, section: dict[str, object]) -> dict[str, object]:
     title = "label" if section.get("label") else "name"
     values = {group: section[title]} if title in section else {}
     if group == "adapter":  # a choice that says no more than its name
-        section = {name: value for name, value in section.items() if value != "adapter"}
+        said = "adapter", _TRAINS.get(str(section["name"]))
+        section = {name: value for name, value in section.items() if name != "trains" or value not in said}
         options = section["options"]
         if section["variant"] is None and isinstance(options, dict):  # of PEFT's: a swept one is a value like others
             section |= {"options": None} | {f"options.{name}": value for name, value in options.items()}

@@ -129,7 +129,11 @@ def test_flat_values_are_short_plain_and_name_every_choice() -> None:
 
 
 def test_full_training_is_not_listed_by_a_rank_it_does_not_have() -> None:
-    assert not {"rank", "alpha", "scale", "dropout"} & set(flat_values(config("adapter=full")))
+    for adapter in ("full", "head"):
+        values = flat_values(config(f"adapter={adapter}"))
+        assert values["adapter"] == adapter
+        assert not {"rank", "alpha", "scale", "dropout", "adapter.trains"} & set(values)
+    assert flat_values(config("adapter=full", "adapter.trains=modules_to_save"))["adapter.trains"] == "modules_to_save"
 
 
 def test_the_schema_documents_every_key_of_the_yaml(tmp_path: Path) -> None:
