@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,15 @@ def test_the_cpu_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert len(found["checks"]) - len(left_out) > 40
     assert all("vera" in case or "waits" in case for case in left_out)
     assert "0 not" in capsys.readouterr().out
+
+
+def test_its_environment_has_what_the_harness_needs() -> None:
+    """Sweeps are summed up in it, too. Tracking is off, and nothing is exported."""
+    here = Path(__file__).parents[1]
+    needed = set(tomllib.loads((here / "pyproject.toml").read_text())["project"]["dependencies"])
+    lines = (here / "benchmarks/gpu_check/requirements.txt").read_text().splitlines()
+    left_out = {each for each in needed - set(lines) if each.split(">")[0] not in ("mlflow", "gguf")}
+    assert not left_out
 
 
 def test_a_device_that_computes_otherwise_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
