@@ -136,12 +136,10 @@ class Company:
         """Where the same rows go through the lowest layers once, one that is gone needs none of its own."""
         if self.stem is None or not self.stem.is_used:
             return
-        live = [place for place in self._places if place.owner is not None]
-        for gone in self._places:
-            if gone.owner is None:
-                gone.drawn = next(
-                    (each.drawn for each in live if _sizes_of(each.drawn) == _sizes_of(gone.drawn)), gone.drawn
-                )
+        drawn = [place.drawn for place in self._places if place.owner is not None]
+        for gone in (place for place in self._places if place.owner is None):
+            alike = (each for each in drawn if _sizes_of(each) == _sizes_of(gone.drawn))
+            gone.drawn = next(alike, gone.drawn)
 
     def _model(self, asked: Asked) -> JointModel:
         if self._joint is None:

@@ -44,7 +44,7 @@ def evaluation_rows(config: Config) -> int | None:
     if turn is None or not turn.is_joined or positions is None:
         return None
     rows, most = config.train.micro_batch_size, TOKENS // positions
-    return most if most >= 2 * rows else None  # where no two lanes make such a pass
+    return most if most >= 2 * rows else None  # no two lanes would fit into such a pass
 
 
 def run_in_lanes(jobs: Sequence[Turn[Any]], company: Company, choose: Choose) -> None:

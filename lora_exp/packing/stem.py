@@ -153,6 +153,7 @@ def _lowest_adapted(layers: Sequence[nn.Module]) -> int:
 
 
 def _part(here: slice, count: int, value: Any) -> Any:
-    """What of an argument belongs to some rows: of a tensor with a row for each of ``count``, theirs."""
+    """What of an argument belongs to some rows: of a tensor with a row for each of ``count``, theirs. A vector is of
+    positions."""
     is_by_row = isinstance(value, Tensor) and value.dim() > 1 and len(value) == count
     return value[here] if is_by_row else value

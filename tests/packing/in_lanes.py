@@ -73,10 +73,14 @@ def trained(base: torch.nn.Module, kind: Kind, **changes: Any) -> list[Record]:
 
 
 def in_company(
-    base: torch.nn.Module, kinds: Sequence[Kind], most: int | None = None, is_batched: bool = False
+    base: torch.nn.Module,
+    kinds: Sequence[Kind],
+    most: int | None = None,
+    is_batched: bool = False,
+    config: Config | None = None,
 ) -> tuple[list[Turn], Company]:
     def job(kind: Kind) -> Callable[[], list[Record]]:
-        return lambda: trained(base, kind, passes=passes_of(Config()))
+        return lambda: trained(base, kind, passes=passes_of(config or Config()))
 
     company = Company(lambda device: JointModel(twin(base), is_batched))
     turns = [Turn(str(number), job(kind)) for number, kind in enumerate(kinds)]

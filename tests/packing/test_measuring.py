@@ -17,7 +17,7 @@ from lora_exp.data.kinds.text import Text
 from lora_exp.errors import UserError
 from lora_exp.machine.place import Place
 from lora_exp.models.twin import twin
-from lora_exp.packing import launching, measuring
+from lora_exp.packing import lanes, launching, measuring, turns
 from lora_exp.packing.company import Asked
 from lora_exp.packing.launching import Wish, groups_of, most_lanes
 from lora_exp.training.lane import Lane
@@ -41,6 +41,14 @@ def config(tokens: int = 16, rows: int = 1, **changes: Any) -> Config:
 )
 def test_a_cpu_tries_passes_of_256_tokens(tokens: int, rows: int, lanes: int) -> None:
     assert measuring.most_by_tokens(config(tokens, rows), "cpu") == lanes
+
+
+@pytest.mark.parametrize(("tokens", "rows", "at_once"), [(16, 1, 16), (16, 8, 16), (40, 5, None), (128, 4, None)])
+def test_a_lane_evaluates_what_makes_a_common_pass(
+    tokens: int, rows: int, at_once: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns, "current", lambda: turns.Turn("0", lambda: None, is_joined=True))
+    assert lanes.evaluation_rows(config(tokens, rows)) == at_once
 
 
 def test_images_are_not_joined_unasked() -> None:
