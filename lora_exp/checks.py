@@ -100,7 +100,7 @@ def _place_problems(config: Config) -> list[str]:
     problems = _not_among("model.dtype", config.model.dtype, DTYPES)
     if not (config.model.name or config.model.path or config.model.packaged):
         problems.append("no model is named: add model.name=ORG/NAME (hub) or model.path=FOLDER (hub layout)")
-    problems += _not_among("machine.bf16", config.machine.bf16, ("auto", "native", "float32"))
+    problems += _not_among("machine.bf16", config.machine.bf16, ("auto", "native", "float32", "float32_few"))
     problems += _not_among("machine.float32", config.machine.float32, ("auto", "blas", "onednn"))
     if config.model.path and (problem := model_path_problem(config.model.path, config.task == "plan")):
         problems.append(problem)

@@ -216,8 +216,9 @@ class TrainConfig:
 class MachineConfig:
     """What this machine is fast in: ``auto`` measures it once (see ``machine/precision.py``).
 
-    ``bf16``: bfloat16 products on a CPU as they are (``native``) or in ``float32`` inside, which also decides what
-    ``model.dtype=auto`` is there. ``float32``: such products by ``blas`` or ``onednn``.
+    ``bf16``: bfloat16 products on a CPU as they are (``native``), in ``float32`` inside where there are many rows, or
+    in ``float32_few`` also where there are few; which also decides what ``model.dtype=auto`` is there. ``float32``:
+    such products by ``blas`` or ``onednn``.
     """
 
     bf16: str = "auto"

@@ -62,7 +62,7 @@ def test_without_a_cache_to_write_it_is_measured_all_the_same(
     assert take_precision(MachineConfig(), CPU).rates == FAST_IN_HALF
 
 
-@pytest.mark.parametrize("bf16", ["native", "float32"])
+@pytest.mark.parametrize("bf16", ["native", "float32", "float32_few"])
 @pytest.mark.parametrize("float32", ["blas", "onednn"])
 def test_forced_answers_hold(measured: list[torch.device], bf16: str, float32: str) -> None:
     found = take_precision(MachineConfig(bf16=bf16, float32=float32), CPU)

@@ -12,15 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_exp.adapters.numerics.precision import FLOAT32, ONEDNN, answers, onednn_product, onednn_sum
+from lora_exp.adapters.numerics.precision import FLOAT32, FLOAT32_FEW, ONEDNN, answers, onednn_product, onednn_sum
 
 _CHUNK = 1 << 20  # elements of W that are float32 at a time
 _FEW_ROWS = 128  # below, converting W costs more than it saves
+_FEWER_ROWS = 8  # the same where 16-bit products are far slower (x Wᵀ from 4 on, G W from 1 on, measured on AVX2)
 
 
 def runs_wide(dtype: torch.dtype, kind: str, rows: int) -> bool:
     """Whether products of this dtype on devices of this kind had better run in float32."""
-    return kind == "cpu" and dtype.itemsize == 2 and rows >= _FEW_ROWS and answers().bf16 == FLOAT32
+    if kind != "cpu" or dtype.itemsize != 2 or rows < min(_FEW_ROWS, _FEWER_ROWS):
+        return False
+    how = answers().bf16
+    return how == FLOAT32_FEW or (how == FLOAT32 and rows >= _FEW_ROWS)
 
 
 def uses_onednn(dtype: torch.dtype, kind: str, rows: int) -> bool:

@@ -2,8 +2,8 @@
 
 Flags do not tell: bfloat16 products took 1.4 times float32's time on one x86 without AMX and less than half of it on
 another, with the same instructions. So it is measured (`measure`), when it is first asked or by whoever calls
-`use_answers`; the same answers give the same numbers in every run. `LORA_EXP_BF16=native` (or `float32`) and
-`LORA_EXP_FLOAT32=blas` (or `onednn`) answer for a whole process.
+`use_answers`; the same answers give the same numbers in every run. `LORA_EXP_BF16=native` (`float32`, `float32_few`)
+and `LORA_EXP_FLOAT32=blas` (or `onednn`) answer for a whole process.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ from torch import Tensor
 
 from lora_exp.errors import UserError
 
-NATIVE, FLOAT32 = "native", "float32"  # 16-bit products as they are / in float32 inside
+NATIVE, FLOAT32 = "native", "float32"  # 16-bit products as they are / in float32 inside, of many rows
+FLOAT32_FEW = "float32_few"  # in float32 inside, of few rows, too
 BLAS, ONEDNN = "blas", "onednn"  # who multiplies float32
-CHOICES = {"bf16": (NATIVE, FLOAT32), "float32": (BLAS, ONEDNN)}
+CHOICES = {"bf16": (NATIVE, FLOAT32, FLOAT32_FEW), "float32": (BLAS, ONEDNN)}
 
 _SHAPES = ((512, 576, 1536), (512, 1536, 1536))  # M rows, K inputs, N outputs of a layer's product
 _ROUNDS = 5
 _SECONDS = 0.4  # no further round after so many
 _CLEARLY = 1.04  # oneDNN must be so many times as fast as torch's own choice to be taken
+_FAR = 3.0  # float32 so many times as fast: no instructions for 16-bit products, and converting W gains at few rows
 
 
 Product = tuple[torch.dtype, Callable[[Tensor, Tensor], Tensor]]
@@ -49,8 +51,8 @@ class Rates:
         return self.onednn if self._is_by_onednn else self.blas
 
     def answers(self) -> Answers:
-        bf16 = NATIVE if self.bfloat16 >= self.float32 else FLOAT32
-        return Answers(bf16, ONEDNN if self._is_by_onednn else BLAS)
+        slow = FLOAT32_FEW if self.float32 > _FAR * self.bfloat16 else FLOAT32
+        return Answers(NATIVE if self.bfloat16 >= self.float32 else slow, ONEDNN if self._is_by_onednn else BLAS)
 
     @property
     def _is_by_onednn(self) -> bool:

@@ -11,6 +11,7 @@ from lora_exp.adapters.numerics import matmul, precision
 from lora_exp.adapters.numerics.precision import (
     BLAS,
     FLOAT32,
+    FLOAT32_FEW,
     NATIVE,
     ONEDNN,
     Answers,
@@ -36,6 +37,8 @@ def test_the_faster_product_is_the_answer():
     assert Rates(blas=100, onednn=90, bfloat16=250).answers() == Answers(NATIVE, BLAS)
     assert Rates(blas=100, onednn=0, bfloat16=70).answers() == Answers(FLOAT32, BLAS)
     assert Rates(blas=100, onednn=115, bfloat16=110).answers() == Answers(FLOAT32, ONEDNN)
+    assert Rates(blas=100, onednn=0, bfloat16=30).answers() == Answers(FLOAT32_FEW, BLAS)
+    assert Rates(blas=30, onednn=100, bfloat16=30).answers() == Answers(FLOAT32_FEW, ONEDNN)
     assert Rates(blas=100, onednn=101, bfloat16=100).answers() == Answers(NATIVE, BLAS)  # not clearly faster
 
 
@@ -69,7 +72,7 @@ def test_the_environment_answers(unasked, monkeypatch):
     assert answers() == Answers(FLOAT32, ONEDNN)
     precision._found.clear()
     monkeypatch.setenv("LORA_EXP_BF16", "fast")
-    with pytest.raises(ValueError, match="LORA_EXP_BF16=fast is no answer: use native, float32 or auto"):
+    with pytest.raises(ValueError, match="LORA_EXP_BF16=fast is no answer: use native, float32, float32_few or auto"):
         answers()
 
 
@@ -113,10 +116,39 @@ def test_onednns_products_are_right_in_every_layout(shape, layout, weight_layout
         torch.testing.assert_close(mine.double(), exact, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("bf16", "wide"), [(NATIVE, []), (FLOAT32, [128, 512]), (FLOAT32_FEW, [8, 16, 127, 128, 512])])
+def test_how_many_rows_are_multiplied_in_float32(bf16, wide):
+    with answered(bf16=bf16):
+        for rows in (1, 7, 8, 16, 127, 128, 512):
+            assert matmul.runs_wide(torch.bfloat16, "cpu", rows) == (rows in wide)
+            assert not matmul.runs_wide(torch.float32, "cpu", rows)
+            assert not matmul.runs_wide(torch.bfloat16, "cuda", rows)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_few_rows_in_float32_are_what_they_are_in_bfloat16(dora, dropout):
+    def found(bf16):
+        torch.manual_seed(0)
+        base = torch.nn.Sequential(torch.nn.Linear(32, 48)).bfloat16()
+        model = LoraModel(base, LoraConfig(rank=4, use_dora=dora, lora_dropout=dropout), verbose=False).train()
+        for parameter in model.adapter_parameters().values():
+            torch.nn.init.normal_(parameter, std=0.3)
+        x = torch.randn(16, 32).bfloat16().requires_grad_()
+        with answered(bf16=bf16):
+            out = model(x)
+            out.float().square().mean().backward()
+        return [out, x.grad, *(parameter.grad for parameter in model.adapter_parameters().values())]
+
+    for wide, plain in zip(found(FLOAT32_FEW), found(NATIVE), strict=True):
+        scale = plain.float().abs().max().item()
+        torch.testing.assert_close(wide.float(), plain.float(), atol=0.02 * scale, rtol=0)
+
+
 @onednn
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize("bf16", [NATIVE, FLOAT32])
+@pytest.mark.parametrize("bf16", [NATIVE, FLOAT32, FLOAT32_FEW])
 @pytest.mark.parametrize("float32", [BLAS, ONEDNN])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_answer_gives_the_same_bits(dora, dropout, bf16, float32, dtype):
