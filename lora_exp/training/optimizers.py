@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, cast
@@ -30,12 +31,20 @@ def build_optimizer(
     do not decay, biases and norms.
     """
     parameters = list(parameters)
-    build: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
+    build: Callable[..., torch.optim.Optimizer] = functools.partial(torch.optim.AdamW, fused=_fuses(parameters))
     if section.name != "adamw":
         build = _eight_bit(section.name, parameters[0].device)
     betas = (section.betas[0], section.betas[1])
     groups = [part for group in _groups(parameters, section, fast or {}) for part in _by_decay(group, plain, section)]
     return build(groups, lr=section.lr, betas=betas, eps=section.eps, weight_decay=section.weight_decay)
+
+
+def _fuses(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether one kernel may make the whole update: it takes values, gradients and states in the order of memory."""
+    devices = {parameter.device.type for parameter in parameters}
+    return devices <= {"cpu", "cuda"} and all(
+        parameter.is_floating_point() and parameter.is_contiguous() for parameter in parameters
+    )
 
 
 def _groups(
