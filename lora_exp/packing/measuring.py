@@ -92,7 +92,7 @@ def _timed(asked: Asked, count: int, make_joint: MakeJoint, below: int = 0) -> f
     for lane in lanes:
         joint.borrow(lane.name, model)
     joint.train()
-    forward = joined(asked.forward, joint, Stem(joint) if below else None)
+    forward = joined(asked.forward, joint, Stem(joint, logging.DEBUG) if below else None)
     before = Before(joint, lanes, asked.forward.device)
     found = 0.0
     for _ in range(2):

@@ -46,9 +46,11 @@ class Stem:
     with it the last bits of the lanes would change.
 
     A layer that cannot be called so ends it: one that fails on a part of its rows, or makes something else of them.
+    ``level``: of the log lines that say what it does.
     """
 
-    def __init__(self, joint: JointModel) -> None:
+    def __init__(self, joint: JointModel, level: int = logging.INFO) -> None:
+        self._level = level
         self.is_used: bool | None = None
         self.spared = 0  # rows that a layer did not see again, summed over layers and passes
         self._layers = list(layer_list(joint.wrapped) or ())
@@ -81,7 +83,8 @@ class Stem:
             self._end = _lowest_adapted(self._layers)
             self.is_used = self._end > 0 and len(rows.sets) < len(rows.of_lanes)
             if self.is_used:
-                log.info(f"lanes  the same rows go once through the lowest {self._end} of {len(self._layers)} layers")
+                lowest = f"{self._end} of {len(self._layers)} layers"
+                log.log(self._level, f"lanes  the same rows go once through the lowest {lowest}")
         elif self.is_used:
             self._end = min(self._end, _lowest_adapted(self._layers))
         return rows if self.is_used else None
@@ -97,7 +100,7 @@ class Stem:
         if reason is None:
             self._tried.add(place)
             return self._by_sets(rows, plain, args, kwargs)
-        log.info(f"lanes  from layer {place} on all rows go through every layer: {reason}")
+        log.log(self._level, f"lanes  from layer {place} on all rows go through every layer: {reason}")
         self._end = place
         return whole
 

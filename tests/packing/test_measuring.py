@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -133,10 +134,23 @@ def test_measuring_leaves_nothing_behind(asked: Asked, tiny_llama: Path) -> None
     assert all(parameter.grad is None for parameter in asked.lane.parameters)
 
 
+def test_what_is_tried_is_not_told_as_what_is_done(tiny_llama: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    high = asked_for(tiny_llama, target_modules=r".*layers\.1\..*_proj")
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    assert measuring.most_that_pay(high, 4, lambda device: JointModel(twin(base)), below=1) in (1, 2, 4)
+    assert "in one pass" in caplog.text or "share a pass" in caplog.text
+    assert "go once" not in caplog.text
+
+
 @pytest.fixture
 def asked(tiny_llama: Path) -> Asked:
+    return asked_for(tiny_llama)
+
+
+def asked_for(tiny_llama: Path, **choices: Any) -> Asked:
     base = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    model = LoraModel(base, LoraConfig(rank=2, lora_dropout=0.3), verbose=False)
+    model = LoraModel(base, LoraConfig(rank=2, lora_dropout=0.3, **choices), verbose=False)
     parameters, section = list(model.adapter_parameters().values()), TrainConfig(steps=4)
     optimizer, times = build_optimizer(parameters, OptimizerConfig("adamw")), Timetable.of(section, None)
     schedule = build_schedule(optimizer, section, times)
