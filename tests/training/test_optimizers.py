@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
@@ -42,14 +44,19 @@ def test_without_decay_or_biases_there_is_one_group() -> None:
     assert len(build_optimizer(factors, section, plain=undecayed(model)).param_groups) == 1
 
 
-def states_after(parameter: torch.nn.Parameter, fused: bool | None, steps: int) -> torch.Tensor:
-    """The parameter after some steps, by ours (None) or by torch's AdamW."""
-    section = OptimizerConfig("adamw", lr=0.1, weight_decay=0.1)
-    made = build_optimizer([parameter], section)
-    if fused is not None:
-        made = torch.optim.AdamW([parameter], lr=0.1, weight_decay=0.1, fused=fused)
+def ours(parameter: torch.nn.Parameter) -> torch.optim.Optimizer:
+    return build_optimizer([parameter], OptimizerConfig("adamw", lr=0.1, weight_decay=0.1))
+
+
+def loop(parameter: torch.nn.Parameter) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([parameter], lr=0.1, weight_decay=0.1, foreach=False, fused=False)
+
+
+def updated(parameter: torch.nn.Parameter, by: Callable[[torch.nn.Parameter], torch.optim.Optimizer]) -> torch.Tensor:
+    """The parameter after five steps."""
+    made = by(parameter)
     target = torch.arange(parameter.numel(), dtype=parameter.dtype).reshape(parameter.shape)
-    for _ in range(steps):
+    for _ in range(5):
         made.zero_grad()
         ((parameter - target) ** 2).sum().backward()
         made.step()
@@ -61,24 +68,25 @@ def test_contiguous_parameters_are_updated_by_one_kernel_to_the_same_values(dtyp
     torch.manual_seed(0)
     values = torch.randn(33, 7, dtype=dtype)
     mine = torch.nn.Parameter(values.clone())
-    assert build_optimizer([mine], OptimizerConfig("adamw")).defaults["fused"]
-    exact = states_after(torch.nn.Parameter(values.float()), False, 5)
+    assert ours(mine).defaults["fused"]
+    exact = updated(torch.nn.Parameter(values.float()), loop)
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 0.02}[dtype]
-    torch.testing.assert_close(states_after(mine, None, 5).float(), exact, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(updated(mine, ours).float(), exact, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("made", [lambda: torch.randn(12, 6).T, lambda: torch.randn(6, 24)[:, ::2]])
-def test_others_are_not_since_the_kernel_would_take_gradients_by_their_place_in_memory(made: type) -> None:
+def test_others_are_not_since_the_kernel_would_take_gradients_by_their_place_in_memory(
+    made: Callable[[], torch.Tensor],
+) -> None:
     torch.manual_seed(0)
     parameter = torch.nn.Parameter(made())
-    expected = states_after(torch.nn.Parameter(parameter.detach().contiguous()), False, 5)
-    assert not build_optimizer([parameter], OptimizerConfig("adamw")).defaults["fused"]
-    torch.testing.assert_close(states_after(parameter, None, 5), expected)
+    expected = updated(torch.nn.Parameter(parameter.detach().contiguous()), loop)
+    assert not ours(parameter).defaults["fused"]
+    torch.testing.assert_close(updated(parameter, ours), expected)
 
 
 def test_a_checkpoint_of_before_the_kernel_goes_on_without_it() -> None:
     parameter = torch.nn.Parameter(torch.ones(4, 4))
-    before = torch.optim.AdamW([parameter], lr=0.1)
-    made = build_optimizer([parameter], OptimizerConfig("adamw", lr=0.1))
-    made.load_state_dict(before.state_dict())
+    made = ours(parameter)
+    made.load_state_dict(loop(parameter).state_dict())
     assert not made.param_groups[0]["fused"]
