@@ -127,7 +127,8 @@ class _Maker:
             if wish.section.verify:
                 with stages.stage(f"verify in {self.kind.runtime}"):
                     known = base if self.kind.needs_base else None
-                    self.figures = read_again(name, folder, self.answers, known, str(place.device), config.plugins)
+                    device = str(place.device)
+                    self.figures = read_again(name, folder, self.answers, known, device, config.plugins, within=folder)
                 tolerance = self.kind.tolerance(wish.section).unless(wish.section)
                 check_within(self.kind, self.figures, tolerance)
                 facts["verification"] = self._checked(self.figures, tolerance)

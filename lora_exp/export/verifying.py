@@ -35,14 +35,23 @@ class RuntimeRefusedError(UserError):
 
 
 def read_again(
-    name: str, folder: Path, reference: Reference, base: Path | None, device: str, plugins: Sequence[str] = ()
+    name: str,
+    folder: Path,
+    reference: Reference,
+    base: Path | None,
+    device: str,
+    plugins: Sequence[str] = (),
+    within: Path | None = None,
 ) -> Figures:
     """How far the answers of the export in ``folder`` are from ``reference``.
+
+    ``within``: where the two processes' files lie meanwhile, for a folder that is cleared away should this process be
+    killed; the system's temporary folder if it is None.
 
     Raises ``RuntimeRefusedError`` if its runtime does not load it, UserError if it answers to something else.
     """
     kind = formats[name]()
-    with tempfile.TemporaryDirectory(prefix="lora_exp_reading_") as place:
+    with tempfile.TemporaryDirectory(prefix=".lora_exp_reading_", dir=within) as place:
         question, answer = Path(place) / "question.safetensors", Path(place) / "answer.safetensors"
         save_file({"tokens": reference.tokens.contiguous()}, question)
         order = {
@@ -78,19 +87,17 @@ def _run(kind: Format, order: Mapping[str, object]) -> None:
     home = str(Path(__file__).resolve().parents[2])
     paths = os.pathsep.join(part for part in (home, os.environ.get("PYTHONPATH", "")) if part)
     environment = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "MLFLOW_TRACKING_URI": ""}
+    command = [sys.executable, "-m", _READING, json.dumps(order)]
     with tempfile.TemporaryFile("w+") as said:
-        child = subprocess.Popen(
-            [sys.executable, "-m", _READING, json.dumps(order)],
-            stdin=subprocess.DEVNULL, stdout=said, stderr=said, env=environment,
-        )  # fmt: skip
-        try:
-            while child.poll() is None:
-                signals.obey()
-                time.sleep(_LOOK_S)
-        finally:
-            if child.poll() is None:
-                child.kill()
-                child.wait()
+        # It ends when its stdin does: with this process, also where that is killed.
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=said, stderr=said, env=environment) as child:
+            try:
+                while child.poll() is None:
+                    signals.obey()
+                    time.sleep(_LOOK_S)
+            finally:
+                if child.poll() is None:
+                    child.kill()
         said.seek(0)
         text = said.read()
     if child.returncode:

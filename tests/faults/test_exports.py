@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from lora_exp.export.provenance import damage, read_provenance
@@ -56,6 +57,32 @@ def test_a_signal_leaves_nothing_behind(where: str, number: int, forked: Forked,
     assert "Traceback" not in done.err
     exports = trained / "outputs/exports"
     assert not exports.exists() or list(exports.iterdir()) == []
+
+
+def test_the_runtime_ends_with_the_export_that_asked_it(forked: Forked, trained: Path) -> None:
+    aim = {"target": "lora_exp.export.verifying:_run", "do": "signal later", "signal": int(signal.SIGKILL)}
+    temporary = trained / "temporary"
+    temporary.mkdir()
+    done = forked(*EXPORT, folder=trained, environment={"TMPDIR": str(temporary)}, delays=[0.5], **aim)
+    assert done.code == -signal.SIGKILL, done.err
+    assert [path.name for path in temporary.glob(".lora_exp_reading_*")] == []
+    deadline = time.monotonic() + 20
+    while readers := runtimes_of(trained):
+        assert time.monotonic() < deadline, readers
+        time.sleep(0.05)
+    assert list((trained / TARGET).parent.glob(".*.writing/.lora_exp_reading_*/answer.safetensors")) == []
+    assert forked(*EXPORT, folder=trained).code == 0
+    assert [path.name for path in (trained / "outputs/exports").iterdir()] == ["day-run-merged"]
+    assert [path.name for path in (trained / TARGET).glob(".*")] == []
+
+
+def runtimes_of(folder: Path) -> list[int]:
+    """The processes that read an export and stand in ``folder``."""
+    found = []
+    for process in psutil.process_iter(["pid", "cmdline", "cwd"]):
+        if "lora_exp.export.reading" in (process.info["cmdline"] or []) and process.info["cwd"] == str(folder):
+            found.append(process.info["pid"])
+    return found
 
 
 @pytest.mark.parametrize("trials", [2, pytest.param(20, marks=pytest.mark.slow)])
