@@ -33,9 +33,9 @@ test: lint
 	$(BIN)/python -m pytest $(ARGS)
 endif
 
-# Runs that are killed at random moments, also while a checkpoint is written, and gone on with: minutes.
+# Runs that are killed at random moments, also while a checkpoint is written, and gone on with; killed exports: minutes.
 torture: $(STAMP)
-	TRIALS=$(TRIALS) SEED=$(SEED) $(BIN)/python -m pytest tests/faults/test_torture.py -q -s $(ARGS)
+	TRIALS=$(TRIALS) SEED=$(SEED) $(BIN)/python -m pytest tests/faults/test_torture.py tests/faults/test_exports.py -q -s $(ARGS)
 	PYTHONPATH=. $(BIN)/python tests/faults/outages.py
 	PYTHONPATH=. $(BIN)/python tests/faults/crowd.py
 
