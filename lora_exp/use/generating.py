@@ -88,7 +88,8 @@ class Session:
         for file in files:
             write_text(file, text)
         tokens = sum(sum(each["tokens"].values()) for each in self._found)
-        log.info(f"{len(self._found)} prompts, {tokens} tokens in {seconds:.1f} s: {files[-1]}")
+        prompts = "1 prompt" if len(self._found) == 1 else f"{len(self._found)} prompts"
+        log.info(f"{prompts}, {tokens} tokens in {seconds:.1f} s: {files[-1]}")
         return UseResult({"tokens": float(tokens), "tokens_per_s": tokens / max(seconds, 1e-9)}, list(map(str, files)))
 
     def _answer_together(self, prompts: Sequence[Prompt]) -> None:
