@@ -40,6 +40,7 @@ def test_an_adapter_alone_is_verified_on_its_base(
     run = finished(f"scaling={scaling}", "rank=4", "alpha=8")
     done = cli("task=export", f"run={run}", "export=gguf_lora", "tracking=none", "export.texts=2", "export.tokens=12")
     assert done.code == 0, done.err
+    assert "Little Endian" not in done.out  # what the library says of each file
     facts = provenance(EXPORTS / "day-run-gguf_lora")
     assert facts["verification"]["max_logit"] < 1e-4
     assert facts["alpha"] == {"standard": 8, "rslora": 16}[scaling]
