@@ -79,11 +79,9 @@ def test_the_runtime_ends_with_the_export_that_asked_it(forked: Forked, trained:
 
 def runtimes_of(folder: Path) -> list[int]:
     """The processes that read an export and stand in ``folder``."""
-    found = []
-    for process in psutil.process_iter(["pid", "cmdline", "cwd"]):
-        if "lora_exp.export.reading" in (process.info["cmdline"] or []) and process.info["cwd"] == str(folder):
-            found.append(process.info["pid"])
-    return found
+    found = (process.info for process in psutil.process_iter(["pid", "cmdline", "cwd"]))
+    reading = "lora_exp.export.reading"
+    return [each["pid"] for each in found if reading in (each["cmdline"] or []) and each["cwd"] == str(folder)]
 
 
 def test_kills_at_random_moments(forked: Forked, trained: Path) -> None:
